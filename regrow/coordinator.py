@@ -1,0 +1,447 @@
+"""The coordinator: a pure state machine. Events in, effects out; nothing promised before it is durable.
+
+Every decision becomes records, applied to the ledger at once; whatever leaves towards devices waits in the outbox until `Persisted` says
+that the records before it would survive a power cut. TRANSITIONS is the whole behaviour at a glance: what is not in it is ignored.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+from regrow import topics, uploads, wire
+from regrow.broadcast import Broadcast
+from regrow.errors import PeerError
+from regrow.ledger import Ledger
+from regrow.machine import (
+    Connected,
+    Disconnected,
+    Effect,
+    Event,
+    Finished,
+    Note,
+    Payload,
+    Persist,
+    Persisted,
+    Publish,
+    Received,
+    Record,
+    SetTimer,
+    Subscribe,
+    Woken,
+)
+from regrow.planning import Planner
+from regrow.records import Entry, Joined, Rejected, Released, to_record
+from regrow.trigger import due_s, has_quorum
+
+BEAT_S = 2.0
+CLAIM_WAIT_S = 0.5
+FOREIGN_WAIT_S = 3 * BEAT_S
+
+
+class Phase(Enum):
+    OFFLINE = "offline"
+    CLAIMING = "claiming"
+    LEADING = "leading"
+    DONE = "done"
+
+
+class Coordinator:
+    """One run's coordinator.
+
+    Args:
+        ledger: the durable state, new or replayed; owned and mutated here.
+        run: name of the run.
+        programs: what devices execute, by name.
+        nonce: 31 random bits that tell this process's terms from others'.
+        takeover: lead even if another coordinator is alive.
+    """
+
+    def __init__(self, ledger: Ledger, run: str, programs: Mapping[str, bytes], nonce: int, *, takeover: bool = False) -> None:
+        self.ledger = ledger
+        self.names = topics.Run(ledger.task.name, run)
+        self.phase = Phase.DONE if ledger.finished else Phase.OFFLINE
+        self.term = (1 << 31) | nonce
+        self.beat = 0
+        self.programs = dict(programs)
+        self.broadcast = Broadcast(ledger, self.names, self.programs, self.emit)
+        self.planner = Planner(self)
+        self.heard_s: dict[str, float] = {}
+        self.boots: dict[str, bytes] = {}
+        self.telemetry: dict[str, wire.Telemetry] = {}
+        self.step_s: dict[str, float] = {}
+        self.waiting: dict[str, Joined] = {}
+        self.assemblies: dict[str, uploads.Assembly] = {}
+        self.deadline_s: dict[str, float] = {}
+        self.quorum_s: float | None = None
+        self.last_s = 0.0
+        self.now = 0.0
+        self._takeover = takeover
+        self._nonce = nonce
+        self._foreign: wire.Claim | None = None
+        self._lead_s = 0.0
+        self._beat_s = 0.0
+        self._elapsed_before = ledger.elapsed_s
+        self._persist_id = 0
+        self._records: list[Record] = []
+        self._effects: list[Effect] = []
+        self._outbox: deque[tuple[int, list[Effect]]] = deque()
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        """Take one event in at monotonic time `now`; returns what the runtime must do, in order."""
+        self.now = max(now, self.now)
+        urgent: list[Effect] = []
+        if isinstance(event, Persisted):
+            urgent += self._release(event)
+        else:
+            kind: Any = type(event)
+            message = None
+            if isinstance(event, Received):
+                kind, message = self._parse(event)
+            handler = TRANSITIONS.get((self.phase, kind))
+            if handler is not None:
+                handler(self, message if message is not None else event)
+        return [*urgent, *self._flush()]
+
+    # ---- the outbox --------------------------------------------------------------------------------------------------------------
+
+    def commit(self, entry: Entry, payload: Payload = b"") -> None:
+        """Take a fact into the ledger and into the records of this step."""
+        self.ledger.apply(entry, payload)
+        self._records.append(to_record(entry, payload))
+
+    def emit(self, effect: Effect) -> None:
+        """Queue something that leaves the coordinator; it waits for everything committed before it."""
+        self._effects.append(effect)
+
+    def _flush(self) -> list[Effect]:
+        out: list[Effect] = []
+        effects, self._effects = self._effects, []
+        if self._records:
+            self._persist_id += 1
+            out.append(Persist(self._persist_id, tuple(self._records)))
+            self._records = []
+            self._outbox.append((self._persist_id, effects))
+        elif self._outbox:
+            self._outbox[-1][1].extend(effects)
+        else:
+            out += effects
+        wake = self._next_wake_s()
+        return [*out, SetTimer(wake)] if wake is not None else out
+
+    def _release(self, event: Persisted) -> list[Effect]:
+        out: list[Effect] = []
+        while self._outbox and self._outbox[0][0] <= event.id:
+            out += self._outbox.popleft()[1]
+        return out
+
+    def _next_wake_s(self) -> float | None:
+        if self.phase is Phase.CLAIMING:
+            return self._lead_s
+        if self.phase is not Phase.LEADING:
+            return None
+        times = [self._beat_s, *self.deadline_s.values()]
+        times += [at for at in (self._due_s(), self.planner.join_due_s(), self.planner.stop_due_s()) if at is not None]
+        return min(times)
+
+    # ---- who leads ---------------------------------------------------------------------------------------------------------------
+
+    def _parse(self, event: Received) -> tuple[Any, Any]:
+        """(kind, arguments) of a message, or (None, None) with a note when its bytes are not one."""
+        try:
+            if event.topic == topics.claim(self.names.task):
+                return ("claim", wire.decode(event.payload, wire.Claim)[0]) if event.payload else (None, None)
+            source = topics.parse_from_device(event.topic, self.names)
+            if source is None:
+                return None, None
+            message, payload = wire.decode(event.payload, _MESSAGES[source.kind])
+            return source.kind, (source, message, payload)
+        except PeerError as error:
+            self.emit(Note("refused", {"topic": event.topic, "reason": str(error)}))
+            return None, None
+
+    def _begin_claim(self, _: Connected) -> None:
+        self.phase = Phase.CLAIMING
+        self._foreign = None
+        self._lead_s = self.now + CLAIM_WAIT_S
+        self.emit(Subscribe((topics.claim(self.names.task),)))
+
+    def _weigh_claim(self, claim: wire.Claim) -> None:
+        """While claiming: an own claim or a silent one is taken over, one that beats is respected."""
+        if claim.term == self.term:
+            return
+        mine = claim.run == self.names.run  # the store's lock says that no other process leads this run
+        if mine or self._takeover:
+            self._raise_term(claim.term)
+        elif self._foreign is None:
+            self._foreign = claim
+            self._lead_s = self.now + FOREIGN_WAIT_S
+        elif (claim.term, claim.beat) != (self._foreign.term, self._foreign.beat):
+            self._stop(
+                f"another coordinator leads task {self.names.task} (run {claim.run}): stop it, give this task another name, "
+                "or start with --takeover"
+            )
+
+    def _raise_term(self, other: int) -> None:
+        if other >= self.term:
+            self.term = ((other >> 31) + 1) << 31 | self._nonce
+
+    def _lead(self, _: Woken) -> None:
+        if self.now < self._lead_s:
+            return
+        if self._foreign is not None:
+            self._raise_term(self._foreign.term)
+        self.phase = Phase.LEADING
+        self._lead_s = self.last_s = self.now
+        self.deadline_s = {
+            who: self.now + device.lease.deadline_s for who, device in self.ledger.devices.items() if device.lease is not None
+        }
+        self.emit(Subscribe(self.names.from_devices()))
+        self._beat()
+        self.broadcast.everything(self.term)
+        self._advance()
+
+    def _beat(self) -> None:
+        self.beat += 1
+        self._beat_s = self.now + BEAT_S
+        claim = wire.Claim(run=self.names.run, term=self.term, beat=self.beat)
+        self.emit(Publish(topics.claim(self.names.task), wire.encode(claim), retain=True))
+
+    def _defend_claim(self, claim: wire.Claim) -> None:
+        if claim.term > self.term:
+            self._stop(f"run {claim.run} has taken the task over (term {claim.term} against {self.term})")
+        elif claim.term < self.term:
+            self._beat()
+
+    def _go_offline(self, _: Disconnected) -> None:
+        self._elapsed_before = self.elapsed_s()
+        self.phase = Phase.OFFLINE
+        self.heard_s.clear()
+
+    def _stop(self, reason: str) -> None:
+        """Leave without touching the run: it is someone else's to lead, or to be continued."""
+        self.phase = Phase.DONE
+        self.emit(Finished(reason))
+
+    def elapsed_s(self) -> float:
+        """Seconds that this run has been led, over all restarts."""
+        return self._elapsed_before + (self.now - self._lead_s if self.phase is Phase.LEADING else 0.0)
+
+    # ---- devices -----------------------------------------------------------------------------------------------------------------
+
+    def live(self, who: str) -> bool:
+        """Heard of within three heartbeats. A will is only a hint: it makes a device silent until its next word."""
+        return self.now - self.heard_s.get(who, float("-inf")) <= 3 * self.ledger.task.fleet.heartbeat_s
+
+    def _hear_status(self, said: tuple[topics.FromDevice, wire.Status, Payload]) -> None:
+        source, status, _ = said
+        if not status.online:
+            self.heard_s.pop(source.device, None)
+            self._advance()
+
+    def _hear_hello(self, said: tuple[topics.FromDevice, wire.Hello, Payload]) -> None:
+        source, hello, _ = said
+        who, known = source.device, self.ledger.devices.get(source.device)
+        self.heard_s[who] = self.now
+        rebooted = self.boots.get(who) != hello.boot
+        self.boots[who] = hello.boot
+        if hello.step_s:
+            self.step_s[who] = hello.step_s
+        self.broadcast.tasks(who)
+        if hello.uplink_bps:
+            join = Joined(device=who, install=hello.install.hex(), uplink_bps=hello.uplink_bps, density=0.0)
+            if known is None:
+                self.waiting[who] = join
+            elif known.install != join.install or (rebooted and self.planner.excluded(who)):
+                if known.lease is not None:
+                    self.release_lease(who, "reinstalled")
+                self.commit(join)
+        self._advance()
+
+    def _hear_telemetry(self, said: tuple[topics.FromDevice, wire.Telemetry, Payload]) -> None:
+        source, telemetry, _ = said
+        who, known = source.device, self.ledger.devices.get(source.device)
+        self.heard_s[who] = self.now
+        self.telemetry[who] = telemetry
+        if telemetry.step_s:
+            self.step_s[who] = telemetry.step_s
+        if known is None or known.install != telemetry.install.hex():
+            return
+        lease = known.lease
+        if lease is not None and lease.number == telemetry.assignment:
+            if telemetry.failed:
+                self.release_lease(who, telemetry.failed, blame=telemetry.phase == "diverged")
+            elif telemetry.phase in ("training", "sending"):
+                self.broadcast.downloaded(lease.version, who)
+        if telemetry.pending is not None:
+            self._answer_pending(who, telemetry.install, telemetry.pending)
+        self._advance()
+
+    def release_lease(self, who: str, reason: str, *, blame: bool = False) -> None:
+        lease = self.ledger.devices[who].lease
+        self.commit(Released(device=who, reason=reason, blame=blame))
+        self.deadline_s.pop(who, None)
+        if lease is not None:
+            self.broadcast.downloaded(lease.version, who)
+        self.emit(Note("released", {"device": who, "reason": reason}))
+
+    # ---- updates -----------------------------------------------------------------------------------------------------------------
+
+    def _hear_update(self, said: tuple[topics.FromDevice, wire.UpdateChunk, memoryview]) -> None:
+        source, chunk, payload = said
+        who, known = source.device, self.ledger.devices.get(source.device)
+        self.heard_s[who] = self.now
+        if known is None or known.install != chunk.install.hex():
+            return
+        if source.sequence <= known.last_sequence:
+            self._receipt(who, chunk.install, source.sequence)
+            return
+        try:
+            quota = uploads.quota_bytes(self.ledger)
+            assembly = uploads.add_chunk(self.assemblies.get(who), chunk, payload, source.sequence, source.index, quota)
+        except PeerError as error:
+            self.emit(Note("refused", {"device": who, "reason": str(error)}))
+            return
+        self.assemblies[who] = assembly
+        if assembly.whole:
+            self._take_update(who, assembly)
+
+    def _take_update(self, who: str, assembly: uploads.Assembly) -> None:
+        del self.assemblies[who]
+        payload = uploads.whole_payload(assembly)
+        if payload is None or assembly.head is None:
+            self._receipt(who, assembly.install, assembly.sequence, [wire.Range(0, assembly.count)])
+            return
+        version = assembly.head.version
+        try:
+            if version not in self.ledger.published:
+                raise _TooLateError(f"version {version} is no longer held: the update came after its deadline")
+            entry = uploads.checked(self.ledger, who, assembly, payload, self._uplink_bps(who))
+            self.commit(entry, payload)
+        except PeerError as error:
+            late = isinstance(error, _TooLateError)
+            self.commit(
+                Rejected(
+                    device=who, install=assembly.install.hex(), sequence=assembly.sequence, reason=str(error)[:900], blame=not late
+                )
+            )
+            self.emit(Note("rejected", {"device": who, "reason": str(error)}))
+        else:
+            self._note_arrival(who, assembly.head)
+        self.deadline_s.pop(who, None)
+        self.broadcast.downloaded(version, who)
+        self._receipt(who, assembly.install, assembly.sequence)
+        self._advance()
+
+    def _note_arrival(self, who: str, head: wire.UpdateHead) -> None:
+        staleness = self.ledger.version - head.version
+        fields = {"device": who, "version": head.version, "staleness": staleness, "level": head.level, "bytes": head.size}
+        self.emit(Note("update", {**fields, "loss": head.loss, "seconds": head.seconds, "examples": head.examples}))
+
+    def _uplink_bps(self, who: str) -> float:
+        telemetry = self.telemetry.get(who)
+        measured = telemetry.uplink_bps if telemetry is not None else None
+        return measured or self.ledger.devices[who].uplink_bps
+
+    def _answer_pending(self, who: str, install: bytes, pending: wire.Pending) -> None:
+        if pending.sequence <= self.ledger.devices[who].last_sequence:
+            self._receipt(who, install, pending.sequence)
+            return
+        assembly = self.assemblies.get(who)
+        if assembly is not None and (assembly.install, assembly.sequence) == (install, pending.sequence):
+            self._receipt(who, install, pending.sequence, assembly.missing())
+        else:
+            self._receipt(who, install, pending.sequence, [wire.Range(0, pending.count)])
+
+    def _receipt(self, who: str, install: bytes, sequence: int, missing: list[wire.Range] | None = None) -> None:
+        known = self.ledger.devices[who]
+        if missing:
+            outcome, reason = "missing", ""
+        elif sequence == known.last_sequence:
+            outcome, reason = ("accepted" if known.last_accepted else "rejected"), known.last_reason
+        else:
+            outcome, reason = "rejected", "a newer update of this device is already here"
+        blame = outcome == "rejected" and sequence == known.last_sequence and known.last_blamed
+        message = wire.Receipt(
+            term=self.term, install=install, sequence=sequence, outcome=outcome, reason=reason, blame=blame, missing=missing or []
+        )
+        self.emit(Publish(self.names.receipt(who), wire.encode(message)))
+
+    # ---- progress ----------------------------------------------------------------------------------------------------------------
+
+    def _outstanding(self) -> list[str]:
+        return [who for who in self.deadline_s if self.live(who)]
+
+    def _due_s(self) -> float | None:
+        return due_s(
+            self.ledger.task.trigger,
+            arrived=len(self.ledger.arrived),
+            outstanding=len(self._outstanding()),
+            fastest_class=self.planner.fastest_class(),
+            quorum_s=self.quorum_s,
+            last_s=self.last_s,
+            now_s=self.now,
+        )
+
+    def _tick(self, _: Woken) -> None:
+        for who in [who for who, deadline in self.deadline_s.items() if deadline <= self.now]:
+            self.release_lease(who, "deadline passed")
+        if self._beat_s <= self.now:
+            self._beat()
+        self._advance()
+
+    def _advance(self) -> None:
+        """Do everything that has become due: densities, aggregations, assignments, the end."""
+        if self.phase is not Phase.LEADING:
+            return
+        self.planner.admit()
+        fastest = self.planner.fastest_class()
+        if self.quorum_s is None and has_quorum(
+            self.ledger.task.trigger, len(self.ledger.arrived), len(self._outstanding()), fastest
+        ):
+            self.quorum_s = self.now
+        due = self._due_s()
+        if due is not None and due <= self.now:
+            self.last_s, self.quorum_s = self.now, None
+            self.planner.aggregate()
+        reason = self.planner.finish_reason()
+        if reason:
+            self.planner.finish(reason)
+            self.phase = Phase.DONE
+            self.broadcast.clear_everything()
+            self.emit(Finished(reason))
+            return
+        self.planner.assign_idle()
+
+    def _announce_end(self, _: Connected) -> None:
+        if self.ledger.finished:
+            self.broadcast.clear_everything()
+
+
+class _TooLateError(PeerError):
+    """Nobody's fault: the update came after its version was given up."""
+
+
+_MESSAGES: Mapping[str, type[wire.Message]] = {
+    "status": wire.Status,
+    "hello": wire.Hello,
+    "telemetry": wire.Telemetry,
+    "update": wire.UpdateChunk,
+}
+
+TRANSITIONS: Mapping[tuple[Phase, Any], Callable[[Coordinator, Any], None]] = {
+    (Phase.OFFLINE, Connected): Coordinator._begin_claim,
+    (Phase.CLAIMING, Disconnected): Coordinator._go_offline,
+    (Phase.CLAIMING, "claim"): Coordinator._weigh_claim,
+    (Phase.CLAIMING, Woken): Coordinator._lead,
+    (Phase.LEADING, Disconnected): Coordinator._go_offline,
+    (Phase.LEADING, "claim"): Coordinator._defend_claim,
+    (Phase.LEADING, "status"): Coordinator._hear_status,
+    (Phase.LEADING, "hello"): Coordinator._hear_hello,
+    (Phase.LEADING, "telemetry"): Coordinator._hear_telemetry,
+    (Phase.LEADING, "update"): Coordinator._hear_update,
+    (Phase.LEADING, Woken): Coordinator._tick,
+    (Phase.DONE, Connected): Coordinator._announce_end,
+}

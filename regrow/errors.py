@@ -1,0 +1,20 @@
+"""The two errors of the house: who is to blame decides what happens next.
+
+    RegrowError
+    ├── LocalError   we (this process, its configuration, its caller) did wrong
+    └── PeerError    the other end, or bytes that claim to come from it, did wrong
+"""
+
+from __future__ import annotations
+
+
+class RegrowError(Exception):
+    """Anything that Regrow reports to its user; the message names the place and the cure."""
+
+
+class LocalError(RegrowError):
+    """Our own side is wrong: an argument, a file, a configuration, an invariant."""
+
+
+class PeerError(RegrowError):
+    """The other side is wrong: the only exception that a decoder lets out, whatever the bytes."""

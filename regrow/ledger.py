@@ -1,0 +1,342 @@
+"""What the coordinator knows for certain: the fold of its durable records.
+
+`apply` is the only way in, live and at a restart alike, and it draws on nothing but the record, so a replay ends at the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow import aggregate, indexset, records, restoration, values
+from regrow.aggregate import Update
+from regrow.density import remember_round
+from regrow.errors import LocalError
+from regrow.machine import Payload, Record
+from regrow.order import Order, build_order, importance
+from regrow.parameters import Layout
+from regrow.publication import CodedOrder, Publication
+from regrow.task import Task
+from regrow.wire import Score
+
+RETIRED_REMEMBERED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    number: int
+    version: int
+    epoch: int
+    level: int
+    deadline_s: float
+    evaluate_level: int | None = None
+
+
+@dataclass(slots=True)
+class Device:
+    """What is known of one device. `last_*` answer a repeated update; rejections in a row lead to exclusion."""
+
+    install: str
+    uplink_bps: float
+    density: float
+    number: int = 0
+    lease: Lease | None = None
+    last_sequence: int = -1
+    last_accepted: bool = False
+    last_reason: str = ""
+    last_blamed: bool = False
+    updates: int = 0
+    rejections: int = 0
+    rounds_in_epoch: int = 0
+    rounds_since_full: int = 0
+    first_density: float = 0.0
+    full_round_s: list[float] = field(default_factory=list)
+    reports: dict[int, Score] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Buffered:
+    """The latest update of a device; `base` only where gradient averaging needs it."""
+
+    update: Update
+    version: int
+    examples: int
+    base: NDArray[np.float32] | None = None
+
+
+@dataclass
+class Ledger:
+    """The durable state of a run. Vectors are float32 [n] in the position order of the current epoch."""
+
+    task: Task
+    layout: Layout
+    weights: NDArray[np.float32]
+    coded: CodedOrder
+    anchor: NDArray[np.float32]
+    squares: NDArray[np.float32]
+    version: int = 0
+    since_refresh: int = 0
+    elapsed_s: float = 0.0
+    devices: dict[str, Device] = field(default_factory=dict)
+    buffer: dict[str, Buffered] = field(default_factory=dict)
+    arrived: dict[str, None] = field(default_factory=dict)
+    orders: dict[int, CodedOrder] = field(default_factory=dict)
+    published: dict[int, Publication] = field(default_factory=dict)
+    retired: list[tuple[int, int]] = field(default_factory=list)
+    norms: dict[int, list[float]] = field(default_factory=dict)
+    restoration: restoration.RestorationState = field(default_factory=restoration.RestorationState)
+    global_score: float | None = None
+    level_scores: dict[float, float] = field(default_factory=dict)
+    trained_out: bool = False
+    finished: str = ""
+
+    @classmethod
+    def start(cls, task: Task, layout: Layout, initial: NDArray[np.float32]) -> Ledger:
+        """The ledger before the first record. `initial`: float32 [n] by flat coordinate."""
+        if initial.dtype != np.float32 or initial.shape != (layout.size,) or not np.isfinite(initial).all():
+            raise LocalError(f"initial model: expected {layout.size} finite float32 values; rebuild the task with `regrow task build`")
+        order = build_order(
+            layout,
+            importance("w", initial),
+            densities_of(task),
+            epoch=0,
+            floor=task.method.layer_floor,
+            magnitude=np.abs(initial),
+            costs=task.method.layer_costs or None,
+        )
+        coded = CodedOrder.of(order)
+        weights = initial[order.coordinates]
+        return cls(task, layout, weights, coded, weights.copy(), np.zeros_like(weights), orders={0: coded})
+
+    @property
+    def order(self) -> Order:
+        return self.coded.order
+
+    @property
+    def flat_weights(self) -> NDArray[np.float32]:
+        """W_k, float32 [n] by flat coordinate."""
+        flat = np.empty_like(self.weights)
+        flat[self.order.coordinates] = self.weights
+        return flat
+
+    def level_of(self, density: float) -> int:
+        """The lowest level that holds this density."""
+        return next(level for level, rung in enumerate(densities_of(self.task)) if rung >= density - 1e-9)
+
+    def density_of(self, level: int) -> float:
+        return densities_of(self.task)[level]
+
+    def apply(self, entry: records.Entry, payload: Payload = b"") -> None:
+        """Take one durable fact in."""
+        _APPLY[type(entry)](self, entry, payload)
+
+    def apply_record(self, record: Record) -> None:
+        self.apply(records.from_record(record), record.payload)
+
+    def reconstruct(self, entry: records.Accepted, payload: Payload) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(w_i, base): float32 [length] each, in the position order of the update's epoch.
+
+        Raises:
+            PeerError: the payload is not such an update.
+        """
+        publication = self.published[entry.version]
+        length = publication.order.lengths[entry.level]
+        base = publication.base(length)
+        sent = values.decode(payload, entry.dtype, length, publication.order.always_kept)
+        # Quantised uploads carry w_i - base, but always-kept values travel as float32 and as deltas too, so one rule serves both.
+        return (base + sent if entry.dtype == "int8" else sent), base
+
+
+def densities_of(task: Task) -> tuple[float, ...]:
+    """One density per level: FedGMR's ladder, or 64ths for PR-FL's continuous rule."""
+    return task.method.ladder if task.method.name == "fedgmr" else tuple(step / 64 for step in range(1, 65))
+
+
+# ---- one function per kind of record -------------------------------------------------------------------------------------------------
+
+
+def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
+    known = ledger.devices.get(entry.device)
+    if known is None:
+        device = Device(entry.install, entry.uplink_bps, entry.density, first_density=entry.density)
+        ledger.devices[entry.device] = device
+        return
+    known.uplink_bps = entry.uplink_bps
+    known.rejections = 0
+    if known.install != entry.install:
+        known.install, known.last_sequence = entry.install, -1
+
+
+def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
+    device = ledger.devices[entry.device]
+    device.number = entry.number
+    device.lease = Lease(entry.number, entry.version, entry.epoch, entry.level, entry.deadline_s, entry.evaluate_level)
+    device.rounds_since_full = 0 if entry.evaluate_level is not None else device.rounds_since_full + 1
+
+
+def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None:
+    device = ledger.devices[entry.device]
+    trained, base = ledger.reconstruct(entry, payload)
+    old = ledger.orders[entry.epoch].order
+    keeps_base = ledger.task.method.aggregation == "gradient"
+    update, base_update = Update(trained), Update(base)
+    if entry.epoch != ledger.order.epoch:
+        update = aggregate.reexpress(update, old, ledger.order)
+        base_update = aggregate.reexpress(base_update, old, ledger.order)
+    ledger.buffer[entry.device] = Buffered(update, entry.version, entry.examples, base_update.values if keeps_base else None)
+    ledger.arrived[entry.device] = None
+    _close(device, entry.sequence, accepted=True)
+    device.updates += 1
+    device.rejections = 0
+    device.rounds_in_epoch += entry.epoch == ledger.order.epoch
+    device.uplink_bps = entry.uplink_bps
+    device.full_round_s = list(remember_round(device.full_round_s, entry.round_s, ledger.task.method.round_window))
+    for score in entry.scores:
+        device.reports[score.level] = score
+    ledger.norms[entry.level] = [*ledger.norms.get(entry.level, []), entry.norm][-32:]
+
+
+def _rejected(ledger: Ledger, entry: records.Rejected, _: Payload) -> None:
+    device = ledger.devices[entry.device]
+    _close(device, entry.sequence, accepted=False, reason=entry.reason, blame=entry.blame)
+    device.rejections += entry.blame
+
+
+def _close(device: Device, sequence: int, *, accepted: bool, reason: str = "", blame: bool = False) -> None:
+    device.lease = None
+    device.last_sequence, device.last_accepted, device.last_reason, device.last_blamed = sequence, accepted, reason, blame
+
+
+def _released(ledger: Ledger, entry: records.Released, _: Payload) -> None:
+    device = ledger.devices[entry.device]
+    device.lease = None
+    device.rejections += entry.blame
+
+
+def _aggregated(ledger: Ledger, entry: records.Aggregated, _: Payload) -> None:
+    limit = ledger.task.method.max_staleness
+    if limit:
+        ledger.buffer = {who: held for who, held in ledger.buffer.items() if ledger.version - held.version <= limit}
+    previous = ledger.weights
+    ledger.weights = _mean(ledger)
+    ledger.squares = ledger.squares + np.square(ledger.weights - previous)
+    ledger.version, ledger.elapsed_s = entry.version, entry.elapsed_s
+    ledger.since_refresh += 1
+    ledger.arrived = {}
+
+
+def _mean(ledger: Ledger) -> NDArray[np.float32]:
+    """The next global model from the buffer (or, unbuffered and for gradients, from this aggregation's arrivals)."""
+    method = ledger.task.method
+    everyone = method.buffered and method.aggregation != "gradient"
+    members = [ledger.buffer[who] for who in sorted(ledger.buffer) if everyone or who in ledger.arrived]
+    if not members:
+        return ledger.weights.copy()
+    decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
+    weights = np.array(
+        [decay(ledger.version - held.version) * (held.examples if method.weigh_by_examples else 1) for held in members]
+    )
+    updates = [held.update for held in members]
+    if method.aggregation == "gradient":
+        bases = [held.base for held in members if held.base is not None]
+        return aggregate.gradient_average(ledger.weights, updates, bases, weights)
+    if method.aggregation == "plain":
+        return aggregate.fed_avg(ledger.weights, updates, weights)
+    return aggregate.mask_fed_avg(ledger.weights, updates, weights, ledger.order.segments(), eta_g=method.eta_g)
+
+
+def _refreshed(ledger: Ledger, entry: records.Refreshed, payload: Payload) -> None:
+    old = ledger.order
+    view, levels, start = memoryview(payload), [], 0
+    for size in entry.sizes:
+        levels.append(bytes(view[start : start + size]))
+        start += size
+    always_kept = ledger.layout.always_kept_coordinates
+    coordinates = indexset.decode_prefix(ledger.layout.size, always_kept, tuple(entry.lengths), levels)
+    order = Order(entry.epoch, coordinates, tuple(entry.lengths), old.always_kept)
+    moved = old.position_of[order.coordinates]
+    ledger.weights = ledger.weights[moved]
+    ledger.anchor = ledger.weights.copy()
+    ledger.squares = ledger.squares[moved]
+    ledger.coded = CodedOrder(order, tuple(levels))
+    ledger.orders[entry.epoch] = ledger.coded
+    ledger.since_refresh = 0
+    ledger.buffer = {who: _reexpressed(held, old, order) for who, held in ledger.buffer.items()}
+    for device in ledger.devices.values():
+        device.rounds_in_epoch = 0
+    _forget_orders(ledger)
+
+
+def _reexpressed(held: Buffered, old: Order, new: Order) -> Buffered:
+    update = aggregate.reexpress(held.update, old, new)
+    if held.base is None:
+        return Buffered(update, held.version, held.examples)
+    base = aggregate.reexpress(Update(held.base, held.update.presence), old, new)
+    return Buffered(update, held.version, held.examples, base.values)
+
+
+def _forget_orders(ledger: Ledger) -> None:
+    """An epoch dies with its last version."""
+    live = {publication.order.epoch for publication in ledger.published.values()} | {ledger.order.epoch}
+    ledger.orders = {epoch: coded for epoch, coded in ledger.orders.items() if epoch in live}
+
+
+def _restored(ledger: Ledger, entry: records.Restored, _: Payload) -> None:
+    for who, density in entry.densities.items():
+        ledger.devices[who].density = density
+    ledger.restoration = msgspec.json.decode(bytes(entry.state), type=restoration.RestorationState)
+    ledger.global_score, ledger.trained_out = entry.global_score, entry.finished
+    ledger.level_scores = {float(density): score for density, score in entry.scores.items()}
+
+
+def _published(ledger: Ledger, entry: records.Published, _: Payload) -> None:
+    if entry.version != ledger.version:
+        raise LocalError(f"store: version {entry.version} published while the model is {ledger.version}; the log is out of order")
+    dtype = ledger.task.wire.down
+    ledger.published[entry.version] = Publication.of(entry.version, ledger.order, ledger.weights, dtype, entry.chunk_bytes)
+
+
+def _retired(ledger: Ledger, entry: records.Retired, _: Payload) -> None:
+    gone = ledger.published.pop(entry.version)
+    ledger.retired = [*ledger.retired, (entry.version, len(gone.chunks))][-RETIRED_REMEMBERED:]
+    _forget_orders(ledger)
+
+
+def _finished(ledger: Ledger, entry: records.Finished, _: Payload) -> None:
+    ledger.finished, ledger.elapsed_s = entry.reason, entry.elapsed_s
+
+
+def _rolled_back(ledger: Ledger, entry: records.RolledBack, payload: Payload) -> None:
+    flat = np.frombuffer(payload, np.float32)
+    ledger.weights = flat[ledger.order.coordinates]
+    ledger.anchor = ledger.weights.copy()
+    ledger.squares = np.zeros_like(ledger.weights)
+    ledger.version = entry.version
+    ledger.buffer, ledger.arrived, ledger.norms = {}, {}, {}
+    ledger.finished, ledger.trained_out, ledger.global_score, ledger.level_scores = "", False, None, {}
+    ledger.restoration = restoration.RestorationState()
+    for version in sorted(ledger.published):
+        _retired(ledger, records.Retired(version=version), b"")
+    for device in ledger.devices.values():
+        device.lease, device.rejections, device.reports = None, 0, {}
+
+
+_APPLY: Mapping[type[records.Entry], Callable[[Ledger, Any, Payload], None]] = {
+    records.Joined: _joined,
+    records.Assigned: _assigned,
+    records.Accepted: _accepted,
+    records.Rejected: _rejected,
+    records.Released: _released,
+    records.Aggregated: _aggregated,
+    records.Refreshed: _refreshed,
+    records.Restored: _restored,
+    records.Published: _published,
+    records.Retired: _retired,
+    records.Finished: _finished,
+    records.RolledBack: _rolled_back,
+}

@@ -1,0 +1,188 @@
+"""What the two state machines say and hear: events in, effects out.
+
+The coordinator and the device are pure: `effects = step(state, event, now)`. A runtime (MQTT, simulator or test) carries the
+effects out and brings the answers back as events. `now` is monotonic seconds. Nothing here touches a socket, a file or a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+Payload = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of a durable log: a kind, a readable JSON header and raw bytes."""
+
+    kind: str
+    header: bytes
+    payload: Payload = b""
+
+
+# ---- effects -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Send at QoS 1. An empty retained payload clears the topic. With a token, `Acknowledged(token)` comes back after the PUBACK."""
+
+    topic: str
+    payload: Payload
+    retain: bool = False
+    token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscribe:
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Append the records to the durable log in one transaction; `Persisted(id)` comes back once they would survive a power cut."""
+
+    id: int
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Keep these bytes under this name on the device. With an id they are durable before `Persisted(id)`; without, a torn write is harmless."""
+
+    name: str
+    data: Payload
+    id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget what was saved under this name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Train:
+    """Evaluate the prefixes, then train the first one; `Trained` or `TrainingFailed` with the same number comes back.
+
+    Args:
+        number: the assignment's.
+        programs: name -> bytes, as export writes them.
+        values: float32 [longest], the downloaded prefix in position order.
+        coordinates: uint32 [longest], their flat coordinates.
+        length: positions that are trained.
+        evaluate: prefix lengths to score on validation data, by level.
+    """
+
+    number: int
+    programs: Mapping[str, bytes]
+    values: NDArray[np.float32]
+    coordinates: NDArray[np.uint32]
+    length: int
+    evaluate: Mapping[int, int]
+    steps: int
+    batch: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Send `Woken` at this monotonic time; a newer SetTimer replaces an older one."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something worth a line in the log and a row in the metrics; never needed for correctness."""
+
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    reason: str
+
+
+# ---- events --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """The broker has acknowledged a publish: `started_s` its first byte left, `acked_s` the PUBACK came; `sent_bytes` of payload."""
+
+    token: int
+    started_s: float
+    acked_s: float
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Persisted:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The meter's estimate of the uplink has changed."""
+
+    uplink_bps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """The outcome of a Train effect. values: float32 [length]; scores: (level, loss, accuracy, examples)."""
+
+    number: int
+    values: NDArray[np.float32]
+    examples: int
+    loss: float
+    seconds: float
+    scores: tuple[tuple[int, float, float, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFailed:
+    """It could not be trained here, and why."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Woken:
+    pass
+
+
+Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | SetTimer | Note | Finished
+Event = Connected | Disconnected | Received | Acknowledged | Persisted | Measured | Trained | TrainingFailed | Woken

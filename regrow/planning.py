@@ -1,0 +1,287 @@
+"""What the coordinator decides: who trains how much, which version, when the order is refreshed, when the run is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from regrow import density, records, restoration, values
+from regrow.broadcast import chunk_bytes
+from regrow.ledger import Device, Ledger, densities_of
+from regrow.machine import Note
+from regrow.order import build_order, importance
+from regrow.publication import CodedOrder
+from regrow.task import Task
+
+if TYPE_CHECKING:
+    from regrow.coordinator import Coordinator
+
+
+class Planner:
+    """The decisions of one coordinator, each ending in records."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._first_hello_s: float | None = None
+
+    @property
+    def _ledger(self) -> Ledger:
+        return self._coordinator.ledger
+
+    # ---- who takes part ------------------------------------------------------------------------------------------------------------
+
+    def join_due_s(self) -> float | None:
+        """When waiting devices get their first density, or None while the fleet is too small."""
+        waiting, fleet = self._coordinator.waiting, self._ledger.task.fleet
+        if not waiting:
+            return None
+        if self._first_hello_s is None:
+            self._first_hello_s = self._coordinator.now
+        if len(waiting) + len(self._ledger.devices) < fleet.min_devices:
+            return None
+        return self._first_hello_s if self._ledger.devices else self._first_hello_s + fleet.join_s
+
+    def admit(self) -> None:
+        """Give every waiting device its class, relative to the links of all that are here."""
+        due = self.join_due_s()
+        if due is None or due > self._coordinator.now:
+            return
+        waiting = self._coordinator.waiting
+        method = self._ledger.task.method
+        links = [join.uplink_bps for join in waiting.values()] + [
+            device.uplink_bps for who, device in self._ledger.devices.items() if self._coordinator.live(who)
+        ]
+        for join in waiting.values():
+            first = density.initial_density(join.uplink_bps, links, method.ladder, method.full_density_bps)
+            self._coordinator.commit(msgspec.structs.replace(join, density=first))
+            fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first}
+            self._coordinator.emit(Note("joined", fields))
+        waiting.clear()
+
+    def excluded(self, who: str) -> bool:
+        """Too many bad updates in a row: no more work until the device starts anew."""
+        return self._ledger.devices[who].rejections >= self._ledger.task.fleet.max_rejections
+
+    def fastest_class(self) -> int:
+        """How many live devices are in the class with the highest first density: K of the `fastest` trigger."""
+        first = [device.first_density for who, device in self._ledger.devices.items() if self._coordinator.live(who)]
+        return first.count(max(first)) if first else 0
+
+    # ---- aggregation -----------------------------------------------------------------------------------------------------------------
+
+    def aggregate(self) -> None:
+        """Make the next version; evaluate and refresh when they are due."""
+        ledger, commit = self._ledger, self._coordinator.commit
+        elapsed_s = self._coordinator.elapsed_s()
+        commit(records.Aggregated(version=ledger.version + 1, elapsed_s=elapsed_s))
+        if ledger.version % ledger.task.restoration.every == 0:
+            self._restore(elapsed_s)
+        if self._refresh_pays():
+            self._refresh()
+        mean = float(np.mean([device.density for device in ledger.devices.values()]))
+        fields = {"version": ledger.version, "elapsed_s": elapsed_s, "mean_density": mean, "global_score": ledger.global_score}
+        self._coordinator.emit(Note("aggregated", {**fields, "scores": dict(ledger.level_scores)}))
+
+    def scores(self) -> tuple[dict[float, float], float | None]:
+        """(score per level, score of the global model): example-weighted accuracy of the devices' latest reports.
+
+        A device counts for the level that it trains, and for the full model where it was asked to fetch that.
+        """
+        ledger = self._ledger
+        top = len(densities_of(ledger.task)) - 1
+        reports: list[tuple[float, float, int]] = []
+        for device in ledger.devices.values():
+            for level in {ledger.level_of(device.density), top}:
+                score = device.reports.get(level)
+                if score is not None:
+                    reports.append((ledger.density_of(level), score.accuracy, score.examples))
+        scores = restoration.score_levels(reports)
+        return scores, scores[max(scores)] if scores else None
+
+    def _restore(self, elapsed_s: float) -> None:
+        ledger, task = self._ledger, self._ledger.task
+        scores, global_score = self.scores()
+        planned = task.restoration.planned_s
+        before = {who: device.density for who, device in ledger.devices.items()}
+        progress = elapsed_s / planned if planned else 0.0
+        config = restoration_config(task)
+        state, after, finished, reasons = restoration.evaluate(
+            ledger.restoration, config, before, scores, global_score, progress
+        )
+        changed = {who: value for who, value in after.items() if value != before[who]}
+        self._coordinator.commit(
+            records.Restored(
+                densities=changed,
+                state=msgspec.Raw(msgspec.json.encode(state)),
+                scores={str(level): score for level, score in scores.items()},
+                global_score=global_score,
+                reasons=reasons,
+                finished=finished,
+            )
+        )
+        for who, value in changed.items():
+            self._coordinator.emit(Note("restored", {"device": who, "density_from": before[who], "density": value}))
+
+    def _refresh_pays(self) -> bool:
+        """k_rest aggregations have passed, somebody still trains a part, and the slow class has trained several rounds on this order."""
+        ledger, method = self._ledger, self._ledger.task.method
+        lowest = min((device.density for device in ledger.devices.values()), default=1.0)
+        if lowest >= 1.0 or ledger.since_refresh < method.refresh_every:
+            return False
+        slow = [
+            device.rounds_in_epoch
+            for who, device in ledger.devices.items()
+            if device.density == lowest and self._coordinator.live(who)
+        ]
+        return not slow or min(slow) >= method.refresh_min_rounds
+
+    def _refresh(self) -> None:
+        ledger, method = self._ledger, self._ledger.task.method
+        order = ledger.order
+        scattered = np.empty_like(ledger.weights)
+        ranked = importance(method.importance, ledger.weights, ledger.weights - ledger.anchor, ledger.squares)
+        scattered[order.coordinates] = ranked
+        new = build_order(
+            ledger.layout,
+            scattered,
+            densities_of(ledger.task),
+            epoch=order.epoch + 1,
+            floor=method.layer_floor,
+            magnitude=np.abs(ledger.flat_weights),
+            costs=method.layer_costs or None,
+        )
+        coded = CodedOrder.of(new)
+        sizes = [len(level) for level in coded.levels]
+        self._coordinator.commit(
+            records.Refreshed(epoch=new.epoch, lengths=list(new.lengths), sizes=sizes), b"".join(coded.levels)
+        )
+        self._coordinator.emit(Note("refreshed", {"epoch": new.epoch, "version": ledger.version, "bytes": sum(sizes)}))
+
+    # ---- the end ---------------------------------------------------------------------------------------------------------------------
+
+    def finish_reason(self) -> str:
+        """Why the run is over, or nothing."""
+        ledger, stop = self._ledger, self._ledger.task.stop
+        elapsed_s = self._coordinator.elapsed_s()
+        if stop.seconds is not None and elapsed_s >= stop.seconds:
+            return f"{stop.seconds:g} s have passed"
+        if stop.aggregations is not None and ledger.version >= stop.aggregations:
+            return f"{ledger.version} aggregations"
+        if stop.accuracy is not None and ledger.global_score is not None and ledger.global_score >= stop.accuracy:
+            return f"accuracy {ledger.global_score:.4f}"
+        if ledger.trained_out and stop == type(stop)():
+            return "the full model no longer improves"
+        return ""
+
+    def stop_due_s(self) -> float | None:
+        """When the planned seconds are over."""
+        seconds = self._ledger.task.stop.seconds
+        return None if seconds is None else self._coordinator.now + seconds - self._coordinator.elapsed_s()
+
+    def finish(self, reason: str) -> None:
+        self._coordinator.commit(records.Finished(reason=reason, elapsed_s=self._coordinator.elapsed_s()))
+        self._coordinator.emit(Note("finished", {"reason": reason}))
+
+    # ---- assignments -------------------------------------------------------------------------------------------------------------------
+
+    def assign_idle(self) -> None:
+        """Give every live, idle device a sub-model of the newest version that it can have; retire what nobody leases."""
+        idle = [who for who in sorted(self._ledger.devices) if self._is_idle(who)]
+        if idle:
+            version = self._version_to_hand_out()
+            if version is not None:
+                for who in idle:
+                    self._assign(who, version)
+        self._retire(self._ledger.published)
+        self._coordinator.broadcast.tidy(self._ledger.version)
+
+    def _is_idle(self, who: str) -> bool:
+        device = self._ledger.devices[who]
+        waits = who in self._ledger.arrived  # its update is not in any version yet
+        return device.lease is None and not waits and self._coordinator.live(who) and not self.excluded(who)
+
+    def _version_to_hand_out(self) -> int | None:
+        """The newest version, published now if there is room for it; else the newest that lies on the broker; else none yet."""
+        ledger, broadcast = self._ledger, self._coordinator.broadcast
+        broadcast.tidy(ledger.version)
+        on_broker = broadcast.on_broker()
+        if ledger.version in on_broker:
+            return ledger.version
+        room = (
+            len(on_broker) < ledger.task.wire.versions_on_broker and len(ledger.published) < ledger.task.wire.versions_held
+        )
+        if ledger.version in ledger.published:
+            broadcast.version(ledger.version)
+        elif room or not ledger.published:
+            slowest = min(device.uplink_bps for device in ledger.devices.values())
+            self._coordinator.commit(records.Published(version=ledger.version, chunk_bytes=chunk_bytes(slowest)))
+            broadcast.version(ledger.version)
+        else:
+            return max(on_broker, default=None)
+        return ledger.version
+
+    def _assign(self, who: str, version: int) -> None:
+        ledger = self._ledger
+        device, order = ledger.devices[who], ledger.published[version].order
+        level = ledger.level_of(self._density_now(who, device))
+        every = ledger.task.restoration.full_model_every
+        top = len(order.lengths) - 1
+        asks_full = bool(every) and level < top and device.rounds_since_full + 1 >= every
+        deadline_s = max(ledger.task.fleet.min_deadline_s, 3 * self._predicted_round_s(who, version, level))
+        self._coordinator.commit(
+            records.Assigned(
+                device=who,
+                number=device.number + 1,
+                version=version,
+                epoch=order.epoch,
+                level=level,
+                deadline_s=deadline_s,
+                evaluate_level=top if asks_full else None,
+            )
+        )
+        self._coordinator.deadline_s[who] = self._coordinator.now + deadline_s
+        lease = device.lease
+        if lease is not None:
+            self._coordinator.broadcast.assignment(who, lease)
+
+    def _density_now(self, who: str, device: Device) -> float:
+        """FedGMR: what restoration has come to. PR-FL: the rule on normalised round times, never below restoration's floor."""
+        if self._ledger.task.method.name == "fedgmr":
+            return device.density
+        windows = {other: known.full_round_s for other, known in self._ledger.devices.items()}
+        return density.relative_densities(windows, self._ledger.restoration.minimum).get(who, device.density)
+
+    def _predicted_round_s(self, who: str, version: int, level: int) -> float:
+        """Download, training and upload at this level; the downlink is taken to be no slower than the measured uplink."""
+        ledger = self._ledger
+        publication = ledger.published[version]
+        length = publication.order.lengths[level]
+        down = publication.offset(length) + sum(len(data) for data in ledger.orders[publication.order.epoch].levels[: level + 1])
+        up = values.encoded_size(ledger.task.wire.up, length, publication.order.always_kept)
+        train_s = ledger.task.training.local_steps * self._coordinator.step_s.get(who, 0.1)
+        return 8 * (down + up) / ledger.devices[who].uplink_bps + train_s
+
+    def _retire(self, versions: Iterable[int]) -> None:
+        """Give up every version that nobody leases, except the newest: that one the next device will ask for."""
+        leased = {device.lease.version for device in self._ledger.devices.values() if device.lease is not None}
+        for version in [v for v in versions if v not in leased and v != self._ledger.version]:
+            chunks = len(self._ledger.published[version].chunks)
+            self._coordinator.commit(records.Retired(version=version))
+            self._coordinator.broadcast.gone(version, chunks)
+
+
+def restoration_config(task: Task) -> restoration.RestorationConfig:
+    """Restoration's settings as its own module takes them."""
+    settings = task.restoration
+    return restoration.RestorationConfig(
+        trigger=settings.trigger,
+        step=settings.step,
+        delta_density=settings.delta_density,
+        patience=settings.patience,
+        min_delta=settings.min_delta,
+        every=settings.every,
+        ladder=task.method.ladder,
+    )

@@ -1,0 +1,188 @@
+"""task.toml: what is trained, how, and when it is done. Every key has a default; a key that we do not know is an error with its line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from regrow.errors import LocalError
+
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+AboveZero = Annotated[float, msgspec.Meta(gt=0)]
+Whole = Annotated[int, msgspec.Meta(ge=0)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of task.toml."""
+
+
+class Method(Section, frozen=True, kw_only=True):
+    """Who trains which part, and how updates become one model (algorithms: sections 1, 2 and 4)."""
+
+    name: Literal["fedgmr", "prfl"] = "fedgmr"
+    ladder: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=64)] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    importance: Literal["wg", "g", "w"] = "wg"
+    layer_floor: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    layer_costs: dict[str, AboveZero] = {}
+    refresh_every: AtLeastOne = 25
+    refresh_min_rounds: Whole = 2
+    full_density_bps: AboveZero | None = None
+    aggregation: Literal["mask", "gradient", "plain"] = "mask"
+    buffered: bool = True
+    staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    staleness_a: NotNegative = 0.6
+    staleness_b: NotNegative = 4.0
+    weigh_by_examples: bool = False
+    eta_g: Fraction = 1.0
+    max_staleness: Whole = 0
+    round_window: AtLeastOne = 5
+
+
+class Training(Section, frozen=True, kw_only=True):
+    """The local work of one round."""
+
+    local_steps: AtLeastOne = 20
+    batch: AtLeastOne = 20
+    learning_rate: AboveZero = 0.05
+
+
+class Trigger(Section, frozen=True, kw_only=True):
+    """When the coordinator aggregates (algorithms: section 6). count = 0 means the size of the fastest class."""
+
+    kind: Literal["all", "arrival", "interval", "fastest", "count"] = "fastest"
+    count: Whole = 0
+    interval_s: NotNegative = 0.5
+
+
+class Restoration(Section, frozen=True, kw_only=True):
+    """Gradual model restoration (algorithms: section 5)."""
+
+    trigger: Literal["none", "plateau", "fixed", "mixed"] = "plateau"
+    step: Literal["ladder", "fixed"] = "ladder"
+    delta_density: Fraction = 0.2
+    patience: AtLeastOne = 5
+    min_delta: NotNegative = 0.001
+    every: AtLeastOne = 5
+    planned_s: AboveZero | None = None
+    full_model_every: Whole = 0
+
+
+class Wire(Section, frozen=True, kw_only=True):
+    """What the values travel as, and how many versions are kept for devices that still need them."""
+
+    up: Literal["float32", "float16", "int8"] = "int8"
+    down: Literal["float32", "float16"] = "float16"
+    versions_on_broker: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    versions_held: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16
+
+
+class Fleet(Section, frozen=True, kw_only=True):
+    """Whom to wait for, and when a device counts as gone."""
+
+    min_devices: AtLeastOne = 1
+    join_s: NotNegative = 5.0
+    heartbeat_s: AboveZero = 10.0
+    min_deadline_s: AboveZero = 30.0
+    max_rejections: AtLeastOne = 5
+    norm_bound: Annotated[float, msgspec.Meta(gt=1)] = 10.0
+
+
+class Stop(Section, frozen=True, kw_only=True):
+    """When the run ends; without any of these, when restoration has finished."""
+
+    seconds: AboveZero | None = None
+    aggregations: AtLeastOne | None = None
+    accuracy: Fraction | None = None
+
+
+class StoreSettings(Section, frozen=True, kw_only=True):
+    """What the gateway keeps on disk."""
+
+    snapshot_every: AtLeastOne = 50
+    keep_snapshots: AtLeastOne = 5
+    keep_updates: bool = False
+
+
+class Task(Section, frozen=True, kw_only=True):
+    """A whole task.toml."""
+
+    name: str
+    model: str = "model.onnx"
+    seed: Whole = 0
+    method: Method = Method()
+    training: Training = Training()
+    trigger: Trigger = Trigger()
+    restoration: Restoration = Restoration()
+    wire: Wire = Wire()
+    fleet: Fleet = Fleet()
+    stop: Stop = Stop()
+    store: StoreSettings = StoreSettings()
+
+    def __post_init__(self) -> None:
+        from regrow.topics import check_name
+
+        check_name(self.name, "task")
+        ladder = self.method.ladder
+        if tuple(sorted(set(ladder))) != ladder or ladder[-1] != 1.0:
+            raise LocalError("ladder at $.method: densities must ascend and end at 1.0, for example [0.05, 0.1, 0.2, 0.5, 1.0]")
+        if self.restoration.trigger in ("fixed", "mixed") and self.restoration.planned_s is None:
+            raise LocalError("trigger at $.restoration: 'fixed' and 'mixed' also need planned_s, the planned duration in seconds")
+        if self.wire.versions_held < self.wire.versions_on_broker:
+            raise LocalError("versions_held at $.wire: must be at least versions_on_broker")
+
+
+def parse_task(text: str, place: str = "task.toml") -> Task:
+    """The task that the text describes.
+
+    Raises:
+        LocalError: with place and line, for anything that is not a valid task.
+    """
+    if sys.version_info < (3, 11):
+        raise LocalError("reading task.toml needs Python 3.11 or newer: the gateway does it, devices never do")
+    import tomllib
+
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise LocalError(f"{place}: {error}") from error
+    try:
+        return msgspec.convert(table, Task)
+    except msgspec.ValidationError as error:
+        message = str(error)
+    except LocalError as error:
+        message = str(error)
+    line = _line_of(text, message)
+    raise LocalError(f"{place}:{line}: {message}" if line else f"{place}: {message}")
+
+
+def task_text(task: Task) -> dict[str, Any]:
+    """The task as plain tables, for a store or a report; parse_task of it as TOML gives the same task."""
+    tables: dict[str, Any] = msgspec.to_builtins(task)
+    return tables
+
+
+def _line_of(text: str, message: str) -> int | None:
+    """Line of the key that a validation message names: "unknown field `x` - at `$.method`" or "... - at `$.method.x`"."""
+    path = re.search(r"at `?\$((?:\.[A-Za-z_]\w*)*)", message)
+    keys = path.group(1).strip(".").split(".") if path and path.group(1) else []
+    unknown = re.search(r"unknown field `([^`]*)`|^(\w+) at \$", message)
+    if unknown:
+        keys.append(unknown.group(1) or unknown.group(2))
+    if not keys:
+        return None
+    table, key = ".".join(keys[:-1]), keys[-1]
+    current = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[\s*([^\]]+?)\s*\]", line)
+        if header:
+            current = header.group(1)
+            if current == ".".join(keys):
+                return number
+        elif current == table and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
+            return number
+    return None

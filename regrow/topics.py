@@ -1,0 +1,118 @@
+"""Every MQTT topic of protocol v1, built and parsed in one place.
+
+A device publishes only below its own id and reads only coordinator topics and its own; the broker's ACL is written from the same words.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from regrow.errors import LocalError
+
+ROOT = "regrow/v1"
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z")
+_NUMBER = re.compile(r"(0|[1-9][0-9]{0,17})\Z")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return the name, or raise LocalError if it cannot be one level of a topic."""
+    if not NAME.match(name):
+        raise LocalError(f"{what} {name!r}: use 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit")
+    if name == "device" and what == "task":
+        raise LocalError("task 'device': this name is reserved by the topic layout; choose another")
+    return name
+
+
+# ---- topics of a device, whatever it trains ------------------------------------------------------------------------------------------
+
+
+def status(device: str) -> str:
+    return f"{ROOT}/device/{device}/status"
+
+
+def hello(device: str) -> str:
+    return f"{ROOT}/device/{device}/hello"
+
+
+def tasks(device: str) -> str:
+    return f"{ROOT}/device/{device}/tasks"
+
+
+# ---- topics of a task and of one run of it -------------------------------------------------------------------------------------------
+
+
+def claim(task: str) -> str:
+    return f"{ROOT}/{task}/claim"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The topics below regrow/v1/{task}/{run}."""
+
+    task: str
+    run: str
+
+    @property
+    def root(self) -> str:
+        return f"{ROOT}/{self.task}/{self.run}"
+
+    def manifest(self, version: int) -> str:
+        return f"{self.root}/manifest/{version}"
+
+    def program(self, digest: bytes, piece: int) -> str:
+        return f"{self.root}/program/{digest.hex()}/{piece}"
+
+    def order(self, epoch: int, level: int, piece: int) -> str:
+        return f"{self.root}/order/{epoch}/{level}/{piece}"
+
+    def chunk(self, version: int, index: int) -> str:
+        return f"{self.root}/chunk/{version}/{index}"
+
+    def assignment(self, device: str) -> str:
+        return f"{self.root}/device/{device}/assignment"
+
+    def receipt(self, device: str) -> str:
+        return f"{self.root}/device/{device}/receipt"
+
+    def telemetry(self, device: str) -> str:
+        return f"{self.root}/device/{device}/telemetry"
+
+    def probe(self, device: str) -> str:
+        return f"{self.root}/device/{device}/probe"
+
+    def update(self, device: str, sequence: int, index: int) -> str:
+        return f"{self.root}/device/{device}/update/{sequence}/{index}"
+
+    def from_devices(self) -> tuple[str, ...]:
+        """What the coordinator listens to. Probes are measured by their sender and read by nobody."""
+        return (
+            f"{ROOT}/device/+/status",
+            f"{ROOT}/device/+/hello",
+            f"{self.root}/device/+/telemetry",
+            f"{self.root}/device/+/update/+/+",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FromDevice:
+    """A parsed topic that a device published: kind is 'status', 'hello', 'telemetry' or 'update'."""
+
+    kind: str
+    device: str
+    sequence: int = 0
+    index: int = 0
+
+
+def parse_from_device(topic: str, run: Run) -> FromDevice | None:
+    """Return what a device says on this topic, or None when the topic is not one of this run's (the message is then ignored)."""
+    parts = topic.split("/")
+    if parts[:3] == ["regrow", "v1", "device"] and len(parts) == 5 and parts[4] in ("status", "hello"):
+        return FromDevice(parts[4], parts[3]) if NAME.match(parts[3]) else None
+    if parts[:5] != ["regrow", "v1", run.task, run.run, "device"] or len(parts) < 7 or not NAME.match(parts[5]):
+        return None
+    if len(parts) == 7 and parts[6] == "telemetry":
+        return FromDevice("telemetry", parts[5])
+    if len(parts) == 9 and parts[6] == "update" and _NUMBER.match(parts[7]) and _NUMBER.match(parts[8]):
+        return FromDevice("update", parts[5], int(parts[7]), int(parts[8]))
+    return None

@@ -1,0 +1,151 @@
+"""Updates on their way in: reassembly under a quota, and everything that is checked before an update may touch the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from regrow import records, values, wire
+from regrow.density import full_density_round_s
+from regrow.errors import PeerError
+from regrow.ledger import Ledger
+
+ENOUGH_NORMS = 3
+
+
+@dataclass(slots=True)
+class Assembly:
+    """One update of one device, as far as it has come."""
+
+    install: bytes
+    sequence: int
+    count: int
+    chunk_bytes: int
+    head: wire.UpdateHead | None = None
+    chunks: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        return len(self.chunks) == self.count
+
+    def missing(self) -> list[wire.Range]:
+        return ranges(index for index in range(self.count) if index not in self.chunks)
+
+
+def ranges(indices: Iterable[int]) -> list[wire.Range]:
+    """Ascending indices as half-open ranges."""
+    found: list[wire.Range] = []
+    for index in indices:
+        if found and found[-1].stop == index:
+            found[-1] = wire.Range(found[-1].start, index + 1)
+        else:
+            found.append(wire.Range(index, index + 1))
+    return found
+
+
+def add_chunk(
+    assembly: Assembly | None, chunk: wire.UpdateChunk, payload: memoryview, sequence: int, index: int, quota_bytes: int
+) -> Assembly:
+    """The assembly with this chunk in it; a newer sequence or another install replaces what a device had begun.
+
+    Raises:
+        PeerError: the chunk contradicts the ones before it, or the update would be larger than any that this run can have.
+    """
+    if chunk.count * chunk.chunk_bytes >= quota_bytes + chunk.chunk_bytes:
+        raise PeerError(f"update {sequence}: {chunk.count} chunks of {chunk.chunk_bytes} bytes, this run's updates have {quota_bytes}")
+    full = index < chunk.count - 1
+    if index >= chunk.count or len(payload) > chunk.chunk_bytes or (full and len(payload) != chunk.chunk_bytes):
+        raise PeerError(f"update {sequence}: chunk {index} of {chunk.count} has {len(payload)} bytes, chunks are {chunk.chunk_bytes}")
+    if assembly is None or (assembly.install, assembly.sequence) != (chunk.install, sequence):
+        assembly = Assembly(chunk.install, sequence, chunk.count, chunk.chunk_bytes)
+    if (assembly.count, assembly.chunk_bytes) != (chunk.count, chunk.chunk_bytes):
+        raise PeerError(f"update {sequence}: chunk {index} speaks of {chunk.count} chunks, the ones before of {assembly.count}")
+    if index == 0:
+        if chunk.head is None:
+            raise PeerError(f"update {sequence}: chunk 0 has no head")
+        assembly.head = chunk.head
+    assembly.chunks[index] = bytes(payload)
+    return assembly
+
+
+def quota_bytes(ledger: Ledger) -> int:
+    """The largest update that this run can have."""
+    return values.encoded_size("float32", ledger.layout.size, ledger.order.always_kept)
+
+
+def whole_payload(assembly: Assembly) -> bytes | None:
+    """The bytes of a whole update, or None when they are not what its digest promised (it is then to be sent again)."""
+    payload = b"".join(assembly.chunks[index] for index in range(assembly.count))
+    head = assembly.head
+    return payload if head is not None and wire.digest(payload) == head.digest and len(payload) == head.size else None
+
+
+def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, uplink_bps: float) -> records.Accepted:
+    """The record of a valid update.
+
+    An update is valid in the (epoch, level, base version) that it started with, whatever was assigned to the device meanwhile.
+
+    Raises:
+        PeerError: the reason for which it must not count.
+    """
+    head = assembly.head
+    if head is None:
+        raise PeerError("no head")
+    known = ledger.devices[device]
+    lease = known.lease
+    if lease is not None and head.assignment == lease.number:
+        if (head.version, head.epoch, head.level) != (lease.version, lease.epoch, lease.level):
+            raise PeerError(f"version {head.version}, epoch {head.epoch}, level {head.level} is not what was assigned")
+    elif head.assignment > known.number:
+        raise PeerError(f"assignment {head.assignment} was never given")
+    publication = ledger.published[head.version]
+    order = publication.order
+    if head.epoch != order.epoch or head.level >= len(order.lengths):
+        raise PeerError(f"version {head.version} has epoch {order.epoch} and {len(order.lengths)} levels, not {head.epoch}, {head.level}")
+    if head.dtype != ledger.task.wire.up:
+        raise PeerError(f"values are {head.dtype}, this run takes {ledger.task.wire.up}")
+    length = order.lengths[head.level]
+    expected = values.encoded_size(head.dtype, length, order.always_kept)
+    if head.size != expected:
+        raise PeerError(f"{head.size} bytes, level {head.level} has {expected} in {head.dtype}")
+    full_bytes = values.encoded_size(head.dtype, order.size, order.always_kept)
+    entry = records.Accepted(
+        device=device,
+        install=assembly.install.hex(),
+        sequence=assembly.sequence,
+        version=head.version,
+        epoch=head.epoch,
+        level=head.level,
+        dtype=head.dtype,
+        examples=head.examples,
+        norm=0.0,
+        loss=head.loss,
+        seconds=head.seconds,
+        round_s=full_density_round_s(head.seconds, ledger.density_of(head.level), full_bytes, uplink_bps),
+        uplink_bps=uplink_bps,
+        scores=[score for score in head.scores if score.level < len(order.lengths)],
+    )
+    trained, base = ledger.reconstruct(entry, payload)
+    norm = float(np.linalg.norm((trained - base).astype(np.float64)))
+    bound = norm_bound(ledger, head.level, float(np.linalg.norm(base.astype(np.float64))))
+    if not norm <= bound:
+        raise PeerError(f"norm {norm:.3g} of its change exceeds {bound:.3g}, {ledger.task.fleet.norm_bound:g} times what is usual")
+    return msgspec.structs.replace(entry, norm=norm)
+
+
+def norm_bound(ledger: Ledger, level: int, base_norm: float) -> float:
+    """The largest norm of a change that this level's recent updates make plausible.
+
+    The median of the level's recent norms; while there are too few of them, that of all levels, each scaled by the square root of
+    its length; and before any, the norm of the base itself.
+    """
+    factor = ledger.task.fleet.norm_bound
+    recent = ledger.norms.get(level, [])
+    if len(recent) >= ENOUGH_NORMS:
+        return factor * float(np.median(recent))
+    lengths = ledger.order.lengths
+    scaled = [norm * (lengths[level] / lengths[other]) ** 0.5 for other, norms in ledger.norms.items() for norm in norms]
+    return factor * (float(np.median(scaled)) if len(scaled) >= ENOUGH_NORMS else max(base_norm, 1e-3))

@@ -1,0 +1,286 @@
+"""The messages of protocol v1, byte by byte: frame, header, payload. docs/protocol.md is the same in prose.
+
+A message is `b"RG"`, a version byte, a kind byte, the header's length as u32 little-endian, the header (a msgpack map) and the payload
+(what is left). Receivers MUST refuse another magic, version or kind, MUST check every length before they allocate, and MUST ignore header
+fields that they do not know, so that v1 can grow. `signature` and `key_id` are reserved for signed work and are absent without it.
+
+Chunks of the model, index sets and programs travel as bare bytes: their digest stands in a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Annotated, TypeVar, Union
+
+import msgspec
+
+from regrow.errors import LocalError, PeerError
+from regrow.machine import Payload
+
+MAGIC = b"RG"
+VERSION = 1
+MAX_HEADER_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 256 * 1024
+MIN_CHUNK_BYTES = 16 * 1024
+MAX_CHUNKS = 1 << 16
+DIGEST_BYTES = 16
+_FRAME = struct.Struct("<2sBBI")
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Length = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Text = Annotated[str, msgspec.Meta(max_length=1000)]
+Dtype = Annotated[str, msgspec.Meta(pattern=r"^(float32|float16|int8)$")]
+Rate = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Fields that every header may have."""
+
+    signature: Annotated[bytes, msgspec.Meta(max_length=1024)] | None = None
+    key_id: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+
+
+class Hello(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator after every connect; of two, the newest boot wins. Not retained."""
+
+    boot: Digest
+    install: Digest
+    uplink_bps: Rate | None = None
+    examples: Count = 0
+    validation_examples: Count = 0
+    step_s: Rate | None = None
+    software: Text = ""
+
+
+class Status(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """The last will: a hint that the device's connection broke."""
+
+    online: bool = False
+
+
+class TaskRef(msgspec.Struct, frozen=True, kw_only=True):
+    task: Name
+    run: Name
+    term: Positive
+
+
+class Tasks(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, retained: what there is to train, best first."""
+
+    tasks: Annotated[list[TaskRef], msgspec.Meta(max_length=64)] = []
+    heartbeat_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 10.0
+
+
+class Claim(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator, retained: who leads this task. A live leader raises `beat` every few seconds; a higher term wins."""
+
+    run: Name
+    term: Positive
+    beat: Count = 0
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Positions [start, stop) of one version and the digest of their bytes."""
+
+    start: Length
+    stop: Length
+    digest: Digest
+
+
+class Blob(msgspec.Struct, frozen=True, array_like=True):
+    """A named byte string in pieces, each with its digest; `digest` is that of the whole."""
+
+    name: Text
+    size: Length
+    digest: Digest
+    pieces: Annotated[list[Digest], msgspec.Meta(max_length=MAX_CHUNKS)]
+
+
+class Manifest(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator, retained: everything that a device needs in order to fetch and check one version."""
+
+    term: Positive
+    version: Count
+    epoch: Count
+    dtype: Dtype
+    always_kept: Length
+    lengths: Annotated[list[Length], msgspec.Meta(min_length=1, max_length=256)]
+    chunks: Annotated[list[Chunk], msgspec.Meta(min_length=1, max_length=MAX_CHUNKS)]
+    levels: Annotated[list[Blob], msgspec.Meta(min_length=1, max_length=256)]
+    programs: Annotated[list[Blob], msgspec.Meta(max_length=64)]
+
+
+class Assignment(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, retained: train this prefix of this version. `number` grows with every assignment of the device."""
+
+    term: Positive
+    number: Positive
+    version: Count
+    epoch: Count
+    level: Count
+    steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)]
+    seed: Count
+    dtype: Dtype
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
+    deadline_s: Rate
+    evaluate_level: Count | None = None
+
+
+class Score(msgspec.Struct, frozen=True, array_like=True):
+    """What a device found on its own validation data for the prefix of one level, before it trained."""
+
+    level: Count
+    loss: float
+    accuracy: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    examples: Count
+
+
+class UpdateHead(msgspec.Struct, frozen=True, array_like=True):
+    """What an update is; travels in its chunk 0."""
+
+    assignment: Positive
+    version: Count
+    epoch: Count
+    level: Count
+    dtype: Dtype
+    examples: Positive
+    size: Length
+    digest: Digest
+    seconds: Rate = 0.0
+    loss: float = 0.0
+    scores: Annotated[list[Score], msgspec.Meta(max_length=8)] = []
+
+
+class UpdateChunk(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator; sequence and index stand in the topic, the bytes are the payload."""
+
+    install: Digest
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNKS)]
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
+    head: UpdateHead | None = None
+
+
+class Range(msgspec.Struct, frozen=True, array_like=True):
+    start: Count
+    stop: Count
+
+
+class Receipt(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device: what became of an update. Not retained: a device that missed it asks again."""
+
+    term: Positive
+    install: Digest
+    sequence: Count
+    outcome: Annotated[str, msgspec.Meta(pattern="^(accepted|rejected|missing)$")]
+    reason: Text = ""
+    blame: bool = False
+    missing: Annotated[list[Range], msgspec.Meta(max_length=MAX_CHUNKS)] = []
+
+
+class Pending(msgspec.Struct, frozen=True, array_like=True):
+    """An update whose receipt the device still waits for."""
+
+    sequence: Count
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNKS)]
+
+
+class Telemetry(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: heartbeat, phase, meters. With `pending` it asks for that update's receipt."""
+
+    install: Digest
+    phase: Text
+    assignment: Count = 0
+    uplink_bps: Rate | None = None
+    bytes_up: Count = 0
+    bytes_down: Count = 0
+    disk_bytes: Count = 0
+    step_s: Rate | None = None
+    failed: Text = ""
+    pending: Pending | None = None
+
+
+KINDS: dict[int, type[Message]] = {
+    1: Hello,
+    2: Status,
+    3: Tasks,
+    4: Claim,
+    5: Manifest,
+    6: Assignment,
+    7: UpdateChunk,
+    8: Receipt,
+    9: Telemetry,
+}
+_KIND_OF = {message: kind for kind, message in KINDS.items()}
+_DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
+_ENCODER = msgspec.msgpack.Encoder()
+AnyMessage = Union[Hello, Status, Tasks, Claim, Manifest, Assignment, UpdateChunk, Receipt, Telemetry]  # noqa: UP007 (3.10 evaluates it)
+M = TypeVar("M", bound=Message)
+
+
+def encode(message: Message, payload: Payload = b"") -> bytes:
+    """Bytes of one message.
+
+    Raises:
+        LocalError: the header would be longer than a receiver accepts.
+    """
+    header = _ENCODER.encode(message)
+    if len(header) > MAX_HEADER_BYTES:
+        raise LocalError(f"{type(message).__name__} header has {len(header)} bytes, at most {MAX_HEADER_BYTES} travel: use larger chunks")
+    return b"".join((_FRAME.pack(MAGIC, VERSION, _KIND_OF[type(message)], len(header)), header, payload))
+
+
+def decode(data: bytes, expected: type[M]) -> tuple[M, memoryview]:
+    """The message and its payload, a view into `data`.
+
+    Raises:
+        PeerError: whatever else the bytes are; the message names the field.
+    """
+    if len(data) < _FRAME.size:
+        raise PeerError(f"{expected.__name__}: {len(data)} bytes, a frame has at least {_FRAME.size}")
+    magic, version, kind, header_bytes = _FRAME.unpack_from(data)
+    if magic != MAGIC or version != VERSION:
+        raise PeerError(f"{expected.__name__}: not a Regrow v{VERSION} message (starts {data[:3].hex()})")
+    if KINDS.get(kind) is not expected:
+        raise PeerError(f"{expected.__name__}: kind {kind} on this topic, expected {_KIND_OF[expected]}")
+    if header_bytes > min(MAX_HEADER_BYTES, len(data) - _FRAME.size):
+        raise PeerError(f"{expected.__name__}: header of {header_bytes} bytes in a message of {len(data)}")
+    body = memoryview(data)[_FRAME.size :]
+    try:
+        message = _DECODERS[expected].decode(body[:header_bytes])
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise PeerError(f"{expected.__name__}: {error}") from error
+    assert_finite(message)
+    return message, body[header_bytes:]  # type: ignore[return-value]  # the decoder of `expected` returns `expected`
+
+
+def digest(data: Payload) -> bytes:
+    """The first 16 bytes of SHA-256: what names a chunk, a piece or an update."""
+    return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+
+
+def assert_finite(message: Message) -> None:
+    """Raise PeerError if any number of the header is NaN or infinite: none may reach a mean or a deadline."""
+    numbers: list[tuple[str, float | None]] = []
+    if isinstance(message, (Hello, Telemetry)):
+        numbers = [("uplink_bps", message.uplink_bps), ("step_s", message.step_s)]
+    elif isinstance(message, Assignment):
+        numbers = [("learning_rate", message.learning_rate), ("deadline_s", message.deadline_s)]
+    elif isinstance(message, UpdateChunk) and message.head is not None:
+        head = message.head
+        numbers = [("seconds", head.seconds), ("loss", head.loss)]
+        numbers += [("scores", number) for score in head.scores for number in (score.loss, score.accuracy)]
+    for name, number in numbers:
+        if number is not None and not abs(number) < float("inf"):
+            raise PeerError(f"{type(message).__name__}: {name} is {number}, a finite number is needed")
+
+
+def pieces(data: Payload, piece_bytes: int) -> list[memoryview]:
+    """Consecutive slices of at most `piece_bytes`; one empty slice for empty data, so that a count is never 0."""
+    view = memoryview(data)
+    return [view[start : start + piece_bytes] for start in range(0, max(len(view), 1), piece_bytes)]

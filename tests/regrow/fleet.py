@@ -1,0 +1,81 @@
+"""A small fleet for the state machine tests: devices whose "training" pulls their values towards a target that all share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow.coordinator import Coordinator
+from regrow.device import Device, Identity
+from regrow.ledger import Ledger
+from regrow.machine import Train, Trained, TrainingFailed
+from regrow.parameters import Layout, Tensor
+from regrow.task import Task
+from testbed.memory import COORDINATOR, World
+
+LAYOUT = Layout((Tensor("a.weight", (40, 30)), Tensor("a.bias", (40,), always_kept=True), Tensor("b.weight", (7, 40))))
+PROGRAMS = {"layout": LAYOUT.to_json(), "train": b"T" * 1000}
+LINKS = {"d0": 4_000_000.0, "d1": 2_000_000.0, "d2": 800_000.0, "d3": 400_000.0, "d4": 200_000.0}
+INITIAL = np.random.default_rng(1).normal(size=LAYOUT.size).astype(np.float32)
+TARGET = np.random.default_rng(2).normal(size=LAYOUT.size).astype(np.float32)
+
+
+def task(**sections: Mapping[str, Any]) -> Task:
+    tables: dict[str, Any] = {
+        "name": "toy",
+        "fleet": {"min_devices": len(LINKS), "join_s": 0.0, "min_deadline_s": 20.0, "heartbeat_s": 3.0},
+        "method": {"refresh_every": 10},
+        "stop": {"aggregations": 60},
+    }
+    for name, section in sections.items():
+        tables[name] = {**tables.get(name, {}), **section}
+    return msgspec.convert(tables, Task)
+
+
+def train(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
+    target = TARGET[job.coordinates[: job.length]]
+    values = job.values[: job.length]
+    trained = values + np.float32(0.3) * (target - values)
+    scores = tuple((level, distance(job, length), accuracy(job, length), 50) for level, length in job.evaluate.items())
+    return 0.5, Trained(job.number, trained, 100, distance(job, job.length), 0.5, scores)
+
+
+def distance(job: Train, length: int) -> float:
+    flat = np.zeros(LAYOUT.size, np.float32)
+    flat[job.coordinates[:length]] = job.values[:length]
+    return float(np.linalg.norm(flat - TARGET))
+
+
+def accuracy(job: Train, length: int) -> float:
+    return max(0.0, 1.0 - distance(job, length) / float(np.linalg.norm(TARGET)))
+
+
+def identity(name: str, boot: int = 0, install: int = 0) -> Identity:
+    def nonce(number: int, what: str) -> bytes:
+        return f"{what}{name}{number}".encode().ljust(16, b".")[:16]
+
+    return Identity(name, nonce(install, "i"), nonce(boot, "b"), examples=100, validation_examples=50)
+
+
+def new_coordinator(settings: Task, *, run: str = "r1", nonce: int = 7, initial: NDArray[np.float32] = INITIAL) -> Coordinator:
+    return Coordinator(Ledger.start(settings, LAYOUT, initial), run, PROGRAMS, nonce)
+
+
+def recovered(world: World, settings: Task, *, run: str = "r1", nonce: int = 8) -> Coordinator:
+    """The coordinator's next life, from the durable log alone."""
+    ledger = Ledger.start(settings, LAYOUT, INITIAL)
+    for record in world.log:
+        ledger.apply_record(record)
+    return Coordinator(ledger, run, PROGRAMS, nonce)
+
+
+def start(settings: Task, links: Mapping[str, float] = LINKS, trainer: Any = train) -> World:
+    world = World(trainer)
+    world.add(COORDINATOR, new_coordinator(settings))
+    for name, bps in links.items():
+        world.add(name, Device(identity(name), {}), up_bps=bps, down_bps=4 * bps)
+    return world
