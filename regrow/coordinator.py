@@ -269,6 +269,7 @@ class Coordinator:
             self.step_s[who] = telemetry.step_s
         if known is None or known.install != telemetry.install.hex():
             return
+        self.emit(Note("telemetry", telemetry_fields(who, telemetry)))
         lease = known.lease
         if lease is not None and lease.number == telemetry.assignment:
             if telemetry.failed:
@@ -418,6 +419,19 @@ class Coordinator:
     def _announce_end(self, _: Connected) -> None:
         if self.ledger.finished:
             self.broadcast.clear_everything()
+
+
+def telemetry_fields(who: str, telemetry: wire.Telemetry) -> dict[str, Any]:
+    """The part of a telemetry message that people look at."""
+    return {
+        "device": who,
+        "phase": telemetry.phase,
+        "uplink_bps": telemetry.uplink_bps,
+        "bytes_up": telemetry.bytes_up,
+        "bytes_down": telemetry.bytes_down,
+        "disk_bytes": telemetry.disk_bytes,
+        "step_s": telemetry.step_s,
+    }
 
 
 class _TooLateError(PeerError):

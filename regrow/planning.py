@@ -246,6 +246,7 @@ class Planner:
         lease = device.lease
         if lease is not None:
             self._coordinator.broadcast.assignment(who, lease)
+            self._coordinator.emit(Note("assigned", {"device": who, "version": version, "density": ledger.density_of(level)}))
 
     def _density_now(self, who: str, device: Device) -> float:
         """FedGMR: what restoration has come to. PR-FL: the rule on normalised round times, never below restoration's floor."""

@@ -89,7 +89,7 @@ class Fleet(Section, frozen=True, kw_only=True):
     heartbeat_s: AboveZero = 10.0
     min_deadline_s: AboveZero = 30.0
     max_rejections: AtLeastOne = 5
-    norm_bound: Annotated[float, msgspec.Meta(gt=1)] = 10.0
+    norm_bound: Annotated[float, msgspec.Meta(gt=1)] = 30.0
 
 
 class Stop(Section, frozen=True, kw_only=True):

@@ -1,0 +1,115 @@
+"""Is the model the one that the receipted updates give? The durable log, replayed through the papers' pseudocode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_server.runs import load_task
+from broker_server.store import Store
+from regrow import aggregate, records, reference
+from regrow.errors import LocalError
+from regrow.ledger import Ledger
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """worst: the largest difference, in units of the tolerance; at most 1.0 means that the run checks out."""
+
+    updates: int
+    aggregations: int
+    worst: float
+
+
+class _Oracle:
+    """The run as reference.py sees it: dense masks, flat coordinates, float64."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.weights: NDArray[np.float64] = ledger.flat_weights.astype(np.float64)
+        self._buffer: dict[str, tuple[int, int, NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._arrived: set[str] = set()
+        self.worst = 0.0
+
+    def accept(self, entry: records.Accepted, payload: bytes) -> None:
+        """Take w_i on its mask; quantised uploads are deltas on the base that the log says was published."""
+        trained, base = self._ledger.reconstruct(entry, payload)
+        where = self._ledger.orders[entry.epoch].order.coordinates[: trained.size]
+        n = self._ledger.layout.size
+        mask, values, bases = np.zeros(n, np.bool_), np.zeros(n), np.zeros(n)
+        mask[where], values[where], bases[where] = True, trained, base
+        self._buffer[entry.device] = (entry.version, entry.examples, mask, values, bases)
+        self._arrived.add(entry.device)
+
+    def aggregate(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(next W, the scale that the tolerance is relative to)."""
+        method, k = self._ledger.task.method, self._ledger.version
+        if method.max_staleness:
+            self._buffer = {who: held for who, held in self._buffer.items() if k - held[0] <= method.max_staleness}
+        decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
+        everyone = method.buffered and method.aggregation != "gradient"
+        members = [
+            reference.DenseUpdate(mask, values, decay(k - version) * (examples if method.weigh_by_examples else 1), base)
+            for who, (version, examples, mask, values, base) in sorted(self._buffer.items())
+            if everyone or who in self._arrived
+        ]
+        self._arrived.clear()
+        covered = sum((i.beta * i.m for i in members), np.zeros_like(self.weights))
+        sizes = sum((i.beta * np.abs(i.w) for i in members), np.zeros_like(self.weights))
+        scale = np.maximum(np.abs(self.weights), np.divide(sizes, covered, out=np.zeros_like(sizes), where=covered > 0))
+        if method.aggregation == "gradient":
+            return reference.gradient_average(self.weights, members), scale
+        if method.aggregation == "plain":
+            return reference.zero_filled_fed_avg(self.weights, members), scale
+        return reference.buff_mask_fed_avg(self.weights, members, method.eta_g), scale
+
+    def reset(self, flat: NDArray[np.float32]) -> None:
+        """After a rollback the model is the snapshot's and the buffer is empty."""
+        self.weights = flat.astype(np.float64)
+        self._buffer.clear()
+        self._arrived.clear()
+
+
+def audit(run: Path) -> Outcome:
+    """Compare every aggregation of a run with the reference.
+
+    The published bases are taken from the replay, because devices' deltas are relative to those rounded values; everything else
+    follows the papers' pseudocode in float64.
+
+    Raises:
+        LocalError: the log is not complete: the task did not say `[store] keep_updates = true`.
+    """
+    folder = load_task(run / "task")
+    ledger = Ledger.start(folder.task, folder.layout, folder.initial)
+    oracle = _Oracle(ledger)
+    updates = aggregations = 0
+    with Store.open(run, read_only=True) as store:
+        for log_id, record in store.replay():
+            entry = records.from_record(record)
+            if isinstance(entry, records.Accepted):
+                oracle.accept(entry, bytes(record.payload))
+                updates += 1
+            wanted, scale = oracle.aggregate() if isinstance(entry, records.Aggregated) else (oracle.weights, None)
+            try:
+                ledger.apply(entry, record.payload)
+            except KeyError as error:
+                raise LocalError(f"{run}: record {log_id} ({record.kind}) refers to {error}, which the log does not hold") from error
+            if scale is not None:
+                oracle.weights = wanted
+                aggregations += 1
+                difference = np.abs(ledger.flat_weights - wanted)
+                allowed = TOLERANCE * scale
+                oracle.worst = max(oracle.worst, _ratio(difference, allowed))
+            elif isinstance(entry, records.RolledBack):
+                oracle.reset(ledger.flat_weights)
+    return Outcome(updates, aggregations, oracle.worst)
+
+
+def _ratio(difference: NDArray[np.float64], allowed: NDArray[np.float64]) -> float:
+    exact = difference == 0
+    return float(np.where(exact, 0.0, difference / np.where(allowed > 0, allowed, np.finfo(np.float64).tiny)).max())

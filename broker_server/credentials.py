@@ -1,0 +1,231 @@
+"""Who may connect to the broker and what they may say: secrets on the gateway, files for either broker.
+
+Strategy: one JSON file (0600) in the gateway's home holds the secrets; everything a broker reads is rendered from it
+and holds salted hashes only. The access rules are data here, rendered for mosquitto and evaluated by the embedded
+broker, so that both enforce the same list.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import LocalError
+
+COORDINATOR = "coordinator"
+DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+# The secrets are 256 random bits: no amount of hashing makes them harder to guess, and every reconnect of a fleet
+# pays for
+# each iteration. 101 is mosquitto's own default.
+PBKDF2_ITERATIONS = 101
+SALT_BYTES = 12
+
+# %u is the user, who is the device. `#` also matches the topic above it.
+DEVICE_WRITES = (
+    "regrow/v1/device/%u/#",
+    "regrow/v1/+/+/device/%u/update/#",
+    "regrow/v1/+/+/device/%u/telemetry/#",
+    "regrow/v1/+/+/device/%u/probe/#",
+)
+DEVICE_READS = (
+    "regrow/v1/device/%u/#",
+    "regrow/v1/+/claim",
+    "regrow/v1/+/+/manifest/#",
+    "regrow/v1/+/+/program/#",
+    "regrow/v1/+/+/order/#",
+    "regrow/v1/+/+/chunk/#",
+    "regrow/v1/+/+/device/%u/#",
+)
+COORDINATOR_TOPICS = ("regrow/v1/#",)
+
+
+def may_write(user: str, topic: str) -> bool:
+    """Whether the user may publish to this topic."""
+    rules = COORDINATOR_TOPICS if user == COORDINATOR else DEVICE_WRITES
+    return any(covers(rule.replace("%u", user), topic) for rule in rules)
+
+
+def may_read(user: str, topic_filter: str) -> bool:
+    """Whether the user may hear everything that this filter (or topic) matches."""
+    rules = COORDINATOR_TOPICS if user == COORDINATOR else DEVICE_READS
+    return any(covers(rule.replace("%u", user), topic_filter) for rule in rules)
+
+
+def covers(rule: str, topic_filter: str) -> bool:
+    """Whether every topic that the filter matches is matched by the rule; a plain topic matches itself."""
+    rule_levels, levels = rule.split("/"), topic_filter.split("/")
+    for at, wanted in enumerate(rule_levels):
+        if wanted == "#":
+            return True
+        if at >= len(levels) or levels[at] == "#":
+            return False
+        if wanted not in ("+", levels[at]):
+            return False
+    return len(levels) == len(rule_levels)
+
+
+def hash_password(password: str, salt: bytes) -> str:
+    """The `$7$` form of mosquitto 2.x: PBKDF2-HMAC-SHA512, 64 bytes."""
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, PBKDF2_ITERATIONS, 64)
+    return f"$7${PBKDF2_ITERATIONS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
+
+
+def check_password(password: str, hashed: str) -> bool:
+    """Whether the password is the one that `hash_password` hashed; False, too, for a hash that is not one."""
+    try:
+        empty, kind, iterations, salt, digest = hashed.split("$")
+        wanted = base64.b64decode(digest, validate=True)
+        found = hashlib.pbkdf2_hmac("sha512", password.encode(), base64.b64decode(salt), int(iterations), len(wanted))
+    except (ValueError, OverflowError):
+        return False
+    return empty == "" and kind == "7" and hmac.compare_digest(found, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerFiles:
+    """What was rendered for a broker to read."""
+
+    passwords: Path  # mosquitto password_file
+    access: Path  # mosquitto acl_file
+    embedded: Path  # JSON {user: hash}
+
+
+class Credentials:
+    """The gateway's secrets in HOME/credentials.json; made on first use, written atomically, the owner's only.
+
+    Raises:
+        LocalError: the file does not check out, or others can read it.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._path = home / "credentials.json"
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._path.exists():
+            self._coordinator, self._devices = _load(self._path)
+        else:
+            self._coordinator, self._devices = secrets.token_urlsafe(32), dict[str, str]()
+            self._save()
+
+    @property
+    def coordinator_password(self) -> str:
+        return self._coordinator
+
+    def devices(self) -> tuple[str, ...]:
+        """The names of all devices, sorted."""
+        return tuple(sorted(self._devices))
+
+    def password(self, device: str) -> str:
+        """Raises LocalError: no such device."""
+        try:
+            return self._devices[device]
+        except KeyError:
+            raise LocalError(f"no device {device!r}; add it first") from None
+
+    def add_device(self, device: str) -> str:
+        """Give a device its password; returns it. A device that is there already keeps the one it has.
+
+        Raises:
+            LocalError: the name is not [a-z0-9][a-z0-9-]{0,62}, or is the coordinator's.
+        """
+        if not DEVICE_NAME.fullmatch(device) or device == COORDINATOR:
+            raise LocalError(f"device name {device!r}: expected 1 to 63 of a-z, 0-9, -, not first a -, and not {COORDINATOR!r}")
+        if device not in self._devices:
+            self._devices[device] = secrets.token_urlsafe(32)
+            self._save()
+        return self._devices[device]
+
+    def remove_device(self, device: str) -> None:
+        """Take a device's access away; takes effect with the broker's reload. Raises LocalError: no such device."""
+        self.password(device)
+        del self._devices[device]
+        self._save()
+
+    def write_bundle(self, device: str, broker_url: str, folder: Path) -> Path:
+        """Write NAME.json, all that a device needs to connect, readable by the owner only; returns its path."""
+        bundle = {"device": device, "broker": broker_url, "password": self.password(device)}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{device}.json"
+        write_private(path, json.dumps(bundle, indent=2).encode() + b"\n")
+        return path
+
+    def render(self, folder: Path) -> BrokerFiles:
+        """Write the files that the brokers read, hashes only; unchanged users keep their salt while the files exist."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files = BrokerFiles(folder / "passwords", folder / "access", folder / "users.json")
+        before = _hashes(files.embedded)
+        hashes: dict[str, str] = {}
+        for user, password in {COORDINATOR: self._coordinator, **self._devices}.items():
+            known = before.get(user, "")
+            fresh = check_password(password, known)
+            hashes[user] = known if fresh else hash_password(password, secrets.token_bytes(SALT_BYTES))
+        write_private(files.passwords, "".join(f"{user}:{hashed}\n" for user, hashed in hashes.items()).encode())
+        write_private(files.access, _mosquitto_access().encode())
+        write_private(files.embedded, json.dumps(hashes, indent=1).encode())
+        return files
+
+    def _save(self) -> None:
+        state = {"coordinator": self._coordinator, "devices": self._devices}
+        write_private(self._path, json.dumps(state, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file with mode 0600 so that a power cut leaves the old or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _mosquitto_access() -> str:
+    lines = [f"user {COORDINATOR}"]
+    lines += [f"topic readwrite {topic}" for topic in COORDINATOR_TOPICS]
+    lines += [f"pattern write {rule}" for rule in DEVICE_WRITES]
+    lines += [f"pattern read {rule}" for rule in DEVICE_READS]
+    return "\n".join(lines) + "\n"
+
+
+def _load(path: Path) -> tuple[str, dict[str, str]]:
+    if path.stat().st_mode & 0o077:
+        raise LocalError(f"{path} can be read by others; chmod 600 it and issue new secrets if it may have been read")
+    try:
+        state: Any = json.loads(path.read_bytes())
+        coordinator, devices = state["coordinator"], state["devices"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise LocalError(f"{path} does not check out: {err!r}") from err
+    if not isinstance(coordinator, str) or not coordinator or not isinstance(devices, dict):
+        raise LocalError(f"{path} does not check out: expected a coordinator secret and a table of devices")
+    for name, password in devices.items():
+        if not DEVICE_NAME.fullmatch(name) or not isinstance(password, str) or not password:
+            raise LocalError(f"{path} does not check out: device {name!r}")
+    return coordinator, devices
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """The hashes of the last rendering; none when there was none or it does not check out (then all get new salts)."""
+    try:
+        known: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {user: hashed for user, hashed in known.items() if isinstance(hashed, str)}

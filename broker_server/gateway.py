@@ -1,0 +1,204 @@
+"""The coordinator's runtime: MQTT events in, effects out, records to disk, and a snapshot now and then.
+
+One thread steps the machine, one writes the store (whatever is queued goes into one transaction, so that a burst of arrivals costs one
+fsync), and paho has its own. If the disk fails the gateway stops: it must not promise what it cannot keep.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from broker_server.store import Store
+from broker_server.transport import MqttBus
+from regrow import checkpoint
+from regrow.coordinator import Coordinator
+from regrow.errors import LocalError
+from regrow.machine import (
+    Effect,
+    Event,
+    Finished,
+    Note,
+    Persist,
+    Persisted,
+    Publish,
+    SetTimer,
+    Subscribe,
+    Unsubscribe,
+    Woken,
+)
+from regrow.task import StoreSettings
+
+log = logging.getLogger(__name__)
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """The ledger between two writes; it shares the arrays, which the ledger replaces and never changes."""
+
+    meta: bytes
+    arrays: dict[str, NDArray[Any]]
+
+
+class Writer:
+    """The store's own thread. Work is done in the order in which it was given; `None` ends it."""
+
+    def __init__(self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None]) -> None:
+        self._store, self._settings, self._on_event = store, settings, on_event
+        self._work: queue.SimpleQueue[Persist | _Snapshot | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    def put(self, work: Persist | _Snapshot) -> None:
+        self._work.put(work)
+
+    def close(self) -> None:
+        """Finish what was given, then end."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                batch = [self._work.get()]
+                with suppress(queue.Empty):
+                    while True:
+                        batch.append(self._work.get_nowait())
+                if not self._write(batch):
+                    return
+        except LocalError as error:
+            self._on_event(error)
+
+    def _write(self, batch: Sequence[Persist | _Snapshot | None]) -> bool:
+        """Neighbouring Persists share a transaction; a snapshot is of the log up to itself."""
+        waiting: list[Persist] = []
+        for work in batch:
+            if isinstance(work, Persist):
+                waiting.append(work)
+                continue
+            self._commit(waiting)
+            waiting = []
+            if work is None:
+                return False
+            self._store.save_snapshot(self._store.last_id, work.meta, work.arrays)
+            self._store.prune(self._settings.keep_snapshots, self._settings.keep_updates)
+        self._commit(waiting)
+        return True
+
+    def _commit(self, waiting: Sequence[Persist]) -> None:
+        if waiting:
+            self._store.append([record for persist in waiting for record in persist.records])
+            self._on_event(Persisted(waiting[-1].id))
+
+
+class Gateway:
+    """Runs one coordinator until its run ends, another takes over, or it is stopped.
+
+    Args:
+        coordinator: with a ledger that is new or replayed from this store.
+        store: open for writing; closed by the caller.
+        url, username, password: the broker.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        store: Store,
+        *,
+        url: str,
+        username: str,
+        password: str,
+    ) -> None:
+        self.coordinator, self.store = coordinator, store
+        self._on_note: Callable[[Note], None] = lambda _: None
+        self._housekeeping: Callable[[], str | None] = lambda: None
+        self._housekeeping_s = 0.0
+        self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
+        self._writer = Writer(store, coordinator.ledger.task.store, self._events.put)
+        self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
+        self._timer_s = float("inf")
+        self._snapshot_version = coordinator.ledger.version
+        self._finished = ""
+
+    def stop(self) -> None:
+        """End `run` soon; from any thread or a signal handler."""
+        self._events.put(None)
+
+    def run(
+        self, *, on_note: Callable[[Note], None] = lambda _: None, housekeeping: Callable[[], str | None] = lambda: None
+    ) -> str:
+        """Serve. Returns why it ended; "" when it was stopped and the run can go on later.
+
+        Args:
+            on_note: called with every note, after it went into the metrics.
+            housekeeping: called about twice a second; what it returns is logged.
+
+        Raises:
+            LocalError: the disk failed, or the broker cannot be kept alive.
+        """
+        self._on_note, self._housekeeping = on_note, housekeeping
+        self._bus.start()
+        try:
+            while not self._finished:
+                event = self._next_event()
+                if isinstance(event, LocalError):
+                    raise event
+                if event is None:
+                    break
+                self._perform(self.coordinator.step(event, time.monotonic()))
+                self._snapshot_if_due()
+        finally:
+            self._snapshot()
+            self._writer.close()
+            self._bus.close()
+        return self._finished
+
+    def _next_event(self) -> Event | LocalError | None:
+        while True:
+            now = time.monotonic()
+            if now >= self._housekeeping_s:
+                self._housekeeping_s = now + POLL_S
+                said = self._housekeeping()
+                if said:
+                    log.warning("%s", said)
+            if self._timer_s <= now and self._events.empty():
+                self._timer_s = float("inf")
+                return Woken()
+            try:
+                return self._events.get(timeout=max(0.0, min(self._timer_s - now, POLL_S)))
+            except queue.Empty:
+                continue
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, (Publish, Subscribe, Unsubscribe)):
+                self._bus.perform(effect)
+            elif isinstance(effect, Persist):
+                self._writer.put(effect)
+            elif isinstance(effect, SetTimer):
+                self._timer_s = effect.at_s
+            elif isinstance(effect, Note):
+                self.store.metric(effect.kind, effect.fields)
+                self._on_note(effect)
+            elif isinstance(effect, Finished):
+                self._finished = effect.reason
+
+    def _snapshot_if_due(self) -> None:
+        every = self.coordinator.ledger.task.store.snapshot_every
+        if self.coordinator.ledger.version >= self._snapshot_version + every:
+            self._snapshot()
+
+    def _snapshot(self) -> None:
+        ledger = self.coordinator.ledger
+        self._snapshot_version = ledger.version
+        meta, arrays = checkpoint.dump(ledger)
+        self._writer.put(_Snapshot(meta, arrays))

@@ -1,0 +1,61 @@
+"""What a run leaves for people: metrics as CSV and JSON, and a picture of accuracy and density over time."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from broker_server.store import Store
+
+
+def write_metrics(store: Store, folder: Path) -> list[dict[str, Any]]:
+    """Write metrics.csv and metrics.json, one row an event, oldest first; returns the rows. `time_s` counts from the first row."""
+    store.append([])  # what still waits becomes visible
+    rows: list[dict[str, Any]] = []
+    first: float | None = None
+    for metric in store.metrics():
+        first = metric.wall_time if first is None else first
+        rows.append({"time_s": round(metric.wall_time - first, 3), "kind": metric.kind, **metric.fields})
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({name: json.dumps(v) if isinstance(v, dict) else v for name, v in row.items()} for row in rows)
+    (folder / "metrics.json").write_text(json.dumps(rows, indent=0))
+    return rows
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Accuracy of every level and mean density over time, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made = [row for row in rows if row["kind"] == "aggregated"]
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), height_ratios=(2, 1), layout="constrained")
+    levels = sorted({float(level) for row in made for level in row["scores"]})
+    colours = mpl.colormaps["viridis"]
+    for number, level in enumerate(levels):
+        points = [(row["elapsed_s"], score) for row in made for known, score in row["scores"].items() if float(known) == level]
+        colour = colours(number / max(len(levels), 1))
+        above.plot(*zip(*points, strict=True), color=colour, lw=1.3, label=f"level {level:g}")
+    whole = [(row["elapsed_s"], row["global_score"]) for row in made if row["global_score"] is not None]
+    if whole:
+        above.plot(*zip(*whole, strict=True), color="black", lw=2.0, label="global model", zorder=0, alpha=0.35)
+    above.set_ylabel("accuracy on the devices' validation data")
+    above.set_ylim(0, 1)
+    above.grid(alpha=0.3)
+    if levels or whole:
+        above.legend(loc="lower right", fontsize=8)
+    above.set_title(title)
+    below.plot([row["elapsed_s"] for row in made], [row["mean_density"] for row in made], color="tab:green", lw=2)
+    below.set_ylabel("mean density")
+    below.set_ylim(0, 1.05)
+    below.set_xlabel("seconds")
+    below.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

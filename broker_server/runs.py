@@ -1,0 +1,210 @@
+"""A run is a folder: the task as it was when the run began, the durable log, snapshots. Everything here works without a broker."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_server.store import Store
+from regrow import checkpoint, records
+from regrow.errors import LocalError, PeerError
+from regrow.ledger import Ledger
+from regrow.parameters import Layout
+from regrow.records import to_record
+from regrow.task import Task, parse_task
+
+PROGRAM_FILES = {"layout": "layout.json", "train": "train.onnx", "train_masked": "train_masked.onnx", "evaluate": "evaluate.onnx"}
+
+
+@dataclass(frozen=True, eq=False)
+class TaskFolder:
+    """A built task: task.toml, its model, and what was built from it."""
+
+    path: Path
+    task: Task
+    layout: Layout
+    programs: dict[str, bytes]
+    initial: NDArray[np.float32]
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / self.task.model
+
+
+def read_task(folder: Path) -> Task:
+    """The task.toml of a task folder.
+
+    Raises:
+        LocalError: there is none, or it is not valid; with its line.
+    """
+    file = folder / "task.toml"
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalError(f"{file}: {error}; a task is a folder with task.toml and a forward ONNX model (see docs/bring-your-own.md)") from error
+    return parse_task(text, str(file))
+
+
+def load_task(folder: Path) -> TaskFolder:
+    """A task folder that `regrow task build` has been through.
+
+    Raises:
+        LocalError: something of it is missing or does not fit together.
+    """
+    task = read_task(folder)
+    build = folder / "build"
+    try:
+        programs = {name: (build / file).read_bytes() for name, file in PROGRAM_FILES.items()}
+        initial = np.load(build / "initial.npy", allow_pickle=False)
+        layout = Layout.from_json(programs["layout"])
+    except (OSError, ValueError, PeerError) as error:
+        raise LocalError(f"{build}: {error}; run `regrow task build {folder}`") from error
+    return TaskFolder(folder, task, layout, programs, initial)
+
+
+def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Path:
+    """A new run folder with its own copy of the task, so that later edits of the task never change a run.
+
+    Raises:
+        LocalError: the run exists already, or the folder cannot be written.
+    """
+    name = run_id or f"{source.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = runs / name
+    if path.exists():
+        raise LocalError(f"{path} exists already: choose another --run name")
+    try:
+        temporary = runs / f".{name}.new"
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "task" / "build").mkdir(parents=True)
+        shutil.copy2(source.path / "task.toml", temporary / "task")
+        (temporary / "task" / source.task.model).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source.model_path, temporary / "task" / source.task.model)
+        for file in (*PROGRAM_FILES.values(), "initial.npy"):
+            shutil.copy2(source.path / "build" / file, temporary / "task" / "build")
+        Store.open(temporary, create=True).close()
+        temporary.rename(path)
+    except OSError as error:
+        raise LocalError(f"cannot make the run {path}: {error}") from error
+    return path
+
+
+def newest_unfinished(runs: Path, task: str) -> Path | None:
+    """The newest run of this task that has not ended, or None."""
+    for info in sorted(list_runs(runs), key=lambda info: info.started_s, reverse=True):
+        if info.task == task and not info.finished:
+            return info.path
+    return None
+
+
+def recover(store: Store, folder: TaskFolder) -> Ledger:
+    """The ledger as the store has it: the newest snapshot that checks out and every record after it.
+
+    Raises:
+        LocalError: the log does not check out.
+    """
+    snapshot = store.load_snapshot()
+    after = 0
+    if snapshot is None:
+        ledger = Ledger.start(folder.task, folder.layout, folder.initial)
+    else:
+        after, meta, arrays = snapshot
+        ledger = checkpoint.load(folder.task, folder.layout, meta, arrays)
+    for log_id, record in store.replay(after):
+        try:
+            ledger.apply_record(record)
+        except (KeyError, PeerError) as error:
+            raise LocalError(f"{store.path}: record {log_id} ({record.kind}) cannot be replayed: {error!r}") from error
+    return ledger
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """A line of `regrow runs`."""
+
+    path: Path
+    task: str
+    method: str
+    started_s: float
+    version: int
+    devices: int
+    updates: int
+    accuracy: float | None
+    finished: str
+
+
+def list_runs(runs: Path) -> Iterator[RunInfo]:
+    """Every run below a folder, read without its lock: one that is being served is listed as well."""
+    for log in sorted(runs.glob("*/log.sqlite")) if runs.is_dir() else ():
+        try:
+            yield run_info(log.parent)
+        except LocalError as error:
+            yield RunInfo(log.parent, "?", "?", 0.0, 0, 0, 0, None, f"unreadable: {error}")
+
+
+def run_info(path: Path) -> RunInfo:
+    """What a run's log says about it.
+
+    Raises:
+        LocalError: it cannot be read.
+    """
+    task = read_task(path / "task")
+    version = updates = 0
+    devices: set[str] = set()
+    accuracy: float | None = None
+    finished = ""
+    store = Store.open(path, read_only=True)
+    try:
+        for _, record in store.replay(emptied_too=True):
+            entry = records.from_record(record)
+            if isinstance(entry, records.Joined):
+                devices.add(entry.device)
+            elif isinstance(entry, records.Accepted):
+                updates += 1
+            elif isinstance(entry, records.Aggregated):
+                version = entry.version
+            elif isinstance(entry, records.Restored):
+                accuracy = entry.global_score
+            elif isinstance(entry, records.RolledBack):
+                version, finished, accuracy = entry.version, "", None
+            elif isinstance(entry, records.Finished):
+                finished = entry.reason
+    finally:
+        store.close()
+    started = (path / "task" / "task.toml").stat().st_ctime
+    return RunInfo(path, task.name, task.method.name, started, version, len(devices), updates, accuracy, finished)
+
+
+def rollback(path: Path, to_version: int | None = None) -> tuple[int, int]:
+    """Go back to the model of an earlier snapshot; returns (version that it had, version that it now is).
+
+    The past stays in the log: the old model becomes the newest version, and updates that were made from later ones no longer count.
+
+    Raises:
+        LocalError: the run is being served, or has no such snapshot.
+    """
+    folder = load_task(path / "task")
+    with Store.open(path) as store:
+        ledger = recover(store, folder)
+        older = [info for info in store.snapshots() if info.version is not None and info.version < ledger.version]
+        if to_version is not None:
+            older = [info for info in store.snapshots() if info.version == to_version]
+        if not older:
+            have = ", ".join(str(info.version) for info in store.snapshots()) or "none"
+            raise LocalError(f"{path}: no such snapshot; versions with one: {have}")
+        chosen = older[-1]
+        snapshot = store.load_snapshot(chosen.log_id)
+        if snapshot is None:
+            raise LocalError(f"{path}: the snapshot of version {chosen.version} does not check out; choose an older one")
+        _, _, arrays = snapshot
+        entry = records.RolledBack(version=ledger.version + 1, to_version=chosen.version or 0)
+        payload = arrays["flat_weights"].astype("<f4").tobytes()
+        ledger.apply(entry, payload)
+        log_id = store.append([to_record(entry, payload)])
+        store.save_snapshot(log_id, *checkpoint.dump(ledger))
+        return entry.to_version, entry.version

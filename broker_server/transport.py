@@ -1,0 +1,214 @@
+"""The gateway's MQTT link: the coordinator's effects in, its events out, on paho's own thread.
+
+Strategy: what was not acknowledged when a connection died is forgotten, and what is performed without a connection is
+dropped: after every `Connected` the coordinator subscribes and republishes all that is live, so that a stale message
+from before can only do harm.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.reasoncodes import ReasonCode
+
+from regrow.errors import LocalError
+from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
+
+log = logging.getLogger(__name__)
+
+Event = Connected | Disconnected | Received | Acknowledged
+Effect = Publish | Subscribe | Unsubscribe
+
+MAX_INFLIGHT = 64
+MAX_QUEUED = 50_000  # packet ids end at 65 535
+BACKOFF_MIN_S = 1
+BACKOFF_MAX_S = 30
+FILTERS_PER_SUBSCRIBE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where the coordinator's broker is, and as whom; user and password are None when the URL has none."""
+
+    host: str
+    port: int
+    tls: bool
+    username: str | None
+    password: str | None
+
+
+def parse_url(url: str) -> BrokerAddress:
+    """The parts of mqtt[s]://[user:password@]host[:port], escapes undone. Raises LocalError: it is no such URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
+        # The text is not repeated: it may hold a secret.
+        raise LocalError("broker address: expected mqtt://[user:password@]host[:port] or mqtts://…")
+    tls = parts.scheme == "mqtts"
+    user = None if parts.username is None else unquote(parts.username)
+    password = None if parts.password is None else unquote(parts.password)
+    return BrokerAddress(parts.hostname, port or (8883 if tls else 1883), tls, user, password)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    token: int | None
+    started_s: float
+    payload_bytes: int
+
+
+class MqttBus:
+    """The coordinator's connection to the broker, kept up by itself.
+
+    Args:
+        url: mqtt://host:port or mqtts://host:port.
+        client_id, username, password: who connects; our brokers want client id and user name to be the same.
+        will: topic and payload published (not retained) when the connection is lost; None = none.
+        on_event: called from paho's thread with every event; `queue.SimpleQueue().put` is what it is made for.
+        clock: monotonic seconds.
+        tls: context for mqtts://; None = the system's certificates.
+
+    Raises:
+        LocalError: the url is wrong.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        client_id: str,
+        username: str,
+        password: str,
+        on_event: Callable[[Event], None],
+        will: tuple[str, bytes] | None = None,
+        keepalive_s: int = 30,
+        clock: Callable[[], float] = time.monotonic,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        address = parse_url(url)
+        self._on_event, self._clock = on_event, clock
+        self._connected = False
+        self._refusal: str | None = None
+        self._lock = threading.Lock()  # guards the two tables below; never held while paho is called
+        self._sending: dict[int, _Sending] = {}
+        self._early: dict[int, float] = {}
+        client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True)
+        client.username_pw_set(username, password)
+        client.max_inflight_messages_set(MAX_INFLIGHT)
+        client.max_queued_messages_set(MAX_QUEUED)
+        client.reconnect_delay_set(BACKOFF_MIN_S, BACKOFF_MAX_S)
+        if will is not None:
+            client.will_set(will[0], will[1], qos=1)
+        if address.tls:
+            client.tls_set_context(tls if tls is not None else ssl.create_default_context())
+        client.on_pre_connect = self._before_connect
+        client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        client.connect_timeout = 10.0
+        client.connect_async(address.host, address.port, keepalive_s)
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    def start(self) -> None:
+        """Connect, and go on connecting, in the background."""
+        self._client.loop_start()
+
+    def close(self) -> None:
+        """Say goodbye and end paho's thread. Not from `on_event`."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def perform(self, effect: Effect) -> None:
+        """Carry out an effect; without a connection it is dropped, see above.
+
+        Raises:
+            LocalError: a topic or payload that MQTT cannot carry, or more than MAX_QUEUED publishes unacknowledged.
+        """
+        if not self._connected:
+            return
+        try:
+            match effect:
+                case Publish():
+                    self._publish(effect)
+                case Subscribe(topics):
+                    for start in range(0, len(topics), FILTERS_PER_SUBSCRIBE):
+                        self._client.subscribe([(topic, 1) for topic in topics[start : start + FILTERS_PER_SUBSCRIBE]])
+                case Unsubscribe(topics):
+                    for start in range(0, len(topics), FILTERS_PER_SUBSCRIBE):
+                        self._client.unsubscribe(list(topics[start : start + FILTERS_PER_SUBSCRIBE]))
+        except ValueError as err:
+            raise LocalError(f"{type(effect).__name__}: {err}") from err
+
+    def _publish(self, effect: Publish) -> None:
+        payload = effect.payload if isinstance(effect.payload, bytes) else bytes(effect.payload)
+        started_s = self._clock()
+        info = self._client.publish(effect.topic, payload, qos=1, retain=effect.retain)
+        if info.rc == paho.MQTT_ERR_QUEUE_SIZE:
+            raise LocalError(f"{MAX_QUEUED} publishes wait for the broker: it is far too slow for this fleet")
+        with self._lock:
+            acked_s = self._early.pop(info.mid, None)
+            if acked_s is None:
+                self._sending[info.mid] = _Sending(effect.token, started_s, len(payload))
+        if acked_s is not None and effect.token is not None:
+            self._on_event(Acknowledged(effect.token, started_s, acked_s, len(payload)))
+
+    # ---- on paho's thread -------------------------------------------------------------------------------------------
+
+    def _before_connect(self, client: paho.Client, _data: object) -> None:
+        client.drop_out_messages()
+        with self._lock:
+            self._sending.clear()
+            self._early.clear()
+
+    def _on_connect(self, _client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:
+        if code.is_failure:
+            self._refusal = f"the broker refused the coordinator: {code}; check its user name and password"
+            return
+        self._refusal = None
+        self._connected = True
+        self._on_event(Connected())
+
+    def _on_connect_fail(self, client: paho.Client, _data: object) -> None:
+        self._on_event(Disconnected(f"cannot connect to {client.host}:{client.port}"))
+
+    def _on_disconnect(self, _client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:
+        self._connected = False
+        self._on_event(Disconnected(self._refusal or f"connection lost: {code}"))
+
+    def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            log.warning("dropped a message whose topic is not UTF-8")
+            return
+        self._on_event(Received(topic, bytes(message.payload)))
+
+    def _on_publish(self, _client: paho.Client, _data: object, mid: int, _code: object, _props: object) -> None:
+        acked_s = self._clock()
+        with self._lock:
+            sending = self._sending.pop(mid, None)
+            if sending is None:  # faster than `_publish` could note it
+                self._early[mid] = acked_s
+        if sending is not None and sending.token is not None:
+            self._on_event(Acknowledged(sending.token, sending.started_s, acked_s, sending.payload_bytes))
+
+    def _on_subscribe(self, _client: paho.Client, _data: object, _mid: int, codes: list[ReasonCode], _props: object) -> None:
+        if any(code.is_failure for code in codes):
+            log.error("the broker refused one of the coordinator's subscriptions: check its access list")

@@ -1,0 +1,36 @@
+"""`regrow agent`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+from edge_agent.agent import Agent, read_bundle
+from edge_agent.data.sources import open_source
+from edge_agent.state import StateFolder
+from regrow.errors import LocalError
+
+SOFTWARE = "regrow"
+
+
+def agent(options: argparse.Namespace) -> int:
+    """Run a device until SIGINT or SIGTERM."""
+    bundle = read_bundle(options.bundle)
+    if options.threads < 1:
+        raise LocalError(f"--threads {options.threads}: at least 1")
+    source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
+    with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
+        running = Agent(
+            bundle,
+            folder,
+            source,
+            max_uplink_bps=options.max_uplink_bps,
+            max_downlink_bps=options.max_downlink_bps,
+            threads=options.threads,
+            software=SOFTWARE,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: running.stop())
+        running.run()
+    return 0

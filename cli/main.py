@@ -1,0 +1,186 @@
+"""The `regrow` command: the one place that puts the rooms together, loading each only when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import RegrowError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 an error that one line explains, 130 interrupted."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO if options.log else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        module, function = options.command.split(":")
+        command: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
+        return command(options)
+    except RegrowError as error:
+        print(f"regrow: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("regrow", "edge_agent", "broker_server", "export", "testbed", "cli"):
+            raise
+        print(f"regrow: this command needs {error.name}: pip install 'regrow[server]' on the gateway", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and option; docs/cli.md is generated from it."""
+    top = argparse.ArgumentParser(
+        prog="regrow",
+        description="Federated learning for uneven edge fleets. Start with `regrow demo`; then docs/bring-your-own.md.",
+    )
+    top.add_argument("--verbose", action="store_true", help="say everything that happens")
+    top.add_argument("--log", action="store_true", help="say what a service's log should have")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _demo(commands)
+    _task(commands)
+    _serve(commands)
+    _device(commands)
+    _agent(commands)
+    _runs(commands)
+    return top
+
+
+Commands = Any
+
+
+def _command(commands: Commands, name: str, function: str, summary: str, more: str = "") -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=summary, description=f"{summary}. {more}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(command=function)
+    return command
+
+
+def _runs_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs and the gateway's secrets are kept")
+
+
+def _demo(commands: Commands) -> None:
+    demo = _command(
+        commands,
+        "demo",
+        "testbed.demo:command",
+        "ten devices with real sensor data and very different links train one model",
+        "Everything runs on this machine: a broker, the gateway and ten agents. Ctrl-C ends it with a report of what there is.",
+    )
+    _runs_option(demo)
+    demo.add_argument("--seconds", type=_positive, default=150.0, help="how long the fleet trains")
+    demo.add_argument("--broker", choices=["auto", "mosquitto", "amqtt"], default="auto", help="auto: mosquitto where it is installed")
+    demo.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the smartwatch data is kept")
+    demo.add_argument("--plain", action="store_true", help="a line every ten seconds instead of the live table")
+
+
+def _task(commands: Commands) -> None:
+    task = commands.add_parser("task", help="make and check task folders", description="A task is a folder: task.toml and a model.")
+    kinds = task.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    new = _command(kinds, "new", "cli.gateway:task_new", "make a task folder around a forward ONNX model")
+    new.add_argument("folder", type=Path, metavar="TASK", help="folder to make; its name becomes the task's name")
+    new.add_argument("--model", type=Path, required=True, help="forward ONNX model: features in, class scores out")
+    build = _command(kinds, "build", "cli.gateway:task_build", "write the programs that devices run", "`serve` does it when needed.")
+    build.add_argument("folder", type=Path, metavar="TASK", help="folder with task.toml and its model")
+
+
+def _serve(commands: Commands) -> None:
+    serve = _command(
+        commands,
+        "serve",
+        "cli.gateway:serve",
+        "run a task: broker, coordinator and store",
+        "Goes on with the newest unfinished run of the task. Ctrl-C stops; the same command goes on where it was.",
+    )
+    serve.add_argument("task", type=Path, metavar="TASK", help="task folder, or the folder of a run to go on with")
+    _runs_option(serve)
+    serve.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
+    serve.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")
+    serve.add_argument("--broker", metavar="URL", help="mqtt://user:password@host:port of a broker that is there already")
+    serve.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
+    serve.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
+    serve.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
+    serve.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")
+    serve.add_argument("--plain", action="store_true", help="a line an event instead of the live table")
+
+
+def _device(commands: Commands) -> None:
+    device = commands.add_parser("device", help="who may connect to the gateway", description="Devices and their passwords.")
+    kinds = device.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add = _command(kinds, "add", "cli.gateway:device_add", "let a device in and write its bundle NAME.json", "A running gateway notices.")
+    add.add_argument("name", metavar="NAME", help="a-z, 0-9 and '-'")
+    add.add_argument("--broker", metavar="URL", default="mqtt://127.0.0.1:1883", help="where the device finds the gateway's broker")
+    add.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where to write the bundle")
+    _runs_option(add)
+    remove = _command(kinds, "remove", "cli.gateway:device_remove", "take a device's access away")
+    remove.add_argument("name", metavar="NAME", help="device to remove")
+    _runs_option(remove)
+    listing = _command(kinds, "list", "cli.gateway:device_list", "name the devices that may connect")
+    _runs_option(listing)
+
+
+def _agent(commands: Commands) -> None:
+    agent = _command(
+        commands,
+        "agent",
+        "cli.device:agent",
+        "be a device: fetch, train on the data here, send",
+        "Runs until it is stopped, through reboots and lost links. Its data never leaves it.",
+    )
+    agent.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="NAME.json from `regrow device add`")
+    agent.add_argument("--data", required=True, metavar="SOURCE", help="x.npz, idx:IMAGES,LABELS, csv:FILE?label=y, images:DIR or entry:NAME")
+    agent.add_argument("--state", type=Path, metavar="DIR", help="durable state (default: regrow-state-NAME here)")
+    agent.add_argument("--capacity", type=int, metavar="N", help="samples kept, the newest (default: all of a file)")
+    agent.add_argument("--validation", type=float, default=0.2, metavar="PART", help="share of the newest data that is never trained on")
+    agent.add_argument("--gap", type=int, default=0, metavar="N", help="samples between training and validation used for neither")
+    agent.add_argument("--max-uplink-bps", type=_positive, metavar="N", help="send at most this many bits a second")
+    agent.add_argument("--max-downlink-bps", type=_positive, metavar="N", help="take at most this many bits a second")
+    agent.add_argument("--threads", type=int, default=1, metavar="N", help="for training")
+
+
+def _runs(commands: Commands) -> None:
+    runs = _command(commands, "runs", "cli.gateway:runs", "list the runs")
+    _runs_option(runs)
+    rollback = _command(
+        commands,
+        "rollback",
+        "cli.gateway:rollback",
+        "return to an earlier snapshot",
+        "The old model becomes the newest version; stop `serve` first and start it again afterwards.",
+    )
+    rollback.add_argument("run", type=Path, metavar="RUN", help="folder of the run, for example runs/watch-20260101-120000")
+    rollback.add_argument("--to", type=int, metavar="VERSION", help="version of a snapshot (default: the one before the newest)")
+    verify = _command(
+        commands,
+        "verify",
+        "cli.gateway:verify",
+        "check a run's model against its durable log",
+        "Feeds every receipted update to the slow reference implementation of the papers' pseudocode.",
+    )
+    verify.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

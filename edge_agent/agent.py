@@ -1,0 +1,255 @@
+"""The device's runtime: one loop that turns the link, steps the machine and keeps its promises to the disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge_agent.data.source import DataSource
+from edge_agent.state import StateFolder
+from edge_agent.transport import MqttLink
+from edge_agent.uplink import UplinkMeter, packet_bytes
+from edge_agent.worker import Worker
+from regrow import outgoing, topics, wire
+from regrow.device import OUTGOING, PART, Device, Identity
+from regrow.errors import LocalError
+from regrow.machine import (
+    Acknowledged,
+    Drop,
+    Effect,
+    Event,
+    Finished,
+    Measured,
+    Note,
+    Persisted,
+    Publish,
+    Save,
+    SetTimer,
+    Subscribe,
+    Train,
+    Trained,
+    TrainingFailed,
+    Unsubscribe,
+    Woken,
+)
+
+log = logging.getLogger(__name__)
+IDENTITY = "identity"
+UPLINK = "uplink"
+POLL_S = 1.0
+UPLINK_DRIFT = 0.2
+OWN_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What a device needs in order to connect; `regrow device add` writes it."""
+
+    device: str
+    broker: str
+    password: str
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read NAME.json.
+
+    Raises:
+        LocalError: it cannot be read, or a field is missing or of another type.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        bundle = Bundle(fields["device"], fields["broker"], fields["password"])
+    except OSError as error:
+        raise LocalError(f"{path}: {error.strerror}; make it on the gateway with `regrow device add NAME`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LocalError(f"{path}: not a device bundle ({error!r}); make it with `regrow device add NAME`") from error
+    if not all(isinstance(value, str) for value in (bundle.device, bundle.broker, bundle.password)):
+        raise LocalError(f"{path}: device, broker and password must be strings; make it with `regrow device add NAME`")
+    topics.check_name(bundle.device, "device")
+    return bundle
+
+
+class Agent:
+    """One device, until `stop` is called.
+
+    Args:
+        bundle: who it is and where the broker is.
+        folder: its durable state, held exclusively.
+        source: its own data; nothing of it ever leaves.
+        max_uplink_bps, max_downlink_bps: caps on what it sends and takes, wire bits per second.
+        threads: for training.
+        software: what hello says of us.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        folder: StateFolder,
+        source: DataSource,
+        *,
+        max_uplink_bps: float | None = None,
+        max_downlink_bps: float | None = None,
+        threads: int = 1,
+        software: str = "",
+    ) -> None:
+        self._folder, self._bundle = folder, bundle
+        self._meter = self._load_meter()
+        saved = self._load_saved()
+        self.identity = Identity(
+            name=bundle.device,
+            install=self._load_install(),
+            boot=secrets.token_bytes(wire.DIGEST_BYTES),
+            examples=source.training_size,
+            validation_examples=source.validation_size,
+            software=software,
+        )
+        self.device = Device(self.identity, saved, self._meter.estimate_bps)
+        self._told_bps = self._saved_bps = self._meter.estimate_bps
+        self._link = MqttLink(
+            bundle.broker,
+            device_id=bundle.device,
+            password=bundle.password,
+            rng=random.Random(self.identity.boot),
+            will=(topics.status(bundle.device), wire.encode(wire.Status(online=False))),
+            max_uplink_bps=max_uplink_bps,
+            max_downlink_bps=max_downlink_bps,
+        )
+        self._results: queue.SimpleQueue[Trained | TrainingFailed] = queue.SimpleQueue()
+        self._worker = Worker(source, self._trained, threads=threads)
+        self._sent: dict[int, str] = {}
+        self._timer_s = float("inf")
+        self._stopping = False
+
+    # ---- state of earlier lives ----------------------------------------------------------------------------------------------------
+
+    def _load_meter(self) -> UplinkMeter:
+        saved = self._folder.get(UPLINK)
+        try:
+            return UplinkMeter.from_state(json.loads(saved)) if saved is not None else UplinkMeter()
+        except (LocalError, ValueError) as error:
+            log.warning("set aside the saved uplink measurements: %s", error)
+            return UplinkMeter()
+
+    def _load_saved(self) -> dict[str, bytes]:
+        saved = {}
+        for name in (OUTGOING, *self._folder.list(PART)):
+            data = self._folder.get(name)
+            if data is not None:
+                saved[name] = data
+        return saved
+
+    def _load_install(self) -> bytes:
+        """The install nonce. A lost sequence number starts a new installation, so that no number is ever used twice."""
+        install = self._folder.get(IDENTITY)
+        lost = [(name, reason) for name, reason in self._folder.rejected if name == OUTGOING]
+        data = self._folder.get(OUTGOING)
+        if data is not None:
+            try:
+                outgoing.from_bytes(data, None)
+            except LocalError as error:
+                lost.append((OUTGOING, str(error)))
+        for name, reason in self._folder.rejected:
+            log.warning("set aside %s: %s", name, reason)
+        if install is None or len(install) != wire.DIGEST_BYTES or lost:
+            install = secrets.token_bytes(wire.DIGEST_BYTES)
+            self._folder.put(IDENTITY, install)
+        return install
+
+    # ---- the loop ------------------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End `run` soon; from any thread or a signal handler."""
+        self._stopping = True
+        self._link.wake()
+
+    def run(self, on_note: Callable[[Note], None] = lambda _: None) -> None:
+        """Serve until stopped.
+
+        Raises:
+            LocalError: the disk failed; nothing is promised any more, a restart goes on from what is there.
+        """
+        self._on_note = on_note
+        try:
+            while not self._stopping:
+                wait_s = min(max(self._timer_s - time.monotonic(), 0.0), POLL_S)
+                for event in self._link.poll(wait_s):
+                    self._take(event)
+                while not self._results.empty():
+                    self._step(self._results.get())
+                if self._timer_s <= time.monotonic():
+                    self._timer_s = float("inf")
+                    self._step(Woken())
+        finally:
+            self._worker.close()
+            self._link.close()
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Acknowledged):
+            self._measure(event)
+            if event.token == OWN_TOKEN:
+                return
+        self._step(event)
+
+    def _step(self, event: Event) -> None:
+        meters = self.device.meters
+        meters.bytes_up, meters.bytes_down = self._link.bytes_up, self._link.bytes_down
+        meters.disk_bytes, meters.step_s = self._folder.bytes_written, self._worker.step_s
+        self._perform(self.device.step(event, time.monotonic()))
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Publish):
+                self._publish(effect)
+            elif isinstance(effect, (Subscribe, Unsubscribe)):
+                self._link.perform(effect)
+            elif isinstance(effect, Save):
+                self._folder.put(effect.name, bytes(effect.data), durable=effect.id is not None)
+                if effect.id is not None:
+                    self._step(Persisted(effect.id))
+            elif isinstance(effect, Drop):
+                self._folder.delete(effect.name, durable=False)
+            elif isinstance(effect, Train):
+                self._worker.put(effect)
+            elif isinstance(effect, SetTimer):
+                self._timer_s = effect.at_s
+            elif isinstance(effect, Note):
+                log.info("%s %s", effect.kind, effect.fields)
+                self._on_note(effect)
+            elif isinstance(effect, Finished):
+                self._stopping = True
+
+    def _publish(self, effect: Publish) -> None:
+        """Send; acknowledgements of small messages tell the link's latency, which the meter needs beside its rate."""
+        if effect.token is None:
+            effect = replace(effect, token=OWN_TOKEN)
+        self._sent[effect.token or OWN_TOKEN] = effect.topic
+        self._link.perform(effect)
+
+    def _trained(self, result: Trained | TrainingFailed) -> None:
+        self._results.put(result)
+        self._link.wake()
+
+    # ---- the meter -----------------------------------------------------------------------------------------------------------------
+
+    def _measure(self, ack: Acknowledged) -> None:
+        topic = self._sent.get(ack.token, "") if ack.token == OWN_TOKEN else self._sent.pop(ack.token, "")
+        if ack.acked_s <= ack.started_s:
+            return
+        self._meter.add(packet_bytes(topic, ack.sent_bytes), ack.started_s, ack.acked_s)
+        estimate = self._meter.estimate_bps
+        if ack.token == OWN_TOKEN or estimate is None or estimate == self._told_bps:
+            return
+        self._told_bps = estimate
+        self._step(Measured(estimate))
+        if self._saved_bps is None or abs(estimate - self._saved_bps) > UPLINK_DRIFT * self._saved_bps:
+            self._saved_bps = estimate
+            self._folder.put(UPLINK, json.dumps(self._meter.to_state()).encode())
+
+

@@ -1,0 +1,339 @@
+"""Trains and evaluates a model on the device with plain onnxruntime, from programs that came over the network.
+
+Programs are data, and untrusted: before onnxruntime sees one, its protobuf is scanned, and whatever our exporter never
+writes is refused (tensors in other files, control flow, functions, operators outside ai.onnx). So a program can read no
+file of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from regrow.errors import LocalError, PeerError
+from regrow.parameters import Layout
+
+Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    # onnxruntime's own exceptions share no base class; the set differs a little between versions.
+    *(kind for kind in vars(ort_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What local training gave.
+
+    Attributes:
+        vector: float32 [n], the trained parameters; not finite where training diverged.
+        loss: mean cross-entropy over all examples seen, each before its own step.
+        examples: examples trained on, repeats counted.
+        steps: SGD steps.
+    """
+
+    vector: NDArray[np.float32]
+    loss: float
+    examples: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy and share of correct answers over `examples` examples."""
+
+    loss: float
+    accuracy: float
+    examples: int
+
+
+class Trainer:
+    """The programs of one task, ready to run; each onnxruntime session is built when it is first needed.
+
+    Args:
+        programs: 'layout', and those of 'train', 'train_masked' and 'evaluate' that will be used.
+        threads: that onnxruntime may use for one operator.
+
+    Raises:
+        PeerError: the layout is malformed.
+        LocalError: there is no layout, or threads < 1.
+    """
+
+    def __init__(self, programs: Mapping[str, bytes], threads: int = 1) -> None:
+        if threads < 1:
+            raise LocalError(f"threads is {threads}, but training needs at least 1")
+        self._programs = dict(programs)
+        self._threads = threads
+        self._sessions: dict[str, _Session] = {}
+        self.layout = Layout.from_json(self._program("layout"))
+
+    def train(
+        self,
+        vector: NDArray[np.float32],
+        kept: NDArray[np.bool_] | None,
+        batches: Iterable[Batch],
+        learning_rate: float,
+    ) -> TrainResult:
+        """Parameters after one SGD step per batch.
+
+        A batch shorter than the longest one so far is padded with examples of weight 0.
+
+        Args:
+            vector: float32 [n]. Not modified.
+            kept: bool [n], the coordinates of the sub-model; the others keep their value exactly. None: all, without masks.
+            batches: (x float32 [b, ...], y int64 [b]), b >= 1; at least one.
+            learning_rate: of SGD, finite.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+            PeerError: the program is malformed, or fails.
+        """
+        session = self._session("train" if kept is None else "train_masked")
+        parameters = self._views(vector)
+        fixed: dict[str, NDArray[Any]] = {"learning_rate": np.array(learning_rate, np.float32)} | self._masks(kept)
+        outputs = ["loss", *(f"new:{name}" for name in parameters)]
+        loss, examples, steps, size = 0.0, 0, 0, 0
+        for x, y in batches:
+            session.check_batch(x, y)
+            size = max(size, len(x))
+            result = session.run(outputs, {**_padded(x, y, size), **fixed, **parameters})
+            parameters = dict(zip(parameters, result[1:], strict=True))
+            loss += float(result[0]) * len(x)
+            examples += len(x)
+            steps += 1
+        if not steps:
+            raise LocalError("there are no batches to train on; give at least one")
+        return TrainResult(self._flat(parameters), loss / examples, examples, steps)
+
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64], batch: int = 256) -> Score:
+        """Loss and accuracy of the parameters on the examples, computed `batch` at a time.
+
+        Args:
+            vector: float32 [n].
+            x: float32 [m, ...], m >= 1.
+            y: int64 [m].
+
+        Raises:
+            LocalError: an argument does not fit the program.
+            PeerError: the program is malformed, or fails.
+        """
+        if batch < 1:
+            raise LocalError(f"batch is {batch}, but evaluation needs at least 1")
+        session = self._session("evaluate")
+        parameters = self._views(vector)
+        session.check_batch(x, y)
+        loss, correct = 0.0, 0
+        for start in range(0, len(x), batch):
+            part = slice(start, start + batch)
+            loss_sum, hits = session.run(["loss_sum", "correct"], {"x": x[part], "y": y[part], **parameters})
+            loss += float(loss_sum)
+            correct += int(hits)
+        return Score(loss / len(x), correct / len(x), len(x))
+
+    def _program(self, name: str) -> bytes:
+        if name not in self._programs:
+            raise LocalError(f"there is no program {name!r}; this trainer was given {sorted(self._programs)}")
+        return self._programs[name]
+
+    def _session(self, name: str) -> _Session:
+        if name not in self._sessions:
+            self._sessions[name] = _Session(name, self._program(name), self.layout, self._threads)
+        return self._sessions[name]
+
+    def _views(self, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.shape != (self.layout.size,):
+            raise LocalError(f"vector: expected float32 [{self.layout.size}], got {_described(vector)}")
+        return self.layout.unflatten(np.ascontiguousarray(vector))
+
+    def _masks(self, kept: NDArray[np.bool_] | None) -> dict[str, NDArray[Any]]:
+        if kept is None:
+            return {}
+        if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_ or kept.shape != (self.layout.size,):
+            raise LocalError(f"kept: expected bool [{self.layout.size}], got {_described(kept)}")
+        if not kept[self.layout.always_kept_coordinates].all():
+            raise LocalError("kept leaves out coordinates that belong to every sub-model (layout.always_kept_coordinates)")
+        views = self.layout.unflatten(kept.astype(np.float32))
+        return {f"mask:{t.name}": views[t.name] for t in self.layout.tensors if not t.always_kept}
+
+    def _flat(self, parameters: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        try:
+            return self.layout.flatten(parameters)
+        except LocalError as error:
+            raise PeerError(f"the training program returned parameters that do not fit the layout: {error}") from error
+
+
+class _Session:
+    """One program, scanned, loaded and checked against the layout."""
+
+    def __init__(self, name: str, program: bytes, layout: Layout, threads: int) -> None:
+        self._name = name
+        scan_program(name, program)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Many agents may share few cores: a waiting thread must sleep, not spin.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # what goes wrong comes as an exception; nothing belongs on stderr
+        try:
+            self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"])
+            inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
+            outputs = {item.name for item in self._session.get_outputs()}
+            metadata = self._session.get_modelmeta().custom_metadata_map
+        except _ORT_ERRORS as error:
+            raise PeerError(f"program {name!r} cannot be loaded: {error}") from error
+        self._check_signature(inputs, outputs, layout)
+        self._example_shape: tuple[int, ...] = tuple(inputs["x"][1][1:])
+        classes = metadata.get("regrow.classes", "")
+        if not (classes.isascii() and classes.isdigit() and len(classes) < 10):
+            raise PeerError(f"program {name!r}: metadata regrow.classes is {classes!r}, not a number of classes")
+        self._classes = int(classes)
+
+    def _check_signature(self, inputs: dict[str, tuple[str, list[Any]]], outputs: set[str], layout: Layout) -> None:
+        """Inputs and outputs are exactly those of a program for this layout; PeerError otherwise."""
+        expected: dict[str, tuple[str, list[Any]]] = {t.name: ("tensor(float)", list(t.shape)) for t in layout.tensors}
+        results = {"loss_sum", "correct"}
+        if self._name != "evaluate":
+            results = {"loss", *(f"new:{t.name}" for t in layout.tensors)}
+            expected |= {"sample_weight": ("tensor(float)", ["batch"]), "learning_rate": ("tensor(float)", [])}
+        if self._name == "train_masked":
+            expected |= {f"mask:{t.name}": expected[t.name] for t in layout.tensors if not t.always_kept}
+        expected["y"] = ("tensor(int64)", ["batch"])
+        kind, shape = inputs.get("x", ("nothing", []))
+        if kind != "tensor(float)" or shape[:1] != ["batch"] or not all(isinstance(size, int) for size in shape[1:]):
+            raise PeerError(f"program {self._name!r}: input 'x' is {kind} {shape}, not tensor(float) ['batch', ...]")
+        for name in (expected.keys() | inputs.keys()) - {"x"}:
+            if expected.get(name) != inputs.get(name):
+                raise PeerError(f"program {self._name!r}: input {name!r} is {inputs.get(name)}, the layout needs {expected.get(name)}")
+        if outputs != results:
+            raise PeerError(f"program {self._name!r}: its outputs differ from the layout's in {sorted(outputs ^ results)}")
+
+    def check_batch(self, x: NDArray[Any], y: NDArray[Any]) -> None:
+        """Raises LocalError unless x and y are a non-empty batch of this program."""
+        example = ", ".join(str(size) for size in self._example_shape)
+        if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.shape[1:] != self._example_shape or not x.ndim:
+            raise LocalError(f"x: expected float32 [batch, {example}], got {_described(x)}")
+        if not len(x):
+            raise LocalError(f"x: expected float32 [batch, {example}] with at least one example, got none")
+        if not isinstance(y, np.ndarray) or y.dtype != np.int64 or y.shape != x.shape[:1]:
+            raise LocalError(f"y: expected int64 [{len(x)}], as long as x, got {_described(y)}")
+        if y.min() < 0 or y.max() >= self._classes:
+            raise LocalError(f"y: expected labels from 0 to {self._classes - 1}, got {y.min()} to {y.max()}")
+
+    def run(self, outputs: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        try:
+            return list(self._session.run(outputs, feed))
+        except _ORT_ERRORS as error:
+            raise PeerError(f"program {self._name!r} failed: {error}") from error
+
+
+def _padded(x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> dict[str, NDArray[Any]]:
+    """The feed of a batch of `size`: onnxruntime plans its memory per shape, so all steps should have one shape."""
+    weight = np.ones(size, np.float32)
+    missing = size - len(x)
+    if missing:
+        weight[len(x) :] = 0
+        x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), np.float32)])
+        y = np.concatenate([y, np.zeros(missing, np.int64)])
+    return {"x": x, "y": y, "sample_weight": weight}
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+# ---- the scan ----------------------------------------------------------------------------------------------------
+
+_TENSOR, _ATTRIBUTE, _NODE, _GRAPH, _MODEL = "tensor", "attribute", "node", "graph", "model"
+
+_CHILDREN: dict[tuple[str, int], str] = {
+    (_MODEL, 7): _GRAPH,
+    (_GRAPH, 1): _NODE,
+    (_GRAPH, 5): _TENSOR,
+    (_NODE, 5): _ATTRIBUTE,
+    (_ATTRIBUTE, 5): _TENSOR,
+    (_ATTRIBUTE, 10): _TENSOR,
+}
+"""Field numbers of onnx.proto that lead to something that must be scanned."""
+
+_REFUSED: dict[tuple[str, int], str] = {
+    (_MODEL, 20): "training information",
+    (_MODEL, 25): "functions",
+    (_GRAPH, 15): "sparse tensors",
+    (_ATTRIBUTE, 6): "a subgraph",
+    (_ATTRIBUTE, 11): "subgraphs",
+    (_ATTRIBUTE, 22): "a sparse tensor",
+    (_ATTRIBUTE, 23): "sparse tensors",
+    (_TENSOR, 13): "a tensor in another file",
+}
+
+
+def scan_program(name: str, program: bytes) -> None:
+    """Return if the program holds only what our exporter writes.
+
+    Raises:
+        PeerError: it is not well-formed protobuf, refers to files, or has control flow, functions, sparse tensors or
+            foreign operators.
+
+    Source: onnx/onnx.proto and the protobuf wire format. Differs from a parser in looking at the fields above only.
+    """
+    pending = [(_MODEL, memoryview(program))]
+    while pending:
+        kind, message = pending.pop()
+        for number, value in _fields(name, message):
+            if (kind, number) in _REFUSED:
+                raise PeerError(f"program {name!r} contains {_REFUSED[kind, number]}, which no program of ours does")
+            if kind == _TENSOR and number == 14 and value != 0:
+                raise PeerError(f"program {name!r} contains a tensor in another file, which no program of ours does")
+            child = _CHILDREN.get((kind, number))
+            if isinstance(value, int):
+                if child:
+                    raise PeerError(f"program {name!r} is malformed: field {number} of a {kind} is a number")
+                continue
+            if kind == _NODE and number == 7 and bytes(value) not in (b"", b"ai.onnx"):
+                raise PeerError(f"program {name!r} uses an operator outside ai.onnx, which no program of ours does")
+            if child:
+                pending.append((child, value))
+
+
+def _fields(name: str, message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(field number, number or bytes) of each field of one protobuf message."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(name, message, at)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, at = _varint(name, message, at)
+            yield key >> 3, value
+            continue
+        if wire_type == 2:
+            length, at = _varint(name, message, at)
+        elif wire_type in (1, 5):
+            length = 8 if wire_type == 1 else 4
+        else:
+            raise PeerError(f"program {name!r} is malformed: protobuf wire type {wire_type}")
+        if length > len(message) - at:
+            raise PeerError(f"program {name!r} is malformed: a field of {length} bytes runs past its end")
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def _varint(name: str, message: memoryview, at: int) -> tuple[int, int]:
+    """(value, position after it) of the varint at `at`."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            break
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise PeerError(f"program {name!r} is malformed: a number runs past its end")

@@ -1,0 +1,106 @@
+"""How large a part of the model a device starts with, or deserves: from its measured link, or from its round times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from regrow.errors import LocalError
+
+SLACK = 0.9  # a rung is given when the link carries 0.9 of what it needs, up to the next rung (ours)
+GRID = 64  # PR-FL's densities are rounded to 1/64, which bounds the chunks of a large fleet (ours)
+
+
+def full_density_goodput_bps(live_uplinks_bps: Sequence[float]) -> float:
+    """The link that deserves the whole model: the 90th percentile (nearest rank) of the live ones, in bit/s.
+
+    Raises:
+        LocalError: no link, or one that is not finite and > 0.
+    """
+    if not live_uplinks_bps or not all(math.isfinite(link) and link > 0.0 for link in live_uplinks_bps):
+        raise LocalError("density: needs measured links, each finite and > 0 bit/s")
+    ascending = sorted(live_uplinks_bps)
+    return ascending[math.ceil(0.9 * len(ascending)) - 1]
+
+
+def initial_density(
+    uplink_bps: float,
+    live_uplinks_bps: Sequence[float],
+    ladder: Sequence[float],
+    full_density_bps: float | None = None,
+) -> float:
+    """FedGMR's class of a device: the lowest rung >= 0.9 x its link relative to the full-density link.
+
+    Args:
+        uplink_bps: the device's measured goodput, > 0.
+        live_uplinks_bps: goodput of every live device, this one included; not looked at with full_density_bps.
+        ladder: densities, ascending, the last 1.0.
+        full_density_bps: the link that carries the whole model, when the task names it.
+
+    Returns:
+        A rung of the ladder.
+
+    Raises:
+        LocalError: a link is not finite and > 0, or the ladder does not end at 1.0.
+
+    Source: FedGMR, classes by bandwidth; the percentile and the slack are ours (algorithms.md section 4).
+    """
+    full_bps = full_density_goodput_bps(live_uplinks_bps) if full_density_bps is None else full_density_bps
+    if not (math.isfinite(uplink_bps) and uplink_bps > 0.0 and math.isfinite(full_bps) and full_bps > 0.0):
+        raise LocalError(f"density: link of {uplink_bps} bit/s against {full_bps} bit/s")
+    if not ladder or list(ladder) != sorted(ladder) or ladder[-1] != 1.0:
+        raise LocalError(f"density: ladder {tuple(ladder)} does not ascend to 1.0")
+    wanted = SLACK * uplink_bps / full_bps
+    return next((rung for rung in ladder if rung >= wanted - 1e-9), 1.0)
+
+
+def full_density_round_s(compute_s: float, density: float, full_model_bytes: int, goodput_bps: float) -> float:
+    """What a round would take this device at density 1: its compute scaled up, plus the whole model over its link.
+
+    PR-FL's rule chases its own tail on raw times, because a smaller model makes a faster round; hence this.
+
+    Args:
+        compute_s: measured training time of a round, seconds.
+        density: (0, 1], what that round trained.
+        full_model_bytes: bytes of an upload at density 1.
+        goodput_bps: measured uplink, bit/s.
+
+    Raises:
+        LocalError: a value is out of range.
+    """
+    if not (math.isfinite(compute_s) and compute_s >= 0.0 and 0.0 < density <= 1.0):
+        raise LocalError(f"density: {compute_s} s of compute at density {density}")
+    if full_model_bytes <= 0 or not (math.isfinite(goodput_bps) and goodput_bps > 0.0):
+        raise LocalError(f"density: {full_model_bytes} bytes over {goodput_bps} bit/s")
+    return compute_s / density + 8.0 * full_model_bytes / goodput_bps
+
+
+def remember_round(window: Sequence[float], round_s: float, size: int) -> tuple[float, ...]:
+    """The FIFO of a device's last `size` normalised round times with one more, oldest first, seconds."""
+    if size < 1 or not (math.isfinite(round_s) and round_s > 0.0):
+        raise LocalError(f"density: a round of {round_s} s in a window of {size}")
+    return (*window, round_s)[-size:]
+
+
+def relative_densities(windows: Mapping[str, Sequence[float]], minimum: Mapping[str, float] | None = None) -> dict[str, float]:
+    """PR-FL's rule: rho_i = max(min_j tbar_j / tbar_i, rho_min_i), to the nearest 1/64 and at least 1/64.
+
+    Args:
+        windows: device -> its last round times normalised to full density, seconds; devices without any are left out.
+        minimum: device -> rho_min_i, as restoration raised it; applied before rounding, and never rounded below.
+
+    Returns:
+        device -> density in (0, 1].
+
+    Source: PR-FL; the normalisation and the rounding are ours (algorithms.md sections 2 and 4).
+    """
+    means = {who: math.fsum(times) / len(times) for who, times in windows.items() if times}
+    if any(not (math.isfinite(mean) and mean > 0.0) for mean in means.values()):
+        raise LocalError("density: round times must be finite and > 0")
+    fastest = min(means.values(), default=0.0)
+    lower = minimum or {}
+    densities = {}
+    for who, mean in means.items():
+        steps = max(1, round(fastest / mean * GRID), math.ceil(lower.get(who, 0.0) * GRID - 1e-9))
+        densities[who] = min(steps / GRID, 1.0)
+    return densities

@@ -1,0 +1,213 @@
+"""Values on the wire: float32, float16, or int8 with one float16 scale per 256 values.
+
+All little-endian and in position order. The always-kept segment is float32 in every dtype.
+
+    float32, float16   float32 [always_kept], then the rest in the dtype
+    int8               float32 [always_kept], float16 scale [ceil(m / 256)], int8 [m], m the rest; a value is scale * q
+
+float16 and int8 saturate instead of overflowing: at +-65504 and +-65504 * 127. int8 suits *deltas*: what rounding
+loses stays with the sender as its error-feedback residual. Peers may send neither a non-finite number, nor a negative
+scale, nor q = -128.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow.errors import LocalError, PeerError
+
+WireDtype = Literal["float32", "float16", "int8"]
+GROUP = 256  # values that share one scale
+FLOAT16_MAX = 65504.0
+
+
+def encoded_size(dtype: WireDtype, length: int, always_kept: int) -> int:
+    """The payload's bytes for a prefix of this length.
+
+    Raises:
+        LocalError: unknown dtype, or the prefix is shorter than the always-kept segment.
+    """
+    if not 0 <= always_kept <= length:
+        raise LocalError(f"values: a prefix of {length} without the {always_kept} always-kept positions")
+    rest = length - always_kept
+    if dtype == "float32":
+        return 4 * length
+    if dtype == "float16":
+        return 4 * always_kept + 2 * rest
+    if dtype == "int8":
+        return 4 * always_kept + 2 * -(-rest // GROUP) + rest
+    raise LocalError(f"values: unknown wire dtype {dtype!r}")
+
+
+def encode(values: NDArray[np.float32], dtype: WireDtype, always_kept: int) -> bytes:
+    """A prefix of the model, or of a delta, as wire bytes.
+
+    Args:
+        values: float32 [length], finite, in position order.
+        dtype: how the positions behind the always-kept ones travel.
+        always_kept: length of the first segment, <= length.
+
+    Raises:
+        LocalError: not finite, not float32, or too short.
+    """
+    encoded_size(dtype, values.size, always_kept)
+    _check_finite(values)
+    kept = values[:always_kept].astype("<f4").tobytes()
+    rest = values[always_kept:]
+    if dtype == "float32":
+        return kept + rest.astype("<f4").tobytes()
+    if dtype == "float16":
+        return kept + _to_float16(rest).tobytes()
+    scales, quantised = _to_int8(rest)
+    return kept + scales.tobytes() + quantised.tobytes()
+
+
+def decode(payload: bytes | bytearray | memoryview, dtype: WireDtype, length: int, always_kept: int) -> NDArray[np.float32]:
+    """The values that `encode` wrote, as the receiver knows them.
+
+    Returns:
+        float32 [length], a fresh array.
+
+    Raises:
+        PeerError: wrong size, a non-finite number or scale, a negative scale, or q = -128.
+        LocalError: unknown dtype, or always_kept > length.
+    """
+    size = encoded_size(dtype, length, always_kept)
+    if len(payload) != size:
+        raise PeerError(f"values: {len(payload)} bytes, {length} values as {dtype} take {size}")
+    values = np.empty(length, np.float32)
+    rest = length - always_kept
+    values[:always_kept] = np.frombuffer(payload, "<f4", always_kept)
+    offset = 4 * always_kept
+    if dtype == "int8":
+        scales = np.frombuffer(payload, "<f2", -(-rest // GROUP), offset)
+        quantised = np.frombuffer(payload, np.int8, rest, offset + scales.nbytes)
+        values[always_kept:] = _from_int8(scales, quantised)
+    else:
+        values[always_kept:] = np.frombuffer(payload, "<f4" if dtype == "float32" else "<f2", rest, offset)
+    if not np.isfinite(values).all():
+        raise PeerError(f"values: position {int(np.isfinite(values).argmin())} is not finite")
+    return values
+
+
+def encode_slice(values: NDArray[np.float32], start: int, stop: int, dtype: Literal["float32", "float16"], always_kept: int) -> bytes:
+    """The bytes of positions [start, stop): consecutive slices concatenate to `encode` of the whole.
+
+    Args:
+        values: float32 [length], the whole vector, of which only the slice is looked at.
+
+    Raises:
+        LocalError: the slice lies outside, its values are not finite, or the dtype (int8) has no slices.
+    """
+    _check_slice(start, stop, dtype)
+    if stop > values.size:
+        raise LocalError(f"values: slice [{start}, {stop}) of {values.size}")
+    return encode(values[start:stop], dtype, _kept_in(start, stop, always_kept))
+
+
+def decode_slice(
+    payload: bytes | bytearray | memoryview,
+    start: int,
+    stop: int,
+    dtype: Literal["float32", "float16"],
+    always_kept: int,
+) -> NDArray[np.float32]:
+    """float32 [stop - start]: the positions [start, stop) that `encode_slice` wrote.
+
+    Raises:
+        PeerError: wrong size or a non-finite number.
+        LocalError: an impossible slice, or a dtype without slices.
+    """
+    _check_slice(start, stop, dtype)
+    return decode(payload, dtype, stop - start, _kept_in(start, stop, always_kept))
+
+
+def slice_size(start: int, stop: int, dtype: Literal["float32", "float16"], always_kept: int) -> int:
+    """The bytes of positions [start, stop)."""
+    _check_slice(start, stop, dtype)
+    return encoded_size(dtype, stop - start, _kept_in(start, stop, always_kept))
+
+
+def rounded(values: NDArray[np.float32], dtype: WireDtype, always_kept: int) -> NDArray[np.float32]:
+    """What the receiver will hold: decode(encode(values))."""
+    return decode(encode(values, dtype, always_kept), dtype, values.size, always_kept)
+
+
+def quantise_with_feedback(
+    delta: NDArray[np.float32], residual: NDArray[np.float32], dtype: WireDtype, always_kept: int
+) -> tuple[bytes, NDArray[np.float32], NDArray[np.float32]]:
+    """A delta's payload, with what earlier roundings lost added and what this one loses returned.
+
+    Args:
+        delta: float32 [length], w_i - base, in position order.
+        residual: float32 [length], what is still owed; 0 on the always-kept positions.
+        dtype: wire dtype.
+        always_kept: length of the first segment.
+
+    Returns:
+        The payload; float32 [length] `sent`, what the receiver decodes; float32 [length], the new residual.
+        sent + new residual = delta + residual up to float32 rounding. After a rejection the sender owes
+        new residual + sent.
+
+    Raises:
+        LocalError: shapes differ, something is not finite, or the residual touches an always-kept position.
+
+    Source: algorithms.md section 1, "what travels" (error feedback).
+    """
+    if delta.shape != residual.shape or residual[:always_kept].any():
+        raise LocalError("values: the residual has another length, or is not 0 on the always-kept positions")
+    owed = delta + residual
+    payload = encode(owed, dtype, always_kept)
+    sent = decode(payload, dtype, owed.size, always_kept)
+    return payload, sent, owed - sent
+
+
+def _to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    return np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype("<f2")
+
+
+def _to_int8(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
+    """Scales float16 [ceil(m / 256)] and int8 [m]; a scale is rounded up, so that |q| <= 127 without clipping."""
+    groups = np.zeros((-(-values.size // GROUP), GROUP), np.float32)
+    groups.reshape(-1)[: values.size] = values
+    exact = np.abs(groups).max(axis=1, initial=0.0) / np.float32(127.0)
+    scales = _to_float16(exact)
+    too_small = (scales < exact) & (scales < FLOAT16_MAX)  # a subnormal float16 scale is rounded up like any other
+    scales[too_small] = np.nextafter(scales[too_small], np.float16(np.inf))
+    divisors = np.where(scales > 0, scales, np.float16(1.0)).astype(np.float32)
+    groups /= divisors[:, None]
+    quantised = np.clip(np.rint(groups, out=groups), -127.0, 127.0, out=groups).astype(np.int8)
+    return scales.astype("<f2"), quantised.reshape(-1)[: values.size]
+
+
+def _from_int8(scales: NDArray[np.float16], quantised: NDArray[np.int8]) -> NDArray[np.float32]:
+    if not (np.isfinite(scales) & ~np.signbit(scales)).all() or (quantised == -128).any():
+        raise PeerError("values: an int8 scale is negative or not finite, or a quantised value is -128")
+    values = quantised.astype(np.float32)
+    whole = quantised.size // GROUP
+    values[: whole * GROUP].reshape(whole, GROUP)[:] *= scales[:whole, None].astype(np.float32)
+    if scales.size > whole:
+        values[whole * GROUP :] *= np.float32(scales[whole])
+    return values
+
+
+def _kept_in(start: int, stop: int, always_kept: int) -> int:
+    return min(max(always_kept - start, 0), stop - start)
+
+
+def _check_slice(start: int, stop: int, dtype: str) -> None:
+    if dtype not in ("float32", "float16"):
+        raise LocalError(f"values: wire dtype {dtype!r} has no slices")
+    if not 0 <= start <= stop:
+        raise LocalError(f"values: slice [{start}, {stop})")
+
+
+def _check_finite(values: NDArray[Any]) -> None:
+    if values.dtype != np.float32 or values.ndim != 1:
+        raise LocalError(f"values: {values.dtype}{values.shape}, not a float32 vector")
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise LocalError(f"values: position {int(finite.argmin())} is not finite")

@@ -1,0 +1,92 @@
+import pytest
+
+from regrow.density import (
+    full_density_goodput_bps,
+    full_density_round_s,
+    initial_density,
+    relative_densities,
+    remember_round,
+)
+from regrow.errors import LocalError
+
+LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def test_initial_classes_of_the_papers_ten_clients() -> None:
+    links = [5e6, 2.5e6, 1e6, 0.5e6, *[0.25e6] * 6]
+    full = full_density_goodput_bps(links)
+    assert full == 2.5e6  # the nearest rank of 90 % of ten is the ninth
+    explicit = [initial_density(link, [], LADDER, full_density_bps=5e6) for link in links]
+    assert explicit == [1.0, 0.5, 0.2, 0.1, *[0.05] * 6]
+    assert [initial_density(link, links, LADDER) for link in links[:5]] == [1.0, 1.0, 0.5, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(("ratio", "density"), [(0.01, 0.05), (0.055, 0.05), (0.056, 0.1), (0.55, 0.5), (0.56, 1.0), (7.0, 1.0)])
+def test_the_lowest_rung_that_holds_nine_tenths(ratio: float, density: float) -> None:
+    assert initial_density(ratio * 1e6, [], LADDER, full_density_bps=1e6) == density
+
+
+def test_wrong_links_are_refused() -> None:
+    for link, live, ladder in ((0.0, [1.0], LADDER), (1.0, [], LADDER), (1.0, [float("nan")], LADDER), (1.0, [1.0], (0.5,))):
+        with pytest.raises(LocalError):
+            initial_density(link, live, ladder)
+
+
+def simulate(links_bps: list[float], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Uploads of an 8 MB model with little compute, everybody from density 1: densities and the round times they give."""
+    model_bytes, compute_s = 8_000_000, 0.001
+    links = {str(i): link for i, link in enumerate(links_bps)}
+    densities = dict.fromkeys(links, 1.0)
+    windows: dict[str, tuple[float, ...]] = dict.fromkeys(links, ())
+    times = {}
+    for _ in range(rounds):
+        for who, link in links.items():
+            normalised = full_density_round_s(compute_s * densities[who], densities[who], model_bytes, link)
+            windows[who] = remember_round(windows[who], normalised, 5)
+        densities = relative_densities(windows)
+        times = {who: compute_s * rho + 8 * model_bytes * rho / links[who] for who, rho in densities.items()}
+    return densities, times
+
+
+def test_links_of_20_10_4_2_1_converge_to_their_ratio_within_the_rounding() -> None:
+    densities, _ = simulate([20e6, 10e6, 4e6, 2e6, 1e6], 12)
+    for density, expected in zip(densities.values(), (1.0, 0.5, 0.2, 0.1, 0.05), strict=True):
+        assert abs(density - expected) <= 0.5 / 64
+
+
+def test_round_times_come_within_ten_percent_where_the_grid_can_say_the_densities() -> None:
+    # 1/64 is 31 % of 0.05, so no rule on that grid brings 20:1 within 10 %: these ratios lie on the grid
+    densities, times = simulate([32e6, 16e6, 6.5e6, 3e6, 1.5e6], 12)
+    assert list(densities.values()) == [1.0, 32 / 64, 13 / 64, 6 / 64, 3 / 64]
+    assert max(times.values()) <= 1.1 * min(times.values())
+
+
+def test_the_slowest_link_of_20_to_1_is_still_within_a_rounding_step() -> None:
+    _, times = simulate([20e6, 10e6, 4e6, 2e6, 1e6], 12)
+    fastest = min(times.values())
+    assert max(times.values()) <= fastest * (0.05 + 0.5 / 64) / (0.05 - 0.5 / 64)
+
+
+def test_the_rule_does_not_chase_its_tail() -> None:
+    short, _ = simulate([20e6, 1e6], 2)
+    assert simulate([20e6, 1e6], 40)[0] == short
+
+
+def test_a_raised_minimum_holds_and_the_grid_bounds_below() -> None:
+    windows = {"fast": (1.0,), "slow": (1000.0,), "new": ()}
+    assert relative_densities(windows) == {"fast": 1.0, "slow": 1 / 64}
+    assert relative_densities(windows, {"slow": 0.45})["slow"] == 29 / 64
+    assert relative_densities({}) == {}
+    with pytest.raises(LocalError):
+        relative_densities({"a": (0.0,)})
+
+
+def test_the_window_is_a_fifo() -> None:
+    window: tuple[float, ...] = ()
+    for round_s in (1.0, 2.0, 3.0, 4.0):
+        window = remember_round(window, round_s, 3)
+    assert window == (2.0, 3.0, 4.0)
+    assert full_density_round_s(0.5, 0.1, 1_000_000, 8e6) == pytest.approx(6.0)
+    for bad in (lambda: remember_round((), 0.0, 3), lambda: full_density_round_s(1.0, 0.0, 1, 1.0), lambda: remember_round((), 1.0, 0)):
+        with pytest.raises(LocalError):
+            bad()

@@ -1,0 +1,144 @@
+import msgspec
+import pytest
+
+from regrow.errors import LocalError
+from regrow.restoration import Counter, RestorationConfig, RestorationState, evaluate, next_density, score_levels
+
+LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Run:
+    """Evaluations one after another; the densities go back in, and the state through JSON, as the coordinator does."""
+
+    def __init__(self, config: RestorationConfig, densities: dict[str, float]) -> None:
+        self.config, self.densities = config, densities
+        self.state = RestorationState()
+        self.finished = False
+        self.reasons: list[str] = []
+
+    def step(self, levels: dict[float, float], whole: float | None, progress: float = 0.0, times: int = 1) -> dict[str, float]:
+        for _ in range(times):
+            state, self.densities, self.finished, self.reasons = evaluate(self.state, self.config, self.densities, levels, whole, progress)
+            self.state = msgspec.json.decode(msgspec.json.encode(state), type=RestorationState)
+            assert self.state == state
+        return self.densities
+
+
+def test_a_stalled_client_goes_up_one_rung_and_is_then_left_alone() -> None:
+    run = Run(RestorationConfig(patience=2), {"a": 0.05, "b": 1.0})
+    flat = {0.05: 0.5, 0.1: 0.5, 1.0: 0.5}
+    assert run.step(flat, None, times=2) == {"a": 0.05, "b": 1.0}  # best, then stalled once
+    assert run.step(flat, None) == {"a": 0.1, "b": 1.0}
+    assert "a: no progress" in run.reasons[0]
+    assert run.step(flat, None, times=4) == {"a": 0.1, "b": 1.0}  # 2p evaluations left alone
+    assert run.step(flat, None, times=2) == {"a": 0.1, "b": 1.0}  # a new best, stalled once
+    assert run.step(flat, None) == {"a": 0.2, "b": 1.0}
+    assert run.state.minimum == {"a": 0.2}
+
+
+def test_only_progress_beyond_min_delta_counts() -> None:
+    run = Run(RestorationConfig(patience=2, min_delta=0.01), {"a": 0.05})
+    for score in (0.50, 0.52, 0.529, 0.54, 0.545):
+        assert run.step({0.05: score}, None) == {"a": 0.05}
+    assert run.step({0.05: 0.55}, None) == {"a": 0.1}
+
+
+def test_a_level_without_reports_leaves_the_counter_alone() -> None:
+    run = Run(RestorationConfig(patience=1), {"a": 0.05})
+    assert run.step({0.1: 0.5}, None, times=50) == {"a": 0.05}
+    assert run.state.clients["a"] == Counter()
+
+
+def test_a_stalled_global_model_raises_the_minimum_and_resets_every_counter() -> None:
+    run = Run(RestorationConfig(patience=3), {"a": 0.05, "b": 0.05, "c": 0.5})
+    run.step({0.5: 0.4}, 0.6, times=3)
+    assert run.state.clients["c"].stalled == 2
+    assert run.step({0.5: 0.5}, 0.6) == {"a": 0.1, "b": 0.1, "c": 0.5}
+    assert run.state.rho_min == 0.1
+    assert run.state.whole == Counter()
+    assert set(run.state.clients.values()) == {Counter()}
+    assert run.step({}, 0.6, times=4) == {"a": 0.2, "b": 0.2, "c": 0.5}
+
+
+@pytest.mark.parametrize(("patience", "last"), [(2, 10), (20, 50)])
+def test_finished_when_the_full_model_has_lost_its_final_patience(patience: int, last: int) -> None:
+    run = Run(RestorationConfig(patience=patience, ladder=(0.5, 1.0)), {"a": 0.5})
+    assert run.step({}, 0.6, times=patience + 1) == {"a": 1.0}
+    run.step({1.0: 0.6}, 0.6, times=last)
+    assert not run.finished
+    run.step({1.0: 0.6}, 0.6)
+    assert run.finished
+
+
+def test_without_a_trigger_nothing_happens() -> None:
+    run = Run(RestorationConfig(trigger="none", patience=1), {"a": 0.05})
+    assert run.step({0.05: 0.5}, 0.5, progress=1.0, times=99) == {"a": 0.05}
+    assert not run.finished
+
+
+def test_planned_points_raise_everybody_by_one_rung_each() -> None:
+    run = Run(RestorationConfig(trigger="fixed", patience=1), {"a": 0.05, "b": 0.2})
+    assert run.step({0.05: 0.5}, 0.5, 0.19, times=9) == {"a": 0.05, "b": 0.2}  # no plateau
+    assert run.step({}, 0.5, 0.2) == {"a": 0.1, "b": 0.5}
+    assert run.step({}, 0.5, 0.39) == {"a": 0.1, "b": 0.5}
+    assert run.step({}, 0.5, 0.61) == {"a": 0.5, "b": 1.0}  # two points at once
+    assert run.step({}, 0.5, 0.8) == {"a": 1.0, "b": 1.0}
+    assert not run.finished
+    run.step({}, 0.5, 1.0)
+    run.step({}, 0.5, 1.1, times=4)
+    assert not run.finished
+    run.step({}, 0.5, 1.2)
+    assert run.finished
+
+
+def test_mixed_uses_both() -> None:
+    run = Run(RestorationConfig(trigger="mixed", patience=2), {"a": 0.05})
+    assert run.step({0.05: 0.5}, None, times=3) == {"a": 0.1}
+    assert run.step({}, None, 0.2) == {"a": 0.2}
+    assert run.state.rho_min == 0.1
+
+
+def test_prfl_recovers_by_a_fixed_step_and_remembers_the_minimum() -> None:
+    config = RestorationConfig(step="fixed", delta_density=0.2, patience=1)
+    run = Run(config, {"a": 0.25})
+    run.step({0.25: 0.5}, None)
+    assert run.step({0.25: 0.5}, None) == {"a": 29 / 64}  # 0.45 to the nearest 1/64
+    assert run.state.minimum == {"a": 29 / 64}
+    assert next_density(config, 0.9) == 1.0
+    assert next_density(RestorationConfig(step="fixed", delta_density=0.001), 0.5) == 33 / 64
+    assert [next_density(RestorationConfig(), rung) for rung in LADDER] == [0.1, 0.2, 0.5, 1.0, 1.0]
+    assert next_density(RestorationConfig(), 0.3) == 0.5
+
+
+def test_who_left_is_forgotten_and_who_joins_starts_afresh() -> None:
+    run = Run(RestorationConfig(patience=2), {"a": 0.05})
+    run.step({0.05: 0.5}, None, times=2)
+    run.densities = {"b": 0.05}
+    assert run.step({0.05: 0.5}, None) == {"b": 0.05}
+    assert run.state.clients == {"b": Counter(best=0.5)}
+
+
+def test_score_levels_weighs_by_examples() -> None:
+    assert score_levels([(0.5, 0.8, 10), (0.05, 0.4, 30), (0.05, 0.8, 10), (1.0, 0.9, 0)]) == {0.05: 0.5, 0.5: 0.8}
+    for report in ((0.5, float("nan"), 1), (0.5, 0.5, -1)):
+        with pytest.raises(LocalError):
+            score_levels([report])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"trigger": "later"},
+        {"step": "jump"},
+        {"patience": 0},
+        {"every": 0},
+        {"delta_density": 0.0},
+        {"min_delta": float("nan")},
+        {"ladder": (0.5,)},
+        {"ladder": (0.5, 0.1, 1.0)},
+        {"planned": (0.5, 0.2)},
+    ],
+)
+def test_a_wrong_configuration_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(LocalError):
+        RestorationConfig(**wrong)  # type: ignore[arg-type]  # wrong on purpose

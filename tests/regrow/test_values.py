@@ -1,0 +1,157 @@
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from regrow import values
+from regrow.errors import LocalError, PeerError
+
+DTYPES = ("float32", "float16", "int8")
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def vectors(elements: Any = FINITE, max_size: int = 700) -> Any:
+    return hnp.arrays(np.float32, st.integers(0, max_size), elements=elements, fill=st.nothing() if max_size < 50 else FINITE)
+
+
+@settings(max_examples=150)
+@given(vectors(), st.sampled_from(DTYPES), st.data())
+def test_round_trip(vector: np.ndarray, dtype: Any, data: st.DataObject) -> None:
+    always_kept = data.draw(st.integers(0, vector.size))
+    payload = values.encode(vector, dtype, always_kept)
+    assert len(payload) == values.encoded_size(dtype, vector.size, always_kept)
+    decoded = values.decode(payload, dtype, vector.size, always_kept)
+    np.testing.assert_array_equal(decoded[:always_kept], vector[:always_kept])
+    rest, back = vector[always_kept:].astype(np.float64), decoded[always_kept:].astype(np.float64)
+    if dtype == "float32":
+        np.testing.assert_array_equal(back, rest)
+    elif dtype == "float16":
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(back, np.clip(rest, -65504, 65504).astype(np.float16))
+    else:
+        for start in range(0, rest.size, values.GROUP):
+            group = rest[start : start + values.GROUP]
+            scale = max(np.abs(group).max() / 127 * (1 + 2**-10), 2.0**-24)
+            clipped = np.clip(group, -65504 * 127, 65504 * 127)
+            assert np.abs(back[start : start + values.GROUP] - clipped).max() <= scale * 0.501
+    np.testing.assert_array_equal(values.rounded(vector, dtype, always_kept), decoded)
+
+
+def test_decoding_what_was_decoded_changes_nothing() -> None:
+    vector = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    once = values.rounded(vector, "float16", 10)
+    np.testing.assert_array_equal(values.rounded(once, "float16", 10), once)
+
+
+def test_zero_and_subnormal_groups_are_exact() -> None:
+    vector = np.zeros(768, np.float32)
+    vector[256:512] = 2.0**-24 * (np.arange(256) % 255 - 127)  # the smallest float16 scale, times q
+    vector[512] = 1.0
+    np.testing.assert_array_equal(values.rounded(vector, "int8", 0)[:512], vector[:512])
+    assert values.rounded(vector, "int8", 0)[512] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_saturation() -> None:
+    vector = np.array([1e30, -1e30, 1.0], np.float32)
+    assert values.rounded(vector, "float16", 0).tolist() == [65504, -65504, 1]
+    assert values.rounded(vector, "int8", 0).tolist() == [65504 * 127, -65504 * 127, 0]
+    assert values.rounded(vector, "float16", 1).tolist() == [np.float32(1e30), -65504, 1]
+
+
+def test_golden_bytes() -> None:
+    vector = np.array([1.5, -2.0, 127.0, -1.0], np.float32)
+    assert values.encode(vector, "float32", 1).hex() == "0000c03f000000c00000fe42000080bf"
+    assert values.encode(vector, "float16", 1).hex() == "0000c03f00c0f05700bc"
+    assert values.encode(vector, "int8", 1).hex() == "0000c03f003cfe7fff"  # scale 1.0; -2, 127, -1
+
+
+@settings(max_examples=100)
+@given(vectors(st.floats(-1e4, 1e4, width=32), 60), st.sampled_from(["float32", "float16"]), st.data())
+def test_slices_concatenate_to_the_whole(vector: np.ndarray, dtype: Any, data: st.DataObject) -> None:
+    always_kept = data.draw(st.integers(0, vector.size))
+    cuts = sorted({0, vector.size, *data.draw(st.lists(st.integers(0, vector.size), max_size=4))})
+    pieces, decoded = [], []
+    for start, stop in itertools.pairwise(cuts):
+        piece = values.encode_slice(vector, start, stop, dtype, always_kept)
+        assert len(piece) == values.slice_size(start, stop, dtype, always_kept)
+        pieces.append(piece)
+        decoded.append(values.decode_slice(piece, start, stop, dtype, always_kept))
+    assert b"".join(pieces) == values.encode(vector, dtype, always_kept)
+    if decoded:
+        np.testing.assert_array_equal(np.concatenate(decoded), values.rounded(vector, dtype, always_kept))
+
+
+def test_impossible_slices_are_refused() -> None:
+    vector = np.zeros(4, np.float32)
+    for start, stop, dtype in ((0, 5, "float32"), (3, 2, "float32"), (-1, 2, "float32"), (0, 2, "int8")):
+        with pytest.raises(LocalError):
+            values.encode_slice(vector, start, stop, dtype, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_feedback_loses_nothing_over_rounds(dtype: Any) -> None:
+    rng = np.random.default_rng(3)
+    residual = np.zeros(600, np.float32)
+    wanted, sent_so_far = np.zeros(600), np.zeros(600)
+    for _ in range(20):
+        delta = rng.standard_normal(600).astype(np.float32)
+        payload, sent, residual = values.quantise_with_feedback(delta, residual, dtype, 7)
+        np.testing.assert_array_equal(values.decode(payload, dtype, 600, 7), sent)
+        wanted += delta
+        sent_so_far += sent
+        assert not residual[:7].any()
+        np.testing.assert_allclose(sent_so_far + residual, wanted, atol=2e-5)
+    assert np.abs(residual).max() < 0.03  # at most half a step of one round, however many there were
+
+
+def test_error_feedback_refuses_a_residual_on_always_kept_positions() -> None:
+    with pytest.raises(LocalError):
+        values.quantise_with_feedback(np.zeros(4, np.float32), np.ones(4, np.float32), "int8", 2)
+    with pytest.raises(LocalError):
+        values.quantise_with_feedback(np.zeros(4, np.float32), np.zeros(3, np.float32), "int8", 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_values_are_refused_on_both_sides(bad: float, dtype: Any) -> None:
+    vector = np.array([0, 0, bad], np.float32)
+    for always_kept in (0, 3):
+        with pytest.raises(LocalError, match="position 2"):
+            values.encode(vector, dtype, always_kept)
+    with pytest.raises(PeerError):
+        values.decode(vector.tobytes(), dtype, 3, 3)
+    if dtype != "float32":
+        half = np.array([bad], np.float16).tobytes()
+        with pytest.raises(PeerError):
+            values.decode(half + (b"\x01" if dtype == "int8" else b""), dtype, 1, 0)
+
+
+def test_negative_scales_and_the_128th_step_are_refused() -> None:
+    for payload in (np.float16(-1).tobytes() + b"\x01", np.float16(1).tobytes() + b"\x80", np.float16(-0.0).tobytes() + b"\x00"):
+        with pytest.raises(PeerError):
+            values.decode(payload, "int8", 1, 0)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=40), st.sampled_from(DTYPES), st.integers(0, 20), st.integers(0, 20))
+def test_any_bytes_decode_finite_or_are_a_peer_error(payload: bytes, dtype: Any, length: int, always_kept: int) -> None:
+    always_kept = min(always_kept, length)
+    try:
+        decoded = values.decode(payload, dtype, length, always_kept)
+    except PeerError:
+        return
+    assert decoded.shape == (length,)
+    assert np.isfinite(decoded).all()
+
+
+def test_size_is_checked_before_anything_is_allocated() -> None:
+    with pytest.raises(PeerError, match="bytes"):
+        values.decode(b"", "float32", 2**40, 0)
+    with pytest.raises(LocalError, match="dtype"):
+        values.encode(np.zeros(1, np.float32), "int4", 0)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(LocalError):
+        values.encoded_size("int8", 3, 4)
