@@ -21,9 +21,11 @@ from broker_server.store import Store
 from broker_server.transport import MqttBus
 from regrow import checkpoint
 from regrow.coordinator import Coordinator
-from regrow.errors import LocalError
+from regrow.errors import LocalError, RegrowError
 from regrow.machine import (
     Effect,
+    Evaluate,
+    Evaluated,
     Event,
     Finished,
     Note,
@@ -107,6 +109,7 @@ class Gateway:
         coordinator: with a ledger that is new or replayed from this store.
         store: open for writing; closed by the caller.
         url, username, password: the broker.
+        evaluate: scores prefixes on held-out data, on a thread of its own; needed when the task names such data.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Gateway:
         url: str,
         username: str,
         password: str,
+        evaluate: Callable[[Evaluate], Evaluated] | None = None,
     ) -> None:
         self.coordinator, self.store = coordinator, store
         self._on_note: Callable[[Note], None] = lambda _: None
@@ -125,6 +129,8 @@ class Gateway:
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
         self._writer = Writer(store, coordinator.ledger.task.store, self._events.put)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
+        self._evaluate = evaluate
+        self._evaluating: threading.Thread | None = None
         self._timer_s = float("inf")
         self._snapshot_version = coordinator.ledger.version
         self._finished = ""
@@ -133,9 +139,7 @@ class Gateway:
         """End `run` soon; from any thread or a signal handler."""
         self._events.put(None)
 
-    def run(
-        self, *, on_note: Callable[[Note], None] = lambda _: None, housekeeping: Callable[[], str | None] = lambda: None
-    ) -> str:
+    def run(self, *, on_note: Callable[[Note], None] = lambda _: None, housekeeping: Callable[[], str | None] = lambda: None) -> str:
         """Serve. Returns why it ended; "" when it was stopped and the run can go on later.
 
         Args:
@@ -186,11 +190,30 @@ class Gateway:
                 self._writer.put(effect)
             elif isinstance(effect, SetTimer):
                 self._timer_s = effect.at_s
+            elif isinstance(effect, Evaluate):
+                self._begin_evaluation(effect)
             elif isinstance(effect, Note):
                 self.store.metric(effect.kind, effect.fields)
                 self._on_note(effect)
             elif isinstance(effect, Finished):
                 self._finished = effect.reason
+
+    def _begin_evaluation(self, effect: Evaluate) -> None:
+        """One at a time: where evaluating takes longer than aggregating, versions between are left out."""
+        evaluate = self._evaluate
+        if evaluate is None:
+            raise LocalError("the task names [evaluation] data, but this gateway was started without it")
+        if self._evaluating is not None and self._evaluating.is_alive():
+            return
+
+        def work() -> None:
+            try:
+                self._events.put(evaluate(effect))
+            except RegrowError as error:
+                self._events.put(LocalError(f"evaluation of version {effect.version}: {error}"))
+
+        self._evaluating = threading.Thread(target=work, name="evaluation", daemon=True)
+        self._evaluating.start()
 
     def _snapshot_if_due(self) -> None:
         every = self.coordinator.ledger.task.store.snapshot_every

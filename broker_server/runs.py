@@ -47,7 +47,8 @@ def read_task(folder: Path) -> Task:
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise LocalError(f"{file}: {error}; a task is a folder with task.toml and a forward ONNX model (see docs/bring-your-own.md)") from error
+        cure = "a task is a folder with task.toml and a forward ONNX model: `regrow task new` makes one"
+        raise LocalError(f"{file}: {error}; {cure}") from error
     return parse_task(text, str(file))
 
 
@@ -85,6 +86,8 @@ def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Pat
         shutil.copy2(source.path / "task.toml", temporary / "task")
         (temporary / "task" / source.task.model).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source.model_path, temporary / "task" / source.task.model)
+        if source.task.evaluation.data is not None:
+            shutil.copy2(source.path / source.task.evaluation.data, temporary / "task" / Path(source.task.evaluation.data).name)
         for file in (*PROGRAM_FILES.values(), "initial.npy"):
             shutil.copy2(source.path / "build" / file, temporary / "task" / "build")
         Store.open(temporary, create=True).close()

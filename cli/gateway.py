@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -23,11 +24,13 @@ from broker_server.runs import TaskFolder, create_run, list_runs, load_task, new
 from broker_server.runs import rollback as roll_back
 from broker_server.store import Store
 from broker_server.view import FleetView, watch
+from edge_agent.data.sources import open_source
+from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, write_trained
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
-from regrow.machine import Note
+from regrow.machine import Evaluate, Evaluated, Note
 from regrow.topics import check_name
 
 GATEWAY_HOME = ".gateway"
@@ -121,21 +124,40 @@ def _gateway(
 ) -> tuple[Gateway, Callable[[], None], Callable[[], str | None]]:
     """The gateway, what stops its broker, and what keeps it alive."""
     coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
+    evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
     if options.broker:
         parts = urlsplit(options.broker)
         if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or not parts.username:
             raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
         url = f"{parts.scheme}://{parts.hostname}:{parts.port or (8883 if parts.scheme == 'mqtts' else 1883)}"
         user, password = unquote(parts.username), unquote(parts.password or "")
-        return Gateway(coordinator, store, url=url, username=user, password=password), lambda: None, lambda: None
+        return Gateway(coordinator, store, url=url, username=user, password=password, evaluate=evaluate), lambda: None, lambda: None
     home = options.runs / GATEWAY_HOME
     credentials = Credentials(home)
     kind = None if options.broker_kind == "auto" else options.broker_kind
     broker = Broker(home, credentials, host=options.host, port=options.port, kind=kind)
     broker.start()
     print(f"{broker.kind} on {options.host}:{broker.port}; let devices in with `regrow device add NAME --runs {options.runs}`")
-    gateway = Gateway(coordinator, store, url=broker.url, username=COORDINATOR, password=credentials.coordinator_password)
+    secret = credentials.coordinator_password
+    gateway = Gateway(coordinator, store, url=broker.url, username=COORDINATOR, password=secret, evaluate=evaluate)
     return gateway, broker.stop, _keeper(broker, home)
+
+
+def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
+    """Scores prefixes on the task's held-out data, a path relative to the task folder."""
+    file = folder.path / (folder.task.evaluation.data or "")
+    x, y = open_source(str(file), validation_fraction=0.0).everything()
+    trainer = Trainer(folder.programs)
+
+    def evaluate(effect: Evaluate) -> Evaluated:
+        accuracies = {}
+        for level, length in effect.lengths.items():
+            vector = np.zeros(folder.layout.size, np.float32)
+            vector[effect.coordinates[:length]] = effect.values[:length]
+            accuracies[level] = trainer.evaluate(vector, x, y).accuracy
+        return Evaluated(effect.version, accuracies)
+
+    return evaluate
 
 
 def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
@@ -153,9 +175,7 @@ def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
     return keep
 
 
-def _serve(
-    options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, keep: Callable[[], str | None]
-) -> str:
+def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, keep: Callable[[], str | None]) -> str:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: gateway.stop())
     print(f"run {path}")

@@ -60,7 +60,7 @@ Commands = Any
 
 
 def _command(commands: Commands, name: str, function: str, summary: str, more: str = "") -> argparse.ArgumentParser:
-    command = commands.add_parser(
+    command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary}. {more}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     command.set_defaults(command=function)
@@ -119,7 +119,8 @@ def _serve(commands: Commands) -> None:
 def _device(commands: Commands) -> None:
     device = commands.add_parser("device", help="who may connect to the gateway", description="Devices and their passwords.")
     kinds = device.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add = _command(kinds, "add", "cli.gateway:device_add", "let a device in and write its bundle NAME.json", "A running gateway notices.")
+    more = "A running gateway notices."
+    add = _command(kinds, "add", "cli.gateway:device_add", "let a device in and write its bundle NAME.json", more)
     add.add_argument("name", metavar="NAME", help="a-z, 0-9 and '-'")
     add.add_argument("--broker", metavar="URL", default="mqtt://127.0.0.1:1883", help="where the device finds the gateway's broker")
     add.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where to write the bundle")
@@ -140,7 +141,8 @@ def _agent(commands: Commands) -> None:
         "Runs until it is stopped, through reboots and lost links. Its data never leaves it.",
     )
     agent.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="NAME.json from `regrow device add`")
-    agent.add_argument("--data", required=True, metavar="SOURCE", help="x.npz, idx:IMAGES,LABELS, csv:FILE?label=y, images:DIR or entry:NAME")
+    sources = "x.npz, idx:IMAGES,LABELS, csv:FILE?label=y, images:DIR or entry:NAME"
+    agent.add_argument("--data", required=True, metavar="SOURCE", help=sources)
     agent.add_argument("--state", type=Path, metavar="DIR", help="durable state (default: regrow-state-NAME here)")
     agent.add_argument("--capacity", type=int, metavar="N", help="samples kept, the newest (default: all of a file)")
     agent.add_argument("--validation", type=float, default=0.2, metavar="PART", help="share of the newest data that is never trained on")

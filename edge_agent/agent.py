@@ -251,5 +251,3 @@ class Agent:
         if self._saved_bps is None or abs(estimate - self._saved_bps) > UPLINK_DRIFT * self._saved_bps:
             self._saved_bps = estimate
             self._folder.put(UPLINK, json.dumps(self._meter.to_state()).encode())
-
-

@@ -105,7 +105,8 @@ class Trainer:
             session.check_batch(x, y)
             size = max(size, len(x))
             result = session.run(outputs, {**_padded(x, y, size), **fixed, **parameters})
-            parameters = dict(zip(parameters, result[1:], strict=True))
+            # onnxruntime returns a NumPy scalar for a tensor without axes, and takes only arrays.
+            parameters = dict(zip(parameters, map(np.asarray, result[1:]), strict=True))
             loss += float(result[0]) * len(x)
             examples += len(x)
             steps += 1

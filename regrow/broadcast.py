@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from regrow import topics, wire
-from regrow.ledger import Ledger, Lease
+from regrow.ledger import Lease, Ledger
 from regrow.machine import Effect, Publish
 from regrow.publication import PIECE_BYTES, CodedOrder, manifest
 
@@ -14,9 +14,7 @@ from regrow.publication import PIECE_BYTES, CodedOrder, manifest
 class Broadcast:
     """The retained messages of one run, in the order that keeps devices right: chunks, manifest, assignment, then clearing."""
 
-    def __init__(
-        self, ledger: Ledger, names: topics.Run, programs: Mapping[str, bytes], emit: Callable[[Effect], None]
-    ) -> None:
+    def __init__(self, ledger: Ledger, names: topics.Run, programs: Mapping[str, bytes], emit: Callable[[Effect], None]) -> None:
         self.ledger, self.names, self.programs = ledger, names, programs
         self.fetching: dict[int, set[str]] = {}
         self._emit = emit

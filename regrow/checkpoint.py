@@ -17,6 +17,7 @@ from regrow.order import Order
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication
 from regrow.task import Task
+from regrow.values import WireDtype
 
 
 class _OrderMeta(msgspec.Struct, frozen=True):
@@ -34,7 +35,7 @@ class _BufferedMeta(msgspec.Struct, frozen=True):
 class _PublishedMeta(msgspec.Struct, frozen=True):
     version: int
     epoch: int
-    dtype: str
+    dtype: WireDtype
     chunk_bytes: int
 
 
@@ -67,12 +68,8 @@ def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
         devices=ledger.devices,
         arrived=list(ledger.arrived),
         buffer=[_BufferedMeta(who, held.version, held.examples) for who, held in ledger.buffer.items()],
-        orders=[
-            _OrderMeta(epoch, list(coded.order.lengths), coded.order.always_kept) for epoch, coded in ledger.orders.items()
-        ],
-        published=[
-            _PublishedMeta(version, item.order.epoch, item.dtype, item.chunk_bytes) for version, item in ledger.published.items()
-        ],
+        orders=[_OrderMeta(epoch, list(coded.order.lengths), coded.order.always_kept) for epoch, coded in ledger.orders.items()],
+        published=[_PublishedMeta(version, item.order.epoch, item.dtype, item.chunk_bytes) for version, item in ledger.published.items()],
         retired=ledger.retired,
         norms=ledger.norms,
         restoration=ledger.restoration,
@@ -109,9 +106,7 @@ def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDAr
     try:
         meta = msgspec.json.decode(meta_json, type=_Meta)
         orders = {
-            item.epoch: CodedOrder.of(
-                Order(item.epoch, arrays[f"order.{item.epoch}"].copy(), tuple(item.lengths), item.always_kept)
-            )
+            item.epoch: CodedOrder.of(Order(item.epoch, arrays[f"order.{item.epoch}"].copy(), tuple(item.lengths), item.always_kept))
             for item in meta.orders
         }
         published = {

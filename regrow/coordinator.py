@@ -19,6 +19,7 @@ from regrow.machine import (
     Connected,
     Disconnected,
     Effect,
+    Evaluated,
     Event,
     Finished,
     Note,
@@ -324,9 +325,7 @@ class Coordinator:
         except PeerError as error:
             late = isinstance(error, _TooLateError)
             self.commit(
-                Rejected(
-                    device=who, install=assembly.install.hex(), sequence=assembly.sequence, reason=str(error)[:900], blame=not late
-                )
+                Rejected(device=who, install=assembly.install.hex(), sequence=assembly.sequence, reason=str(error)[:900], blame=not late)
             )
             self.emit(Note("rejected", {"device": who, "reason": str(error)}))
         else:
@@ -399,9 +398,7 @@ class Coordinator:
             return
         self.planner.admit()
         fastest = self.planner.fastest_class()
-        if self.quorum_s is None and has_quorum(
-            self.ledger.task.trigger, len(self.ledger.arrived), len(self._outstanding()), fastest
-        ):
+        if self.quorum_s is None and has_quorum(self.ledger.task.trigger, len(self.ledger.arrived), len(self._outstanding()), fastest):
             self.quorum_s = self.now
         due = self._due_s()
         if due is not None and due <= self.now:
@@ -415,6 +412,10 @@ class Coordinator:
             self.emit(Finished(reason))
             return
         self.planner.assign_idle()
+
+    def _take_evaluation(self, evaluated: Evaluated) -> None:
+        self.planner.take_evaluation(evaluated)
+        self._advance()
 
     def _announce_end(self, _: Connected) -> None:
         if self.ledger.finished:
@@ -456,6 +457,7 @@ TRANSITIONS: Mapping[tuple[Phase, Any], Callable[[Coordinator, Any], None]] = {
     (Phase.LEADING, "hello"): Coordinator._hear_hello,
     (Phase.LEADING, "telemetry"): Coordinator._hear_telemetry,
     (Phase.LEADING, "update"): Coordinator._hear_update,
+    (Phase.LEADING, Evaluated): Coordinator._take_evaluation,
     (Phase.LEADING, Woken): Coordinator._tick,
     (Phase.DONE, Connected): Coordinator._announce_end,
 }

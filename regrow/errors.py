@@ -1,8 +1,8 @@
 """The two errors of the house: who is to blame decides what happens next.
 
-    RegrowError
-    ├── LocalError   we (this process, its configuration, its caller) did wrong
-    └── PeerError    the other end, or bytes that claim to come from it, did wrong
+RegrowError
+├── LocalError   we (this process, its configuration, its caller) did wrong
+└── PeerError    the other end, or bytes that claim to come from it, did wrong
 """
 
 from __future__ import annotations

@@ -238,9 +238,7 @@ def _mean(ledger: Ledger) -> NDArray[np.float32]:
     if not members:
         return ledger.weights.copy()
     decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
-    weights = np.array(
-        [decay(ledger.version - held.version) * (held.examples if method.weigh_by_examples else 1) for held in members]
-    )
+    weights = np.array([decay(ledger.version - held.version) * (held.examples if method.weigh_by_examples else 1) for held in members])
     updates = [held.update for held in members]
     if method.aggregation == "gradient":
         bases = [held.base for held in members if held.base is not None]

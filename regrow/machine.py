@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-
 Payload = bytes | bytearray | memoryview
 
 
@@ -59,7 +58,7 @@ class Persist:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Keep these bytes under this name on the device. With an id they are durable before `Persisted(id)`; without, a torn write is harmless."""
+    """Keep these bytes under this name. With an id they are durable before `Persisted(id)`; without, a torn write is harmless."""
 
     name: str
     data: Payload
@@ -96,6 +95,23 @@ class Train:
     batch: int
     learning_rate: float
     seed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluate:
+    """Score prefixes of the global model on the gateway's held-out data; `Evaluated` of the same version comes back.
+
+    Args:
+        version: k.
+        values: float32 [n], W_k in position order.
+        coordinates: uint32 [n], their flat coordinates.
+        lengths: level -> prefix length.
+    """
+
+    version: int
+    values: NDArray[np.float32]
+    coordinates: NDArray[np.uint32]
+    lengths: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +196,17 @@ class TrainingFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What an Evaluate effect found: level -> accuracy on the gateway's held-out data."""
+
+    version: int
+    accuracies: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Woken:
     pass
 
 
-Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | SetTimer | Note | Finished
-Event = Connected | Disconnected | Received | Acknowledged | Persisted | Measured | Trained | TrainingFailed | Woken
+Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | Evaluate | SetTimer | Note | Finished
+Event = Connected | Disconnected | Received | Acknowledged | Persisted | Measured | Trained | TrainingFailed | Evaluated | Woken

@@ -11,7 +11,7 @@ import numpy as np
 from regrow import density, records, restoration, values
 from regrow.broadcast import chunk_bytes
 from regrow.ledger import Device, Ledger, densities_of
-from regrow.machine import Note
+from regrow.machine import Evaluate, Evaluated, Note
 from regrow.order import build_order, importance
 from regrow.publication import CodedOrder
 from regrow.task import Task
@@ -78,7 +78,7 @@ class Planner:
         elapsed_s = self._coordinator.elapsed_s()
         commit(records.Aggregated(version=ledger.version + 1, elapsed_s=elapsed_s))
         if ledger.version % ledger.task.restoration.every == 0:
-            self._restore(elapsed_s)
+            self._evaluate(elapsed_s)
         if self._refresh_pays():
             self._refresh()
         mean = float(np.mean([device.density for device in ledger.devices.values()]))
@@ -101,16 +101,32 @@ class Planner:
         scores = restoration.score_levels(reports)
         return scores, scores[max(scores)] if scores else None
 
-    def _restore(self, elapsed_s: float) -> None:
+    def _evaluate(self, elapsed_s: float) -> None:
+        """Score the levels in use and the whole model: by the devices' reports, or by asking the gateway."""
+        ledger = self._ledger
+        if ledger.task.evaluation.data is None:
+            scores, global_score = self.scores()
+            self._restore(elapsed_s, scores, global_score)
+            return
+        order = ledger.order
+        levels = {ledger.level_of(device.density) for device in ledger.devices.values()} | {len(order.lengths) - 1}
+        lengths = {level: order.lengths[level] for level in sorted(levels)}
+        self._coordinator.emit(Evaluate(ledger.version, ledger.weights, order.coordinates, lengths))
+
+    def take_evaluation(self, evaluated: Evaluated) -> None:
+        """Restore by what the gateway has found."""
+        ledger = self._ledger
+        scores = {ledger.density_of(level): accuracy for level, accuracy in evaluated.accuracies.items()}
+        if scores:
+            self._restore(self._coordinator.elapsed_s(), scores, scores[max(scores)])
+
+    def _restore(self, elapsed_s: float, scores: dict[float, float], global_score: float | None) -> None:
         ledger, task = self._ledger, self._ledger.task
-        scores, global_score = self.scores()
         planned = task.restoration.planned_s
         before = {who: device.density for who, device in ledger.devices.items()}
         progress = elapsed_s / planned if planned else 0.0
         config = restoration_config(task)
-        state, after, finished, reasons = restoration.evaluate(
-            ledger.restoration, config, before, scores, global_score, progress
-        )
+        state, after, finished, reasons = restoration.evaluate(ledger.restoration, config, before, scores, global_score, progress)
         changed = {who: value for who, value in after.items() if value != before[who]}
         self._coordinator.commit(
             records.Restored(
@@ -132,9 +148,7 @@ class Planner:
         if lowest >= 1.0 or ledger.since_refresh < method.refresh_every:
             return False
         slow = [
-            device.rounds_in_epoch
-            for who, device in ledger.devices.items()
-            if device.density == lowest and self._coordinator.live(who)
+            device.rounds_in_epoch for who, device in ledger.devices.items() if device.density == lowest and self._coordinator.live(who)
         ]
         return not slow or min(slow) >= method.refresh_min_rounds
 
@@ -155,9 +169,7 @@ class Planner:
         )
         coded = CodedOrder.of(new)
         sizes = [len(level) for level in coded.levels]
-        self._coordinator.commit(
-            records.Refreshed(epoch=new.epoch, lengths=list(new.lengths), sizes=sizes), b"".join(coded.levels)
-        )
+        self._coordinator.commit(records.Refreshed(epoch=new.epoch, lengths=list(new.lengths), sizes=sizes), b"".join(coded.levels))
         self._coordinator.emit(Note("refreshed", {"epoch": new.epoch, "version": ledger.version, "bytes": sum(sizes)}))
 
     # ---- the end ---------------------------------------------------------------------------------------------------------------------
@@ -210,9 +222,7 @@ class Planner:
         on_broker = broadcast.on_broker()
         if ledger.version in on_broker:
             return ledger.version
-        room = (
-            len(on_broker) < ledger.task.wire.versions_on_broker and len(ledger.published) < ledger.task.wire.versions_held
-        )
+        room = len(on_broker) < ledger.task.wire.versions_on_broker and len(ledger.published) < ledger.task.wire.versions_held
         if ledger.version in ledger.published:
             broadcast.version(ledger.version)
         elif room or not ledger.published:

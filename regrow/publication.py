@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from regrow import indexset, values, wire
 from regrow.order import Order
+from regrow.values import WireDtype
 
 _ITEM_BYTES = {"float32": 4, "float16": 2}
 PIECE_BYTES = 64 * 1024
@@ -30,12 +31,12 @@ class Publication:
 
     version: int
     order: Order
-    dtype: str
+    dtype: WireDtype
     data: bytes
     chunk_bytes: int
 
     @classmethod
-    def of(cls, version: int, order: Order, weights: NDArray[np.float32], dtype: str, chunk_bytes: int) -> Publication:
+    def of(cls, version: int, order: Order, weights: NDArray[np.float32], dtype: WireDtype, chunk_bytes: int) -> Publication:
         """Round float32 [n] (in position order) to what travels."""
         return cls(version, order, dtype, values.encode(weights, dtype, order.always_kept), chunk_bytes)
 

@@ -12,6 +12,7 @@ import msgspec
 
 from regrow.errors import LocalError
 from regrow.machine import Payload, Record
+from regrow.values import WireDtype
 from regrow.wire import Score
 
 
@@ -49,7 +50,7 @@ class Accepted(Entry, frozen=True, kw_only=True):
     version: int
     epoch: int
     level: int
-    dtype: str
+    dtype: WireDtype
     examples: int
     norm: float
     loss: float

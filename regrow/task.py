@@ -92,6 +92,12 @@ class Fleet(Section, frozen=True, kw_only=True):
     norm_bound: Annotated[float, msgspec.Meta(gt=1)] = 30.0
 
 
+class Evaluation(Section, frozen=True, kw_only=True):
+    """Who scores the model: with `data`, the gateway on that held-out file; without, every device on its own validation data."""
+
+    data: str | None = None
+
+
 class Stop(Section, frozen=True, kw_only=True):
     """When the run ends; without any of these, when restoration has finished."""
 
@@ -120,6 +126,7 @@ class Task(Section, frozen=True, kw_only=True):
     restoration: Restoration = Restoration()
     wire: Wire = Wire()
     fleet: Fleet = Fleet()
+    evaluation: Evaluation = Evaluation()
     stop: Stop = Stop()
     store: StoreSettings = StoreSettings()
 

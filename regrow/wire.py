@@ -17,6 +17,7 @@ import msgspec
 
 from regrow.errors import LocalError, PeerError
 from regrow.machine import Payload
+from regrow.values import WireDtype
 
 MAGIC = b"RG"
 VERSION = 1
@@ -33,7 +34,6 @@ Length = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
-Dtype = Annotated[str, msgspec.Meta(pattern=r"^(float32|float16|int8)$")]
 Rate = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -106,7 +106,7 @@ class Manifest(Message, frozen=True, kw_only=True, omit_defaults=True):
     term: Positive
     version: Count
     epoch: Count
-    dtype: Dtype
+    dtype: WireDtype
     always_kept: Length
     lengths: Annotated[list[Length], msgspec.Meta(min_length=1, max_length=256)]
     chunks: Annotated[list[Chunk], msgspec.Meta(min_length=1, max_length=MAX_CHUNKS)]
@@ -126,7 +126,7 @@ class Assignment(Message, frozen=True, kw_only=True, omit_defaults=True):
     batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)]
     seed: Count
-    dtype: Dtype
+    dtype: WireDtype
     chunk_bytes: Annotated[int, msgspec.Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     deadline_s: Rate
     evaluate_level: Count | None = None
@@ -148,7 +148,7 @@ class UpdateHead(msgspec.Struct, frozen=True, array_like=True):
     version: Count
     epoch: Count
     level: Count
-    dtype: Dtype
+    dtype: WireDtype
     examples: Positive
     size: Length
     digest: Digest

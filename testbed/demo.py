@@ -166,14 +166,14 @@ def _start_agent(device: DemoDevice, credentials: Credentials, url: str, path: P
     bundle = credentials.write_bundle(device.name, url, path / "devices")
     arguments = ["--log", "agent", "--bundle", bundle, "--data", device.data, "--state", path / "devices" / device.name]
     links = ["--max-uplink-bps", device.link_bps, "--max-downlink-bps", DOWN_PER_UP * device.link_bps]
-    log = (path / "devices" / f"{device.name}.log").open("wb")
-    with log:
+    rooms = str(Path(__file__).resolve().parent.parent)
+    with (path / "devices" / f"{device.name}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "cli.main", *map(str, arguments), *map(str, links)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([rooms, os.environ.get("PYTHONPATH", "")])},
             start_new_session=True,  # Ctrl-C is for the gateway, which ends the agents itself
         )
 

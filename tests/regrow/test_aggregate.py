@@ -182,6 +182,13 @@ def test_blocks_join_without_a_seam() -> None:
     np.testing.assert_allclose(ours, stack[1:].astype(np.float64).mean(axis=0), atol=5e-6)
 
 
+@pytest.mark.parametrize("clients", [9, 41, 3001])
+def test_the_error_does_not_grow_with_the_number_of_clients(clients: int) -> None:
+    values = floats([1 / 3, 1e6 / 7, -1e-6 / 11])  # the same sum again and again, so that float32 errors add up
+    ours = mask_fed_avg(floats([0, 0, 0]), [Update(values)] * clients, weights([0.1] * clients), whole(3))
+    assert (np.abs(ours.astype(np.float64) - values) <= 1e-6 * np.abs(values)).all()
+
+
 def test_reexpression_keeps_every_value_at_its_coordinate() -> None:
     old = Order(0, np.array([2, 0, 3, 1], np.uint32), (1, 3, 4), 0)
     new = Order(1, np.array([0, 1, 2, 3], np.uint32), (1, 4), 0)

@@ -55,6 +55,14 @@ def test_zero_and_subnormal_groups_are_exact() -> None:
     assert values.rounded(vector, "int8", 0)[512] == pytest.approx(1.0, rel=1e-3)
 
 
+def test_scales_are_rounded_up() -> None:
+    vector = np.random.default_rng(2).standard_normal(256 * 64).astype(np.float32)
+    scales = np.frombuffer(values.encode(vector, "int8", 0), "<f2", 64).astype(np.float32)
+    largest = np.abs(vector).reshape(64, 256).max(axis=1)
+    assert (scales * 127 >= largest).all()
+    assert (scales * 127 <= largest * 1.001).all()
+
+
 def test_saturation() -> None:
     vector = np.array([1e30, -1e30, 1.0], np.float32)
     assert values.rounded(vector, "float16", 0).tolist() == [65504, -65504, 1]

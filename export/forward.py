@@ -1,0 +1,178 @@
+"""A forward ONNX model as the differentiator reads it: checked, with one naming scheme, shapes known, weights apart from constants.
+
+Names in every program that we build:
+    x, y, sample_weight, learning_rate, loss, ...   the program's own inputs and outputs
+    <parameter>, mask:<parameter>, new:<parameter>  a parameter keeps the name of its initializer
+    forward:<value>                                 what the forward model calls <value>
+    step:<number>                                   everything that we add
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from regrow.errors import LocalError
+
+Shape = tuple[int | None, ...]
+"""One entry per axis; None where the size is only known at run time (the batch)."""
+
+OPSETS = range(13, 22)
+"""Incoming ai.onnx versions. The ops that we differentiate mean the same in all of them, so programs simply say 18."""
+
+RESERVED_NAMES = frozenset({"x", "y", "sample_weight", "learning_rate", "loss", "loss_sum", "correct"})
+RESERVED_PREFIXES = ("new:", "mask:", "forward:", "step:")
+_FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A checked forward model under our names.
+
+    Attributes:
+        nodes: in execution order, `Constant` nodes taken out.
+        parameters: float32 initializers in the model's order; all of them are trained.
+        constants: tensors that are never trained (shapes, axes).
+        shapes: of every value whose shape could be inferred.
+        input_shape: of `x`; the first axis is None.
+        logits: name of the output, [batch, classes].
+    """
+
+    nodes: tuple[onnx.NodeProto, ...]
+    parameters: dict[str, NDArray[np.float32]]
+    constants: dict[str, NDArray[Any]]
+    shapes: dict[str, Shape]
+    input_shape: Shape
+    logits: str
+    classes: int
+
+
+def read_forward(model: onnx.ModelProto) -> Forward:
+    """The checked forward model.
+
+    Args:
+        model: one float32 input [batch, ...] with a dynamic first axis and static others, one float32 output [batch, classes];
+            float32 initializers are the parameters. Not modified.
+
+    Raises:
+        LocalError: the model is invalid, or not of this form; the message names the part and the cure.
+    """
+    inferred = _checked(model)
+    graph = inferred.graph
+    parameters, constants = _initializers(graph)
+    inputs = [value for value in graph.input if value.name not in parameters and value.name not in constants]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        raise LocalError(
+            f"the model has {len(inputs)} inputs and {len(graph.output)} outputs, but training needs exactly one of each; "
+            "export the network alone, from features to logits, without its loss"
+        )
+    input_shape = _input_shape(inputs[0])
+    names = {"": "", inputs[0].name: "x"} | {name: name for name in parameters}
+    nodes = tuple(_renamed(node, names) for node in graph.node if node.op_type != "Constant")
+    shapes = {_rename(value.name, names): _shape(value) for value in (*graph.value_info, *graph.output)}
+    shapes |= {name: array.shape for name, array in parameters.items()} | {"x": input_shape}
+    constants = {_rename(name, names): array for name, array in constants.items()}
+    shapes |= {name: array.shape for name, array in constants.items()}
+    logits = _rename(graph.output[0].name, names)
+    return Forward(nodes, parameters, constants, shapes, input_shape, logits, _classes(shapes.get(logits), graph.output[0]))
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with inferred shapes, or LocalError."""
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise LocalError("the model keeps weights in another file; save it as one file: onnx.save(onnx.load(path), 'one.onnx')")
+    try:
+        onnx.checker.check_model(model)
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LocalError(f"not a valid ONNX model: {error}") from error
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    version = versions.get("", versions.get("ai.onnx", 0))
+    if version not in OPSETS:
+        raise LocalError(f"the model uses opset {version}; export it with an opset from {OPSETS[0]} to {OPSETS[-1]}, best 18")
+    if model.functions:
+        raise LocalError(f"the model defines the function {model.functions[0].name!r}; inline it (onnx.inliner.inline_local_functions)")
+    return inferred
+
+
+def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[Any]]]:
+    """(parameters, constants): float32 initializers are trained, integer ones and `Constant` nodes are not."""
+    if graph.sparse_initializer:
+        raise LocalError("the model has sparse initializers; store them dense, sub-models prune by themselves")
+    parameters: dict[str, NDArray[np.float32]] = {}
+    constants: dict[str, NDArray[Any]] = {}
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            parameters[tensor.name] = numpy_helper.to_array(tensor)
+        elif tensor.data_type in _FLOAT_TYPES:
+            kind = TensorProto.DataType.Name(tensor.data_type).lower()
+            raise LocalError(f"parameter {tensor.name!r} is {kind}; training runs in float32: convert the model to float32")
+        else:
+            constants[tensor.name] = numpy_helper.to_array(tensor)
+    if not parameters:
+        raise LocalError("the model has no float32 initializer, so there is nothing to train; export it with its weights")
+    for name in parameters:
+        if name in RESERVED_NAMES or name.startswith(RESERVED_PREFIXES):
+            raise LocalError(f"parameter {name!r} has a name that training programs need; rename it in the model")
+    return parameters, constants | dict(_constant_nodes(graph))
+
+
+def _constant_nodes(graph: onnx.GraphProto) -> Iterator[tuple[str, NDArray[Any]]]:
+    for node in graph.node:
+        if node.op_type != "Constant":
+            continue
+        attribute = node.attribute[0]
+        value = onnx.helper.get_attribute_value(attribute)
+        if attribute.name == "value":
+            yield node.output[0], numpy_helper.to_array(value)
+        elif attribute.name in ("value_int", "value_ints"):
+            yield node.output[0], np.array(value, np.int64)
+        elif attribute.name in ("value_float", "value_floats"):
+            yield node.output[0], np.array(value, np.float32)
+        else:
+            raise LocalError(f"Constant node {node.name!r} holds {attribute.name}; only dense numbers can be trained with")
+
+
+def _input_shape(value: onnx.ValueInfoProto) -> Shape:
+    shape = _shape(value)
+    if value.type.tensor_type.elem_type != TensorProto.FLOAT:
+        raise LocalError(f"input {value.name!r} is not float32; cast outside the model")
+    if len(shape) < 2 or shape[0] is not None or None in shape[1:]:
+        raise LocalError(
+            f"input {value.name!r} has shape {_words(shape)}; training needs a dynamic first axis, the batch, and fixed others: "
+            "export with dynamic_axes={input: {0: 'batch'}}"
+        )
+    return shape
+
+
+def _classes(shape: Shape | None, value: onnx.ValueInfoProto) -> int:
+    if shape is None or len(shape) != 2 or shape[1] is None or value.type.tensor_type.elem_type != TensorProto.FLOAT:
+        raise LocalError(f"output {value.name!r} has shape {_words(shape or ())}; training needs float32 logits [batch, classes]")
+    return shape[1]
+
+
+def _shape(value: onnx.ValueInfoProto) -> Shape:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+
+
+def _words(shape: Shape) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
+def _rename(name: str, names: dict[str, str]) -> str:
+    return names.get(name, f"forward:{name}")
+
+
+def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+    renamed = onnx.NodeProto()
+    renamed.CopyFrom(node)
+    renamed.input[:] = [_rename(name, names) for name in node.input]
+    renamed.output[:] = [_rename(name, names) for name in node.output]
+    return renamed
