@@ -1,7 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Both set up what they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-LOCK = constraints/py$(shell $(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
 
 .PHONY: demo test lint clean
 
@@ -24,11 +23,11 @@ lint: .venv/dev.stamp
 	$(PYTHON) -m venv .venv
 
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --disable-pip-version-check -q -c $(LOCK) -e '.[server]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[server]'
 	touch $@
 
 .venv/dev.stamp: .venv/demo.stamp
-	$(BIN)/pip install --disable-pip-version-check -q -c $(LOCK) -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

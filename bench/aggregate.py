@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import write_result
 from numpy.typing import NDArray
 
 from regrow.aggregate import Update, mask_fed_avg
@@ -25,25 +24,6 @@ from regrow.aggregate import Update, mask_fed_avg
 DENSITIES = (1.0, 0.5, 0.2, 0.1, *[0.05] * 6)
 LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0)
 Floats = NDArray[np.float32]
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores, Python, NumPy and the commit."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    here = Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-        commit = answer.stdout.strip() if answer.returncode == 0 else "unknown"
-    except OSError:
-        commit = "unknown"
-    return {
-        "cpu": names[0] if names else platform.processor() or "unknown",
-        "cores": len(names) or None,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": commit,
-    }
 
 
 def dense_masks(previous: Floats, models: list[Floats], masks: list[Floats], weights: NDArray[np.float64]) -> Floats:
@@ -98,8 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = measure(args.parameters, args.repetitions)
     setting = {"parameters": args.parameters, "repetitions": args.repetitions, "densities": DENSITIES}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine(), "setting": setting, **figures}, indent=1) + "\n")
+    write_result(args.out, {"setting": setting, **figures})
     print(f"ours / copy {figures['ours_ms'] / figures['copy_ms']:.2f}, dense / ours {figures['dense_ms'] / figures['ours_ms']:.1f}")
     print(json.dumps(figures))
 

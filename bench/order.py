@@ -9,40 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
-import subprocess
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from machine import write_result
 
 from regrow.indexset import decode_prefix, encode_levels
 from regrow.order import Order, build_order
 from regrow.parameters import Layout, Tensor
 
 LADDERS = {"5": (0.05, 0.1, 0.2, 0.5, 1.0), "64": tuple(step / 64 for step in range(1, 65))}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores, Python, NumPy and the commit."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    here = Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-        commit = answer.stdout.strip() if answer.returncode == 0 else "unknown"
-    except OSError:
-        commit = "unknown"
-    return {
-        "cpu": names[0] if names else platform.processor() or "unknown",
-        "cores": len(names) or None,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": commit,
-    }
 
 
 def entropy_bytes(order: Order) -> float:
@@ -81,8 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     levels = {name: measure(args.parameters, ladder, args.repetitions) for name, ladder in LADDERS.items()}
     setting = {"parameters": args.parameters, "repetitions": args.repetitions}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine(), "setting": setting, "levels": levels}, indent=1) + "\n")
+    write_result(args.out, {"setting": setting, "levels": levels})
     print(json.dumps(levels))
 
 

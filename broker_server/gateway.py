@@ -23,6 +23,7 @@ from regrow import checkpoint
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError, RegrowError
 from regrow.machine import (
+    Disconnected,
     Effect,
     Evaluate,
     Evaluated,
@@ -158,10 +159,12 @@ class Gateway:
                     raise event
                 if event is None:
                     break
+                if isinstance(event, Disconnected):
+                    log.warning("%s; trying again", event.reason)
                 self._perform(self.coordinator.step(event, time.monotonic()))
                 self._snapshot_if_due()
+            self._snapshot()  # not after an error: the ledger may then be ahead of the log
         finally:
-            self._snapshot()
             self._writer.close()
             self._bus.close()
         return self._finished

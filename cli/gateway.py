@@ -100,6 +100,8 @@ def serve(options: argparse.Namespace) -> int:
         finally:
             stop_broker()
         finish(store, path, folder, gateway.coordinator.ledger)
+        if reason and not gateway.coordinator.ledger.finished:
+            raise LocalError(reason)
     print(f"{reason or 'stopped: the same command goes on where it was'}; {path} holds the store, model.onnx, metrics and plot.png")
     return 0
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
 from edge_agent.transport import MqttLink
@@ -22,6 +24,8 @@ from regrow.device import OUTGOING, PART, Device, Identity
 from regrow.errors import LocalError
 from regrow.machine import (
     Acknowledged,
+    Connected,
+    Disconnected,
     Drop,
     Effect,
     Event,
@@ -123,6 +127,7 @@ class Agent:
         )
         self._results: queue.SimpleQueue[Trained | TrainingFailed] = queue.SimpleQueue()
         self._worker = Worker(source, self._trained, threads=threads)
+        self._process = psutil.Process()
         self._sent: dict[int, str] = {}
         self._timer_s = float("inf")
         self._stopping = False
@@ -195,11 +200,16 @@ class Agent:
             self._measure(event)
             if event.token == OWN_TOKEN:
                 return
+        elif isinstance(event, Disconnected):
+            log.warning("%s", event.reason)
+        elif isinstance(event, Connected):
+            log.info("connected to %s", self._bundle.broker)
         self._step(event)
 
     def _step(self, event: Event) -> None:
         meters = self.device.meters
         meters.bytes_up, meters.bytes_down = self._link.bytes_up, self._link.bytes_down
+        meters.memory_bytes = self._process.memory_info().rss
         meters.disk_bytes, meters.step_s = self._folder.bytes_written, self._worker.step_s
         self._perform(self.device.step(event, time.monotonic()))
 

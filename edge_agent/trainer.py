@@ -184,7 +184,8 @@ class _Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # what goes wrong comes as an exception; nothing belongs on stderr
         try:
-            self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"])
+            # Without its fallback onnxruntime neither retries a broken program nor prints about it.
+            self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"], enable_fallback=0)
             inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
             outputs = {item.name for item in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map

@@ -40,6 +40,9 @@ from regrow.trigger import due_s, has_quorum
 BEAT_S = 2.0
 CLAIM_WAIT_S = 0.5
 FOREIGN_WAIT_S = 3 * BEAT_S
+MIN_LINK_BPS = 1.0  # a claimed link below this would make a deadline that is not a number any more
+# Two coordinators with one user name push each other off the broker in turns; what was heard before still counts then.
+FOREIGN_MEMORY_S = 60.0
 
 
 class Phase(Enum):
@@ -82,6 +85,7 @@ class Coordinator:
         self._takeover = takeover
         self._nonce = nonce
         self._foreign: wire.Claim | None = None
+        self._foreign_s = 0.0
         self._lead_s = 0.0
         self._beat_s = 0.0
         self._elapsed_before = ledger.elapsed_s
@@ -165,7 +169,8 @@ class Coordinator:
 
     def _begin_claim(self, _: Connected) -> None:
         self.phase = Phase.CLAIMING
-        self._foreign = None
+        if self.now - self._foreign_s > FOREIGN_MEMORY_S:
+            self._foreign = None
         self._lead_s = self.now + CLAIM_WAIT_S
         self.emit(Subscribe((topics.claim(self.names.task),)))
 
@@ -177,7 +182,7 @@ class Coordinator:
         if mine or self._takeover:
             self._raise_term(claim.term)
         elif self._foreign is None:
-            self._foreign = claim
+            self._foreign, self._foreign_s = claim, self.now
             self._lead_s = self.now + FOREIGN_WAIT_S
         elif (claim.term, claim.beat) != (self._foreign.term, self._foreign.beat):
             self._stop(
@@ -194,6 +199,7 @@ class Coordinator:
             return
         if self._foreign is not None:
             self._raise_term(self._foreign.term)
+        self._foreign, self._takeover = None, False  # it is done once: whoever takes over from us later keeps the task
         self.phase = Phase.LEADING
         self._lead_s = self.last_s = self.now
         self.deadline_s = {
@@ -252,7 +258,8 @@ class Coordinator:
             self.step_s[who] = hello.step_s
         self.broadcast.tasks(who)
         if hello.uplink_bps:
-            join = Joined(device=who, install=hello.install.hex(), uplink_bps=hello.uplink_bps, density=0.0)
+            uplink_bps = max(hello.uplink_bps, MIN_LINK_BPS)
+            join = Joined(device=who, install=hello.install.hex(), uplink_bps=uplink_bps, density=0.0)
             if known is None:
                 self.waiting[who] = join
             elif known.install != join.install or (rebooted and self.planner.excluded(who)):
@@ -318,12 +325,10 @@ class Coordinator:
             return
         version = assembly.head.version
         try:
-            if version not in self.ledger.published:
-                raise _TooLateError(f"version {version} is no longer held: the update came after its deadline")
             entry = uploads.checked(self.ledger, who, assembly, payload, self._uplink_bps(who))
             self.commit(entry, payload)
         except PeerError as error:
-            late = isinstance(error, _TooLateError)
+            late = isinstance(error, uploads.TooLateError)
             self.commit(
                 Rejected(device=who, install=assembly.install.hex(), sequence=assembly.sequence, reason=str(error)[:900], blame=not late)
             )
@@ -343,7 +348,7 @@ class Coordinator:
     def _uplink_bps(self, who: str) -> float:
         telemetry = self.telemetry.get(who)
         measured = telemetry.uplink_bps if telemetry is not None else None
-        return measured or self.ledger.devices[who].uplink_bps
+        return max(measured, MIN_LINK_BPS) if measured else self.ledger.devices[who].uplink_bps
 
     def _answer_pending(self, who: str, install: bytes, pending: wire.Pending) -> None:
         if pending.sequence <= self.ledger.devices[who].last_sequence:
@@ -420,6 +425,7 @@ class Coordinator:
     def _announce_end(self, _: Connected) -> None:
         if self.ledger.finished:
             self.broadcast.clear_everything()
+            self.emit(Finished(self.ledger.finished))
 
 
 def telemetry_fields(who: str, telemetry: wire.Telemetry) -> dict[str, Any]:
@@ -431,12 +437,9 @@ def telemetry_fields(who: str, telemetry: wire.Telemetry) -> dict[str, Any]:
         "bytes_up": telemetry.bytes_up,
         "bytes_down": telemetry.bytes_down,
         "disk_bytes": telemetry.disk_bytes,
+        "memory_bytes": telemetry.memory_bytes,
         "step_s": telemetry.step_s,
     }
-
-
-class _TooLateError(PeerError):
-    """Nobody's fault: the update came after its version was given up."""
 
 
 _MESSAGES: Mapping[str, type[wire.Message]] = {

@@ -41,6 +41,7 @@ from regrow.machine import (
 UNACKNOWLEDGED = 2
 PROBE_S = 1.0
 PROBE_MAX_BYTES = 256 * 1024
+HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
 RECEIPT_WAIT_S = 5.0
 RECEIPT_WAIT_MAX_S = 60.0
@@ -78,6 +79,7 @@ class Meters:
     bytes_up: int = 0
     bytes_down: int = 0
     disk_bytes: int = 0
+    memory_bytes: int = 0
     step_s: float | None = None
 
 
@@ -116,8 +118,10 @@ class Device:
         self._probe_sent = 0
         self._probe_start_s: float | None = None
         self._receipt_wait_s = RECEIPT_WAIT_S
+        self._hello_wait_s = HELLO_FIRST_S
         self._beat_s = self._hello_s = self._ask_s = float("inf")
         self._save_id = 0
+        self._job = 0
         self._effects: list[Effect] = []
         self._load(saved)
 
@@ -170,6 +174,7 @@ class Device:
 
     def _connect(self, _: Connected) -> None:
         self.connected = True
+        self._hello_wait_s = HELLO_FIRST_S
         self._in_flight.clear()
         self._subscribed.clear()
         self._emit(Subscribe((topics.tasks(self.identity.name),)))
@@ -180,6 +185,7 @@ class Device:
         if self.phase is Phase.PROBING:
             self._begin_probe()
         elif self.phase is Phase.FETCHING:
+            self._progress_s = self.now  # without a link nothing could come
             self._fetch_on()
         elif self.phase is Phase.SENDING:
             self._queue.clear()
@@ -207,7 +213,9 @@ class Device:
             software=me.software,
         )
         self._emit(Publish(topics.hello(me.name), wire.encode(message)))
-        self._hello_s = self.now + HELLO_AGAIN_S if self.phase in (Phase.IDLE, Phase.WAITING) else float("inf")
+        idle = self.phase in (Phase.IDLE, Phase.WAITING)
+        self._hello_s = self.now + self._hello_wait_s if idle else float("inf")
+        self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_AGAIN_S)
 
     def _telemetry(self, *, failed: str = "", phase: str = "", pending: wire.Pending | None = None) -> None:
         if self.names is None or not self.connected:
@@ -221,6 +229,7 @@ class Device:
             bytes_up=self.meters.bytes_up,
             bytes_down=self.meters.bytes_down,
             disk_bytes=self.meters.disk_bytes,
+            memory_bytes=self.meters.memory_bytes,
             step_s=self.meters.step_s,
             failed=failed[:900],
             pending=pending,
@@ -293,6 +302,8 @@ class Device:
     def _hear_claim(self, claim: wire.Claim) -> None:
         if self.names is not None and claim.run == self.names.run:
             self._hear_term(claim.term)
+        elif claim.term > self.term:  # another run leads this task now and may not know us; ours will not answer any more
+            self._hello()
 
     def _hear_term(self, term: int) -> None:
         """A higher term is a coordinator that may not know us; lower ones are the past."""
@@ -338,6 +349,8 @@ class Device:
         elif not self._in_flight:
             self.phase = Phase.WAITING
             self._hello()
+            if self._next is not None:
+                self._begin_fetch(self._next)
 
     # ---- fetching ------------------------------------------------------------------------------------------------------------------
 
@@ -370,6 +383,9 @@ class Device:
         if self.names is None or self.assignment is None or manifest.term < self.term or self._shopping is not None:
             return
         self._shopping = shopping(self.assignment, manifest, self.names)
+        lacking = sum(digest not in self._parts for digest in self._shopping.parts)
+        fields = {"number": self.assignment.number, "version": manifest.version, "parts": len(self._shopping.parts), "lacking": lacking}
+        self._emit(Note("fetching", fields))
         self._got(self.names.manifest(manifest.version))
         for digest in [digest for digest in self._parts if digest not in self._shopping.parts]:
             del self._parts[digest]
@@ -421,12 +437,14 @@ class Device:
             self._give_up(str(error))
             return
         self.phase = Phase.TRAINING
+        self._job += 1
+        self._emit(Note("training", {"number": wanted.assignment.number}))
         self._telemetry()
         assignment, lengths = wanted.assignment, wanted.manifest.lengths
         levels = {assignment.level} | ({assignment.evaluate_level} if assignment.evaluate_level is not None else set())
         self._emit(
             Train(
-                number=assignment.number,
+                number=self._job,
                 programs=fetched.programs,
                 values=fetched.base,
                 coordinates=fetched.coordinates,
@@ -441,7 +459,7 @@ class Device:
 
     def _take_trained(self, trained: Trained) -> None:
         fetched, wanted = self._fetched, self._shopping
-        if fetched is None or wanted is None or self.names is None or trained.number != wanted.assignment.number:
+        if fetched is None or wanted is None or self.names is None or trained.number != self._job:
             return
         length = wanted.manifest.lengths[wanted.assignment.level]
         try:
@@ -469,7 +487,7 @@ class Device:
         self._emit(Save(OUTGOING, self.outgoing.to_bytes(), id=self._save_id))
 
     def _training_failed(self, failed: TrainingFailed) -> None:
-        if self.assignment is not None and failed.number == self.assignment.number:
+        if failed.number == self._job:
             self._give_up(failed.reason)
 
     # ---- sending -------------------------------------------------------------------------------------------------------------------
@@ -478,6 +496,7 @@ class Device:
         if persisted.id != self._save_id or self.outgoing is None:
             return
         self.phase = Phase.SENDING
+        self._emit(Note("sending", {"sequence": self.outgoing.sequence, "chunks": self.outgoing.count}))
         self._receipt_wait_s = RECEIPT_WAIT_S
         self._queue = deque(range(self.outgoing.count))
         self._send_on()
@@ -518,6 +537,8 @@ class Device:
             if not receipt.blame:  # what was blamed on the values would only be refused again
                 self.outgoing = current.rejected()
                 self._emit(Save(OUTGOING, self.outgoing.to_bytes(), id=0))
+        else:
+            self._emit(Note("accepted", {"sequence": receipt.sequence, "install": receipt.install.hex()}))
         self._queue.clear()
         self._in_flight.clear()
         if self.assignment is None:  # sent after a reboot

@@ -77,7 +77,7 @@ class Train:
     """Evaluate the prefixes, then train the first one; `Trained` or `TrainingFailed` with the same number comes back.
 
     Args:
-        number: the assignment's.
+        number: the device's own count of its jobs; a result of an earlier one is not taken for this one's.
         programs: name -> bytes, as export writes them.
         values: float32 [longest], the downloaded prefix in position order.
         coordinates: uint32 [longest], their flat coordinates.

@@ -5,6 +5,7 @@ Update and residual are committed together in one durable file, so that a power 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -162,7 +163,7 @@ def make(
         digest=wire.digest(payload),
         seconds=seconds,
         loss=loss,
-        scores=scores,
+        scores=[score for score in scores if math.isfinite(score.loss) and math.isfinite(score.accuracy)],
     )
     return Outgoing(run, sequence, head, payload, assignment.chunk_bytes, owed, sent)
 

@@ -19,6 +19,8 @@ from regrow.task import Task
 if TYPE_CHECKING:
     from regrow.coordinator import Coordinator
 
+MAX_ROUND_S = 1e8  # three years: whatever a device claims, a deadline stays a number
+
 
 class Planner:
     """The decisions of one coordinator, each ending in records."""
@@ -67,7 +69,8 @@ class Planner:
 
     def fastest_class(self) -> int:
         """How many live devices are in the class with the highest first density: K of the `fastest` trigger."""
-        first = [device.first_density for who, device in self._ledger.devices.items() if self._coordinator.live(who)]
+        working = [who for who in self._ledger.devices if self._coordinator.live(who) and not self.excluded(who)]
+        first = [self._ledger.devices[who].first_density for who in working]
         return first.count(max(first)) if first else 0
 
     # ---- aggregation -----------------------------------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ class Planner:
         down = publication.offset(length) + sum(len(data) for data in ledger.orders[publication.order.epoch].levels[: level + 1])
         up = values.encoded_size(ledger.task.wire.up, length, publication.order.always_kept)
         train_s = ledger.task.training.local_steps * self._coordinator.step_s.get(who, 0.1)
-        return 8 * (down + up) / ledger.devices[who].uplink_bps + train_s
+        return min(8 * (down + up) / ledger.devices[who].uplink_bps + train_s, MAX_ROUND_S)
 
     def _retire(self, versions: Iterable[int]) -> None:
         """Give up every version that nobody leases, except the newest: that one the next device will ask for."""

@@ -14,6 +14,11 @@ from regrow.errors import PeerError
 from regrow.ledger import Ledger
 
 ENOUGH_NORMS = 3
+SMALLEST_CHANGE = 1e-4  # of the base: a level that stands still must still be allowed to move
+
+
+class TooLateError(PeerError):
+    """Nobody's fault: the update came after its version was given up."""
 
 
 @dataclass(slots=True)
@@ -101,6 +106,10 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
             raise PeerError(f"version {head.version}, epoch {head.epoch}, level {head.level} is not what was assigned")
     elif head.assignment > known.number:
         raise PeerError(f"assignment {head.assignment} was never given")
+    if head.version not in ledger.published:
+        if head.version > ledger.version:
+            raise PeerError(f"version {head.version} was never given")
+        raise TooLateError(f"version {head.version} is no longer held: the update came after its deadline")
     publication = ledger.published[head.version]
     order = publication.order
     if head.epoch != order.epoch or head.level >= len(order.lengths):
@@ -144,8 +153,9 @@ def norm_bound(ledger: Ledger, level: int, base_norm: float) -> float:
     """
     factor = ledger.task.fleet.norm_bound
     recent = ledger.norms.get(level, [])
+    smallest = max(SMALLEST_CHANGE * base_norm, 1e-6)
     if len(recent) >= ENOUGH_NORMS:
-        return factor * float(np.median(recent))
+        return factor * max(float(np.median(recent)), smallest)
     lengths = ledger.order.lengths
     scaled = [norm * (lengths[level] / lengths[other]) ** 0.5 for other, norms in ledger.norms.items() for norm in norms]
-    return factor * (float(np.median(scaled)) if len(scaled) >= ENOUGH_NORMS else max(base_norm, 1e-3))
+    return factor * (max(float(np.median(scaled)), smallest) if len(scaled) >= ENOUGH_NORMS else max(base_norm, 1e-3))

@@ -32,9 +32,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
-Rate = Annotated[float, msgspec.Meta(ge=0)]
+# Seconds, or bit/s; bounded, so that what is computed from a peer's number stays finite.
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -177,7 +178,7 @@ class Receipt(Message, frozen=True, kw_only=True, omit_defaults=True):
     term: Positive
     install: Digest
     sequence: Count
-    outcome: Annotated[str, msgspec.Meta(pattern="^(accepted|rejected|missing)$")]
+    outcome: Annotated[str, msgspec.Meta(pattern=r"^(accepted|rejected|missing)\Z")]
     reason: Text = ""
     blame: bool = False
     missing: Annotated[list[Range], msgspec.Meta(max_length=MAX_CHUNKS)] = []
@@ -200,6 +201,7 @@ class Telemetry(Message, frozen=True, kw_only=True, omit_defaults=True):
     bytes_up: Count = 0
     bytes_down: Count = 0
     disk_bytes: Count = 0
+    memory_bytes: Count = 0
     step_s: Rate | None = None
     failed: Text = ""
     pending: Pending | None = None

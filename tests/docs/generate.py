@@ -1,0 +1,233 @@
+"""Writes the parts of the documentation that the code already says: `python -m tests.docs.generate`.
+
+A generated part lies between `<!-- generated: NAME -->` and `<!-- end -->`. What code cannot say (what a field means) stands in
+words.py; a field without words is a KeyError here, and so a failing test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import msgspec
+from msgspec import inspect
+
+from broker_server import credentials
+from cli.main import parser
+from regrow import coordinator, device, topics, wire
+from regrow.task import Task
+from tests.docs import words
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (*(Path("docs") / name for name in ("architecture.md", "cli.md", "deploy.md", "protocol.md", "task.md")),)
+_REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    """Write every generated part anew."""
+    for page in PAGES:
+        file = ROOT / page
+        file.write_text(regenerated(file.read_text()))
+    return 0
+
+
+def regenerated(text: str) -> str:
+    """The page with every generated part as the code says it now."""
+    return _REGION.sub(lambda found: f"{found[1]}\n{part(found[2])}\n{found[3]}", text)
+
+
+def part(name: str) -> str:
+    """The Markdown of one generated part, for example "wire:Hello" or "cli"."""
+    kind, _, what = name.partition(":")
+    return _PARTS[kind](what)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------------------------
+
+
+def commands(top: argparse.ArgumentParser | None = None) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """(command line, its parser) of every command, groups included, in the order of --help."""
+    top = top or parser()
+    yield top.prog, top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from commands(child)
+
+
+def _cli(_: str) -> str:
+    with patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}):
+        return "\n".join(f"## {name}\n\n```text\n{command.format_help().rstrip()}\n```\n" for name, command in commands())
+
+
+# ---- structs -------------------------------------------------------------------------------------------------------------------------
+
+
+def _wire(name: str) -> str:
+    """The table of one struct of wire.py: in the order of the array, or of the map's keys without what every message may have."""
+    struct = getattr(wire, name)
+    own = [field for field in inspect.type_info(struct).fields if field.name not in ("signature", "key_id") or struct is wire.Message]
+    rows = [(f"`{f.name}`", type_text(f.type), default_text(f), words.WIRE[f"{name}.{f.name}"]) for f in own]
+    if struct.__struct_config__.array_like:
+        numbered = ((str(place), *row) for place, row in enumerate(rows))
+        return table(("place", "field", "type and bounds", "default", "meaning"), numbered)
+    return table(("field", "type and bounds", "default", "meaning"), rows)
+
+
+def _task(section: str) -> str:
+    """The table of one section of task.toml; "" is the top."""
+    info = inspect.type_info(Task)
+    fields = info.fields if not section else next(field.type.fields for field in info.fields if field.encode_name == section)
+    rows = []
+    for field in fields:
+        if isinstance(field.type, inspect.StructType):
+            continue
+        meaning, source = words.TASK[f"{section}.{field.encode_name}".lstrip(".")]
+        rows.append((f"`{field.encode_name}`", type_text(field.type), default_text(field), meaning, source))
+    return table(("key", "type", "default", "meaning", "source"), rows)
+
+
+def type_text(kind: Any) -> str:
+    """A msgspec type with its bounds, in words."""
+    if isinstance(kind, inspect.UnionType):
+        return " or ".join(type_text(member) for member in kind.types if not isinstance(member, inspect.NoneType))
+    if isinstance(kind, inspect.LiteralType):
+        return " or ".join(f'`"{value}"`' for value in kind.values)
+    if isinstance(kind, (inspect.IntType, inspect.FloatType)):
+        return "int" * isinstance(kind, inspect.IntType) + "float" * isinstance(kind, inspect.FloatType) + _bounds(kind)
+    if isinstance(kind, inspect.BytesType):
+        size = f"{kind.max_length}" if kind.min_length == kind.max_length else f"at most {kind.max_length}"
+        return f"bytes, {size}"
+    if isinstance(kind, inspect.StrType):
+        return _string(kind)
+    if isinstance(kind, inspect.DictType):
+        return f"table: name to {type_text(kind.value_type)}"
+    if isinstance(kind, inspect.StructType):
+        return f"`{kind.cls.__name__}`"
+    if isinstance(kind, (inspect.ListType, inspect.VarTupleType)):
+        least, most = kind.min_length or 0, kind.max_length
+        return f"array of {least} to {most}: {type_text(kind.item_type)}"
+    return type(kind).__name__.removesuffix("Type").lower()
+
+
+def _string(kind: inspect.StrType) -> str:
+    if kind.pattern is None:
+        return "str" if kind.max_length is None else f"str, at most {kind.max_length} characters"
+    body = re.sub(r"^\^|(\\Z|\$)$", "", kind.pattern)
+    names = body.strip("()").split("|")
+    return " or ".join(f'`"{name}"`' for name in names) if len(names) > 1 else f"str `{body}`"
+
+
+def _bounds(kind: Any) -> str:
+    """", 1 to 64", ", at least 0, below 1", ", above 0": whatever is bounded."""
+    if kind.ge is not None and kind.le is not None:
+        return f", {number(kind.ge)} to {number(kind.le)}"
+    limits = (("above", kind.gt), ("at least", kind.ge), ("below", kind.lt), ("at most", kind.le))
+    return "".join(f", {word} {number(limit)}" for word, limit in limits if limit is not None)
+
+
+def number(value: float) -> str:
+    """A bound as people write it: 2^53 rather than sixteen digits."""
+    named = {2**53: "2^53", 2**31 - 1: "2^31 - 1", wire.MAX_CHUNKS: "65536"}
+    return named.get(int(value), f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def default_text(field: inspect.Field) -> str:
+    """What a missing field means: `required`, `-` for nothing, or the value."""
+    if field.required:
+        return "required"
+    value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+# ---- state machines and access -------------------------------------------------------------------------------------------------------
+
+
+def _transitions(name: str) -> str:
+    """One row an event and handler, with the phases in which it is heard."""
+    module = {"coordinator": coordinator, "device": device}[name]
+    transitions: Mapping[tuple[Any, Any], Callable[..., None]] = module.TRANSITIONS
+    phases: dict[tuple[str, str], list[str]] = {}
+    for (phase, event), handler in transitions.items():
+        kind = event if isinstance(event, str) else event.__name__
+        phases.setdefault((kind, handler.__name__), []).append(phase.value)
+    rows = []
+    for (kind, handler), heard in phases.items():
+        where = "any" if len(heard) == len(module.Phase) else ", ".join(heard)
+        event = f"message `{kind}`" if kind.islower() else f"`{kind}`"
+        rows.append((where, event, f"`{handler}`", words.HANDLERS[f"{name}.{handler}"]))
+    return table(("phase", "event", "handler", "what it does, and the phase after it"), rows)
+
+
+def _phases(name: str) -> str:
+    module = {"coordinator": coordinator, "device": device}[name]
+    return table(("phase", "meaning"), ((f"`{phase.value}`", words.PHASES[f"{name}.{phase.value}"]) for phase in module.Phase))
+
+
+class _Shown(bytes):
+    """Stands for a digest in a topic."""
+
+    def hex(self, *_: Any) -> str:
+        return "{digest}"
+
+
+def _topics(_: str) -> str:
+    """Every topic, built by the functions that build the real ones."""
+    run: Any = topics.Run("{task}", "{run}")
+    shown = {
+        "hello": topics.hello("{id}"),
+        "status": topics.status("{id}"),
+        "tasks": topics.tasks("{id}"),
+        "claim": topics.claim("{task}"),
+        "manifest": run.manifest("{version}"),
+        "chunk": run.chunk("{version}", "{i}"),
+        "order": run.order("{epoch}", "{level}", "{i}"),
+        "program": run.program(_Shown(), "{i}"),
+        "assignment": run.assignment("{id}"),
+        "update": run.update("{id}", "{sequence}", "{i}"),
+        "receipt": run.receipt("{id}"),
+        "telemetry": run.telemetry("{id}"),
+        "probe": run.probe("{id}"),
+    }
+    rows = ((f"`{topic}`", *words.TOPICS[name]) for name, topic in shown.items())
+    return table(("topic", "publisher", "retained", "payload"), rows)
+
+
+def _access(_: str) -> str:
+    rows = [(f"`{credentials.COORDINATOR}`", "read and write", f"`{rule}`") for rule in credentials.COORDINATOR_TOPICS]
+    for verb, rules in (("write", credentials.DEVICE_WRITES), ("read", credentials.DEVICE_READS)):
+        rows += [("each device", verb, f"`{rule}`") for rule in rules]
+    return table(("user", "may", "topics"), rows)
+
+
+def table(head: tuple[str, ...], rows: Any) -> str:
+    """A Markdown table; cells are escaped where they would end early."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+_PARTS: Mapping[str, Callable[[str], str]] = {
+    "access": _access,
+    "cli": _cli,
+    "phases": _phases,
+    "task": _task,
+    "topics": _topics,
+    "transitions": _transitions,
+    "wire": _wire,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
