@@ -91,11 +91,11 @@ def audit(run: Path) -> Outcome:
     with Store.open(run, read_only=True) as store:
         for log_id, record in store.replay():
             entry = records.from_record(record)
-            if isinstance(entry, records.Accepted):
-                oracle.accept(entry, bytes(record.payload))
-                updates += 1
-            wanted, scale = oracle.aggregate() if isinstance(entry, records.Aggregated) else (oracle.weights, None)
             try:
+                if isinstance(entry, records.Accepted):
+                    oracle.accept(entry, bytes(record.payload))
+                    updates += 1
+                wanted, scale = oracle.aggregate() if isinstance(entry, records.Aggregated) else (oracle.weights, None)
                 ledger.apply(entry, record.payload)
             except KeyError as error:
                 raise LocalError(f"{run}: record {log_id} ({record.kind}) refers to {error}, which the log does not hold") from error
@@ -107,7 +107,17 @@ def audit(run: Path) -> Outcome:
                 oracle.worst = max(oracle.worst, _ratio(difference, allowed))
             elif isinstance(entry, records.RolledBack):
                 oracle.reset(ledger.flat_weights)
+            _compare_snapshot(store, log_id, ledger)
     return Outcome(updates, aggregations, oracle.worst)
+
+
+def _compare_snapshot(store: Store, log_id: int, ledger: Ledger) -> None:
+    """Raise LocalError if there is a snapshot at this record that is not, bit for bit, what the log gives."""
+    if log_id not in {info.log_id for info in store.snapshots()}:
+        return
+    found = store.load_snapshot(log_id)
+    if found is not None and found[0] == log_id and not np.array_equal(found[2]["flat_weights"], ledger.flat_weights):
+        raise LocalError(f"{store.path}: the snapshot at record {log_id} is not what the log gives; remove it and start the gateway again")
 
 
 def _ratio(difference: NDArray[np.float64], allowed: NDArray[np.float64]) -> float:

@@ -145,7 +145,8 @@ class Credentials:
 
     def remove_device(self, device: str) -> None:
         """Take a device's access away; takes effect with the broker's reload. Raises LocalError: no such device."""
-        self.password(device)
+        if device not in self._devices:
+            raise LocalError(f"no device {device!r}: `regrow device list` names those that there are")
         del self._devices[device]
         self._save()
 

@@ -87,7 +87,8 @@ def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Pat
         (temporary / "task" / source.task.model).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source.model_path, temporary / "task" / source.task.model)
         if source.task.evaluation.data is not None:
-            shutil.copy2(source.path / source.task.evaluation.data, temporary / "task" / Path(source.task.evaluation.data).name)
+            held_out = source.path / source.task.evaluation.data
+            shutil.copy2(held_out, temporary / "task" / held_out.name)
         for file in (*PROGRAM_FILES.values(), "initial.npy"):
             shutil.copy2(source.path / "build" / file, temporary / "task" / "build")
         Store.open(temporary, create=True).close()

@@ -71,9 +71,7 @@ class Metric:
 class Store:
     """The log, metrics and snapshots of one run; made by `Store.open`, given back by `close` or a with block."""
 
-    def __init__(
-        self, path: Path, db: sqlite3.Connection, lock: IO[str] | None, wall_clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, path: Path, db: sqlite3.Connection, lock: IO[str] | None, wall_clock: Callable[[], float] = time.time) -> None:
         self.path = path
         self.snapshot_folder = path / "snapshots"
         self._db = db

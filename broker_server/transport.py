@@ -12,6 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -31,6 +32,7 @@ MAX_INFLIGHT = 64
 MAX_QUEUED = 50_000  # packet ids end at 65 535
 BACKOFF_MIN_S = 1
 BACKOFF_MAX_S = 30
+FLUSH_S = 5.0
 FILTERS_PER_SUBSCRIBE = 16
 
 
@@ -100,6 +102,7 @@ class MqttBus:
         self._on_event, self._clock = on_event, clock
         self._connected = False
         self._refusal: str | None = None
+        self._last: paho.MQTTMessageInfo | None = None
         self._lock = threading.Lock()  # guards the two tables below; never held while paho is called
         self._sending: dict[int, _Sending] = {}
         self._early: dict[int, float] = {}
@@ -131,7 +134,10 @@ class MqttBus:
         self._client.loop_start()
 
     def close(self) -> None:
-        """Say goodbye and end paho's thread. Not from `on_event`."""
+        """Wait, for a few seconds at most, until the broker has what was performed; then say goodbye. Not from `on_event`."""
+        if self._connected and self._last is not None:
+            with suppress(ValueError, RuntimeError):  # never sent, or the connection ended meanwhile
+                self._last.wait_for_publish(FLUSH_S)
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -159,7 +165,7 @@ class MqttBus:
     def _publish(self, effect: Publish) -> None:
         payload = effect.payload if isinstance(effect.payload, bytes) else bytes(effect.payload)
         started_s = self._clock()
-        info = self._client.publish(effect.topic, payload, qos=1, retain=effect.retain)
+        info = self._last = self._client.publish(effect.topic, payload, qos=1, retain=effect.retain)
         if info.rc == paho.MQTT_ERR_QUEUE_SIZE:
             raise LocalError(f"{MAX_QUEUED} publishes wait for the broker: it is far too slow for this fleet")
         with self._lock:

@@ -19,6 +19,10 @@ def agent(options: argparse.Namespace) -> int:
     bundle = read_bundle(options.bundle)
     if options.threads < 1:
         raise LocalError(f"--threads {options.threads}: at least 1")
+    if not 0 <= options.validation < 1:
+        raise LocalError(f"--validation {options.validation}: at least 0 and below 1, for example 0.2")
+    if options.gap < 0 or (options.capacity is not None and options.capacity < 1):
+        raise LocalError(f"--gap {options.gap} must be at least 0, --capacity {options.capacity} at least 1")
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
         running = Agent(

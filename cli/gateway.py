@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from broker_server.audit import audit
 from broker_server.broker import Broker
@@ -23,6 +25,7 @@ from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
 from broker_server.runs import rollback as roll_back
 from broker_server.store import Store
+from broker_server.transport import parse_url
 from broker_server.view import FleetView, watch
 from edge_agent.data.sources import open_source
 from edge_agent.trainer import Trainer
@@ -37,7 +40,7 @@ GATEWAY_HOME = ".gateway"
 TASK_TEXT = """name = "{name}"
 model = "model.onnx"
 
-# Everything below is a default; see docs/task.md for every key.
+# Every key and its default: docs/task.md.
 [training]
 local_steps = 20
 batch = 20
@@ -59,10 +62,9 @@ def task_new(options: argparse.Namespace) -> int:
         raise LocalError(f"{folder / 'task.toml'} exists already; edit it instead")
     if not options.model.is_file():
         raise LocalError(f"--model {options.model}: there is no such file")
-    folder.mkdir(parents=True, exist_ok=True)
+    _build(folder, options.model)  # before anything is copied: a model that cannot be trained leaves nothing behind
     if options.model.resolve() != (folder / "model.onnx").resolve():
         shutil.copyfile(options.model, folder / "model.onnx")
-    build_task(folder, folder / "model.onnx")
     (folder / "task.toml").write_text(TASK_TEXT.format(name=name))
     print(f"{folder}/task.toml written; next: regrow serve {folder}")
     return 0
@@ -79,8 +81,15 @@ def built(folder: Path, *, always: bool = False) -> TaskFolder:
     """The task folder with its programs, built when they are missing or stale."""
     model = folder / read_task(folder).model
     if always or is_stale(folder, model):
-        build_task(folder, model)
+        _build(folder, model)
     return load_task(folder)
+
+
+def _build(folder: Path, model: Path) -> None:
+    try:
+        build_task(folder, model)
+    except LocalError as error:
+        raise LocalError(f"{model}: {error}") from error
 
 
 # ---- serve -------------------------------------------------------------------------------------------------------------------------
@@ -88,66 +97,81 @@ def built(folder: Path, *, always: bool = False) -> TaskFolder:
 
 def serve(options: argparse.Namespace) -> int:
     """Run a task until it is finished or stopped."""
-    path = _run_to_serve(options)
+    folder, path = _what_to_serve(options)
+    home = (path.parent if path is not None else options.runs) / GATEWAY_HOME
+    link = _link(options, home)  # before a run is made: a wrong address or port leaves none behind
+    try:
+        return _serve_run(options, path or create_run(options.runs, folder, options.run), link)
+    finally:
+        link.stop()
+
+
+def _what_to_serve(options: argparse.Namespace) -> tuple[TaskFolder, Path | None]:
+    """(the built task, the run to go on with)."""
+    if (options.task / "log.sqlite").is_file():
+        if options.new_run or options.run:
+            raise LocalError(f"{options.task} is a run to go on with: --run and --new-run need the task folder")
+        return load_task(options.task / "task"), options.task
+    task = read_task(options.task)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if options.run is not None:
+        check_name(options.run, "run")
+    unfinished = None if options.new_run or options.run else newest_unfinished(options.runs, task.name)
+    if unfinished is not None:
+        print(f"going on with {unfinished} (--new-run starts anew)", flush=True)
+        return load_task(unfinished / "task"), unfinished
+    return built(options.task), None
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """How the coordinator reaches its broker, what ends the broker, and what keeps it alive."""
+
+    url: str
+    user: str
+    password: str
+    stop: Callable[[], None] = lambda: None
+    keep: Callable[[], str | None] = lambda: None
+
+
+def _link(options: argparse.Namespace, home: Path) -> _Link:
+    url = options.broker or os.environ.get("REGROW_BROKER")
+    if url:
+        address = parse_url(url)
+        if not address.username:
+            raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
+        return _Link(url, address.username, address.password or "")
+    if not 0 <= options.port <= 65535:
+        raise LocalError(f"--port {options.port}: 1 to 65535, or 0 for a free one")
+    credentials = Credentials(home)
+    kind = None if options.broker_kind == "auto" else options.broker_kind
+    broker = Broker(home, credentials, host=options.host, port=options.port, kind=kind)
+    broker.start()
+    hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
+    print(f"{broker.kind} on {options.host}:{broker.port}; {hint}", flush=True)
+    return _Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
+
+
+def _serve_run(options: argparse.Namespace, path: Path, link: _Link) -> int:
     folder = load_task(path / "task")
     with Store.open(path) as store:
         ledger = recover(store, folder)
         if ledger.finished:
-            raise LocalError(f"{path} is finished ({ledger.finished}); start another with --new-run, or return with `regrow rollback`")
-        gateway, stop_broker, keep = _gateway(options, path, folder, store, ledger)
-        try:
-            reason = _serve(options, gateway, path, folder, keep)
-        finally:
-            stop_broker()
-        finish(store, path, folder, gateway.coordinator.ledger)
-        if reason and not gateway.coordinator.ledger.finished:
+            raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
+        coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
+        evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
+        gateway = Gateway(coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate)
+        reason = _serve(options, gateway, path, folder, link.keep)
+        finish(store, path, folder, ledger)
+        if reason and not ledger.finished:
             raise LocalError(reason)
     print(f"{reason or 'stopped: the same command goes on where it was'}; {path} holds the store, model.onnx, metrics and plot.png")
     return 0
 
 
-def _run_to_serve(options: argparse.Namespace) -> Path:
-    if (options.task / "log.sqlite").is_file():
-        run: Path = options.task
-        return run
-    task = read_task(options.task)
-    options.runs.mkdir(parents=True, exist_ok=True)
-    unfinished = None if options.new_run or options.run else newest_unfinished(options.runs, task.name)
-    if unfinished is not None:
-        print(f"going on with {unfinished} (--new-run starts anew)")
-        return unfinished
-    if options.run is not None:
-        check_name(options.run, "run")
-    return create_run(options.runs, built(options.task), options.run)
-
-
-def _gateway(
-    options: argparse.Namespace, path: Path, folder: TaskFolder, store: Store, ledger: Ledger
-) -> tuple[Gateway, Callable[[], None], Callable[[], str | None]]:
-    """The gateway, what stops its broker, and what keeps it alive."""
-    coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
-    evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-    if options.broker:
-        parts = urlsplit(options.broker)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or not parts.username:
-            raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
-        url = f"{parts.scheme}://{parts.hostname}:{parts.port or (8883 if parts.scheme == 'mqtts' else 1883)}"
-        user, password = unquote(parts.username), unquote(parts.password or "")
-        return Gateway(coordinator, store, url=url, username=user, password=password, evaluate=evaluate), lambda: None, lambda: None
-    home = options.runs / GATEWAY_HOME
-    credentials = Credentials(home)
-    kind = None if options.broker_kind == "auto" else options.broker_kind
-    broker = Broker(home, credentials, host=options.host, port=options.port, kind=kind)
-    broker.start()
-    print(f"{broker.kind} on {options.host}:{broker.port}; let devices in with `regrow device add NAME --runs {options.runs}`")
-    secret = credentials.coordinator_password
-    gateway = Gateway(coordinator, store, url=broker.url, username=COORDINATOR, password=secret, evaluate=evaluate)
-    return gateway, broker.stop, _keeper(broker, home)
-
-
 def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
-    """Scores prefixes on the task's held-out data, a path relative to the task folder."""
-    file = folder.path / (folder.task.evaluation.data or "")
+    """Scores prefixes on the held-out data that lies beside the run's task.toml."""
+    file = folder.path / Path(folder.task.evaluation.data or "").name
     x, y = open_source(str(file), validation_fraction=0.0).everything()
     trainer = Trainer(folder.programs)
 
@@ -180,7 +204,7 @@ def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
 def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, keep: Callable[[], str | None]) -> str:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: gateway.stop())
-    print(f"run {path}")
+    print(f"run {path}", flush=True)
     if options.plain:
         return gateway.run(on_note=_print_note, housekeeping=keep)
     view = FleetView(path.name, folder.task.stop.seconds)
@@ -228,19 +252,28 @@ def device_list(options: argparse.Namespace) -> int:
 
 def runs(options: argparse.Namespace) -> int:
     """List the runs."""
-    table = Table("run", "task", "method", "started", "version", "devices", "updates", "accuracy", "state", pad_edge=False)
+    table = Table(
+        Column("run", no_wrap=True), "task", "method", "started", "version", "devices", "updates", "accuracy", "state", pad_edge=False
+    )
     found = list(list_runs(options.runs))
     for info in found:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_s))
         accuracy = "-" if info.accuracy is None else f"{info.accuracy:.3f}"
         numbers = (str(info.version), str(info.devices), str(info.updates), accuracy)
         table.add_row(info.path.name, info.task, info.method, started, *numbers, info.finished or "unfinished")
-    Console().print(table if found else f"no runs in {options.runs}: try `regrow demo`")
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # nothing is left out for a pipe
+    console.print(table if found else f"no runs in {options.runs}: try `regrow demo`")
     return 0
+
+
+def _check_run(path: Path) -> None:
+    if not (path / "log.sqlite").is_file():
+        raise LocalError(f"{path} holds no run: `regrow runs` lists them")
 
 
 def rollback(options: argparse.Namespace) -> int:
     """Return to an earlier snapshot."""
+    _check_run(options.run)
     old, new = roll_back(options.run, options.to)
     print(f"{options.run}: the model of version {old} is now version {new}; go on with `regrow serve {options.run}`")
     return 0
@@ -248,6 +281,7 @@ def rollback(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Replay a run's log through reference.py."""
+    _check_run(options.run)
     outcome = audit(options.run)
     print(
         f"{options.run}: {outcome.updates} receipted updates, {outcome.aggregations} aggregations; the model differs from the "

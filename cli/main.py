@@ -34,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"regrow: this command needs {error.name}: pip install 'regrow[server]' on the gateway", file=sys.stderr)
         return 1
+    except OSError as error:
+        logging.getLogger(__name__).debug("%r", error, exc_info=True)
+        print(
+            f"regrow: {error.filename or 'this machine'}: {error.strerror or error}; check the path, its owner and the disk",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -44,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
         prog="regrow",
         description="Federated learning for uneven edge fleets. Start with `regrow demo`; then docs/bring-your-own.md.",
     )
-    top.add_argument("--verbose", action="store_true", help="say everything that happens")
-    top.add_argument("--log", action="store_true", help="say what a service's log should have")
+    top.add_argument("--verbose", action="store_true", help="log everything, for finding a fault")
+    top.add_argument("--log", action="store_true", help="log what happens, as a service should")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _demo(commands)
     _task(commands)
@@ -59,9 +66,17 @@ def parser() -> argparse.ArgumentParser:
 Commands = Any
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind the options that have one worth telling."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default in (None, False)
+        return action.help if plain else super()._get_help_string(action)
+
+
 def _command(commands: Commands, name: str, function: str, summary: str, more: str = "") -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=f"{summary}. {more}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        name, help=summary, description=f"{summary}. {more}".strip(), formatter_class=_Help
     )
     command.set_defaults(command=function)
     return command
@@ -80,7 +95,7 @@ def _demo(commands: Commands) -> None:
         "Everything runs on this machine: a broker, the gateway and ten agents. Ctrl-C ends it with a report of what there is.",
     )
     _runs_option(demo)
-    demo.add_argument("--seconds", type=_positive, default=150.0, help="how long the fleet trains")
+    demo.add_argument("--seconds", type=_positive, default=165.0, help="how long the fleet trains")
     demo.add_argument("--broker", choices=["auto", "mosquitto", "amqtt"], default="auto", help="auto: mosquitto where it is installed")
     demo.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the smartwatch data is kept")
     demo.add_argument("--plain", action="store_true", help="a line every ten seconds instead of the live table")
@@ -108,7 +123,11 @@ def _serve(commands: Commands) -> None:
     _runs_option(serve)
     serve.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
     serve.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")
-    serve.add_argument("--broker", metavar="URL", help="mqtt://user:password@host:port of a broker that is there already")
+    serve.add_argument(
+        "--broker",
+        metavar="URL",
+        help="mqtt://user:password@host:port of a broker that is there (or REGROW_BROKER in the environment, which `ps` does not show)",
+    )
     serve.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
     serve.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
     serve.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")

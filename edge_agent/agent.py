@@ -20,7 +20,7 @@ from edge_agent.transport import MqttLink
 from edge_agent.uplink import UplinkMeter, packet_bytes
 from edge_agent.worker import Worker
 from regrow import outgoing, topics, wire
-from regrow.device import OUTGOING, PART, Device, Identity
+from regrow.device import OUTGOING, PART, Device, Identity, Phase
 from regrow.errors import LocalError
 from regrow.machine import (
     Acknowledged,
@@ -129,6 +129,7 @@ class Agent:
         self._worker = Worker(source, self._trained, threads=threads)
         self._process = psutil.Process()
         self._sent: dict[int, str] = {}
+        self._on_note: Callable[[Note], None] = lambda _: None
         self._timer_s = float("inf")
         self._stopping = False
 
@@ -155,6 +156,8 @@ class Agent:
         install = self._folder.get(IDENTITY)
         lost = [(name, reason) for name, reason in self._folder.rejected if name == OUTGOING]
         data = self._folder.get(OUTGOING)
+        if data is None and (self._folder.path / f"{OUTGOING}.rejected").exists():  # a crash may have come before the new nonce
+            lost.append((OUTGOING, "set aside in an earlier life"))
         if data is not None:
             try:
                 outgoing.from_bytes(data, None)
@@ -212,6 +215,8 @@ class Agent:
         meters.memory_bytes = self._process.memory_info().rss
         meters.disk_bytes, meters.step_s = self._folder.bytes_written, self._worker.step_s
         self._perform(self.device.step(event, time.monotonic()))
+        if self.device.phase not in (Phase.PROBING, Phase.SENDING):
+            self._meter.finish()
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

@@ -28,9 +28,7 @@ class Broadcast:
         """All that is live, after a (re)connect: the broker may remember nothing, or what an earlier life of ours left there."""
         self._term = term
         self._epochs, self.fetching = {}, {}
-        self._told.clear()
-        for version, count in self.ledger.retired:
-            self._clear_version(version, count)
+        self._clear_retired()
         for data in self.programs.values():
             for piece, body in enumerate(wire.pieces(data, PIECE_BYTES)):
                 self._retain(self.names.program(wire.digest(data), piece), body)
@@ -61,11 +59,10 @@ class Broadcast:
         self._epochs[epoch] = [len(data) for data in coded.levels]
 
     def tasks(self, who: str) -> None:
-        """Tell a device, once, that there is this task for it."""
-        if who not in self._told:
-            self._told.add(who)
-            reference = wire.TaskRef(task=self.names.task, run=self.names.run, term=self._term)
-            self._retain(topics.tasks(who), wire.encode(wire.Tasks(tasks=[reference], heartbeat_s=self.ledger.task.fleet.heartbeat_s)))
+        """Tell a device that there is this task for it; again with every hello, lest the list of a run that is over stay the last."""
+        self._told.add(who)
+        reference = wire.TaskRef(task=self.names.task, run=self.names.run, term=self._term)
+        self._retain(topics.tasks(who), wire.encode(wire.Tasks(tasks=[reference], heartbeat_s=self.ledger.task.fleet.heartbeat_s)))
 
     def assignment(self, who: str, lease: Lease) -> None:
         task = self.ledger.task
@@ -105,7 +102,7 @@ class Broadcast:
                 self._clear_version(version, len(publication.chunks))
             del self.fetching[version]
         for epoch in [epoch for epoch in self._epochs if epoch not in self.ledger.orders]:
-            self._clear_order(epoch)
+            self._clear_order(epoch, self._epochs.pop(epoch))
 
     def gone(self, version: int, chunks: int) -> None:
         """The version was retired."""
@@ -114,19 +111,19 @@ class Broadcast:
 
     def clear_everything(self) -> None:
         """Leave a clean broker behind: the run has ended."""
-        for version, count in self.ledger.retired:
-            self._clear_version(version, count)
-        for version in list(self.fetching):
-            publication = self.ledger.published.get(version)
-            self._clear_version(version, len(publication.chunks) if publication is not None else 0)
+        self._clear_retired()
+        for version, publication in self.ledger.published.items():
+            self._clear_version(version, len(publication.chunks))
         self.fetching.clear()
-        for epoch in list(self._epochs):
-            self._clear_order(epoch)
+        for epoch, coded in self.ledger.orders.items():
+            self._clear_order(epoch, [len(data) for data in coded.levels])
+        self._epochs.clear()
         for data in self.programs.values():
             for piece, _ in enumerate(wire.pieces(data, PIECE_BYTES)):
                 self._retain(self.names.program(wire.digest(data), piece), b"")
         for who in self.ledger.devices:
             self._retain(self.names.assignment(who), b"")
+        for who in sorted(self._told.union(self.ledger.devices)):
             self._retain(topics.tasks(who), wire.encode(wire.Tasks()))
         self._retain(topics.claim(self.names.task), b"")
 
@@ -135,8 +132,15 @@ class Broadcast:
         for index in range(chunks):
             self._retain(self.names.chunk(version, index), b"")
 
-    def _clear_order(self, epoch: int) -> None:
-        for level, size in enumerate(self._epochs.pop(epoch)):
+    def _clear_retired(self) -> None:
+        """An earlier life of ours may have died between the record of a retirement and the clearing."""
+        for version, count in self.ledger.retired:
+            self._clear_version(version, count)
+        for epoch, sizes in self.ledger.retired_orders:
+            self._clear_order(epoch, sizes)
+
+    def _clear_order(self, epoch: int, sizes: list[int]) -> None:
+        for level, size in enumerate(sizes):
             for piece in range((size + PIECE_BYTES - 1) // PIECE_BYTES):
                 self._retain(self.names.order(epoch, level, piece), b"")
 

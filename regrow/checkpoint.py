@@ -50,12 +50,14 @@ class _Meta(msgspec.Struct, frozen=True, kw_only=True):
     orders: list[_OrderMeta]
     published: list[_PublishedMeta]
     retired: list[tuple[int, int]]
+    retired_orders: list[tuple[int, list[int]]] = []
     norms: dict[int, list[float]]
     restoration: restoration.RestorationState
     global_score: float | None
     level_scores: dict[str, float]
     trained_out: bool
     finished: str
+    term: int = 0
 
 
 def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
@@ -71,12 +73,14 @@ def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
         orders=[_OrderMeta(epoch, list(coded.order.lengths), coded.order.always_kept) for epoch, coded in ledger.orders.items()],
         published=[_PublishedMeta(version, item.order.epoch, item.dtype, item.chunk_bytes) for version, item in ledger.published.items()],
         retired=ledger.retired,
+        retired_orders=ledger.retired_orders,
         norms=ledger.norms,
         restoration=ledger.restoration,
         global_score=ledger.global_score,
         level_scores={str(level): score for level, score in ledger.level_scores.items()},
         trained_out=ledger.trained_out,
         finished=ledger.finished,
+        term=ledger.term,
     )
     arrays: dict[str, NDArray[Any]] = {
         "weights": ledger.weights,
@@ -134,14 +138,16 @@ def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDAr
             orders=orders,
             published=published,
             retired=meta.retired,
+            retired_orders=meta.retired_orders,
             norms=meta.norms,
             restoration=meta.restoration,
             global_score=meta.global_score,
             level_scores={float(level): score for level, score in meta.level_scores.items()},
             trained_out=meta.trained_out,
             finished=meta.finished,
+            term=meta.term,
         )
-    except (msgspec.DecodeError, KeyError) as error:
+    except (msgspec.DecodeError, ValueError, KeyError) as error:
         raise LocalError(f"snapshot: {error}; `regrow rollback` offers older ones") from error
 
 

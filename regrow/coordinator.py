@@ -34,7 +34,7 @@ from regrow.machine import (
     Woken,
 )
 from regrow.planning import Planner
-from regrow.records import Entry, Joined, Rejected, Released, to_record
+from regrow.records import Entry, Joined, Led, Rejected, Released, to_record
 from regrow.trigger import due_s, has_quorum
 
 BEAT_S = 2.0
@@ -67,7 +67,7 @@ class Coordinator:
         self.ledger = ledger
         self.names = topics.Run(ledger.task.name, run)
         self.phase = Phase.DONE if ledger.finished else Phase.OFFLINE
-        self.term = (1 << 31) | nonce
+        self.term = (ledger.term >> 31) + 1 << 31 | nonce
         self.beat = 0
         self.programs = dict(programs)
         self.broadcast = Broadcast(ledger, self.names, self.programs, self.emit)
@@ -201,6 +201,8 @@ class Coordinator:
             self._raise_term(self._foreign.term)
         self._foreign, self._takeover = None, False  # it is done once: whoever takes over from us later keeps the task
         self.phase = Phase.LEADING
+        if self.term != self.ledger.term:
+            self.commit(Led(term=self.term))
         self._lead_s = self.last_s = self.now
         self.deadline_s = {
             who: self.now + device.lease.deadline_s for who, device in self.ledger.devices.items() if device.lease is not None

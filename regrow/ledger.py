@@ -88,12 +88,14 @@ class Ledger:
     orders: dict[int, CodedOrder] = field(default_factory=dict)
     published: dict[int, Publication] = field(default_factory=dict)
     retired: list[tuple[int, int]] = field(default_factory=list)
+    retired_orders: list[tuple[int, list[int]]] = field(default_factory=list)
     norms: dict[int, list[float]] = field(default_factory=dict)
     restoration: restoration.RestorationState = field(default_factory=restoration.RestorationState)
     global_score: float | None = None
     level_scores: dict[float, float] = field(default_factory=dict)
     trained_out: bool = False
     finished: str = ""
+    term: int = 0
 
     @classmethod
     def start(cls, task: Task, layout: Layout, initial: NDArray[np.float32]) -> Ledger:
@@ -158,6 +160,10 @@ def densities_of(task: Task) -> tuple[float, ...]:
 
 
 # ---- one function per kind of record -------------------------------------------------------------------------------------------------
+
+
+def _led(ledger: Ledger, entry: records.Led, _: Payload) -> None:
+    ledger.term = entry.term
 
 
 def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
@@ -281,6 +287,8 @@ def _reexpressed(held: Buffered, old: Order, new: Order) -> Buffered:
 def _forget_orders(ledger: Ledger) -> None:
     """An epoch dies with its last version."""
     live = {publication.order.epoch for publication in ledger.published.values()} | {ledger.order.epoch}
+    gone = [(epoch, [len(data) for data in coded.levels]) for epoch, coded in ledger.orders.items() if epoch not in live]
+    ledger.retired_orders = [*ledger.retired_orders, *gone][-RETIRED_REMEMBERED:]
     ledger.orders = {epoch: coded for epoch, coded in ledger.orders.items() if epoch in live}
 
 
@@ -325,6 +333,7 @@ def _rolled_back(ledger: Ledger, entry: records.RolledBack, payload: Payload) ->
 
 
 _APPLY: Mapping[type[records.Entry], Callable[[Ledger, Any, Payload], None]] = {
+    records.Led: _led,
     records.Joined: _joined,
     records.Assigned: _assigned,
     records.Accepted: _accepted,

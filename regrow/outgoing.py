@@ -94,8 +94,10 @@ def from_bytes(data: bytes, size: int | None) -> Outgoing:
     """
     try:
         saved = msgspec.msgpack.decode(data, type=_File)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError) as error:  # a text that is not UTF-8 is a ValueError
         raise LocalError(f"saved update: {error}; it is set aside and the device goes on without it") from error
+    if not saved.closed and wire.digest(saved.payload) != saved.head.digest:
+        raise LocalError("saved update: its values are not those of its digest; it is set aside and the device goes on without it")
     where = np.flatnonzero(np.unpackbits(np.frombuffer(saved.owed_where, np.uint8)))
     owed_values = np.frombuffer(saved.owed[: len(saved.owed) // 2 * 2], "<f2")
     if where.size != owed_values.size or not np.isfinite(owed_values).all():

@@ -16,6 +16,8 @@ from regrow.order import build_order, importance
 from regrow.publication import CodedOrder
 from regrow.task import Task
 
+SLOW_DOWNLOAD = 4.0
+
 if TYPE_CHECKING:
     from regrow.coordinator import Coordinator
 
@@ -208,8 +210,9 @@ class Planner:
         if idle:
             version = self._version_to_hand_out()
             if version is not None:
+                older = max((v for v in self._coordinator.broadcast.on_broker() if v != version), default=None)
                 for who in idle:
-                    self._assign(who, version)
+                    self._assign(who, older if older is not None and self._would_pin(who) else version)
         self._retire(self._ledger.published)
         self._coordinator.broadcast.tidy(self._ledger.version)
 
@@ -217,6 +220,17 @@ class Planner:
         device = self._ledger.devices[who]
         waits = who in self._ledger.arrived  # its update is not in any version yet
         return device.lease is None and not waits and self._coordinator.live(who) and not self.excluded(who)
+
+    def _would_pin(self, who: str) -> bool:
+        """Whether this device's long download would hold the last place on the broker, which the newest version needs.
+
+        Slow devices then share an older version that is there anyway, so that the fast ones always get fresh ones.
+        """
+        ledger = self._ledger
+        if len(self._coordinator.broadcast.on_broker()) < ledger.task.wire.versions_on_broker:
+            return False
+        seconds = {other: known.density / known.uplink_bps for other, known in ledger.devices.items() if self._coordinator.live(other)}
+        return seconds.get(who, 0.0) > SLOW_DOWNLOAD * min(seconds.values(), default=0.0)
 
     def _version_to_hand_out(self) -> int | None:
         """The newest version, published now if there is room for it; else the newest that lies on the broker; else none yet."""

@@ -20,6 +20,12 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One durable fact."""
 
 
+class Led(Entry, frozen=True, kw_only=True):
+    """A coordinator leads under this term; devices ignore lower ones, so a restart must never use one again."""
+
+    term: int
+
+
 class Joined(Entry, frozen=True, kw_only=True):
     """A device got its first density, or came back with another install nonce (its sequence then starts anew)."""
 
@@ -132,12 +138,12 @@ class RolledBack(Entry, frozen=True, kw_only=True):
 
 
 AnyEntry = Union[  # noqa: UP007 (3.10 evaluates it)
-    Joined, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished, RolledBack
+    Led, Joined, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished, RolledBack
 ]
 KINDS: dict[str, type[Entry]] = {
     entry.__name__.lower(): entry
     for entry in (
-        Joined, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished, RolledBack,
+        Led, Joined, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished, RolledBack,
     )
 }  # fmt: skip
 
@@ -157,5 +163,5 @@ def from_record(record: Record) -> Entry:
         raise LocalError(f"store: unknown record kind {record.kind!r}; was it written by a newer Regrow?")
     try:
         return msgspec.json.decode(record.header, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError) as error:
         raise LocalError(f"store: record {record.kind}: {error}; restore the run from a backup or start a new one") from error

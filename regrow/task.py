@@ -11,8 +11,9 @@ import msgspec
 from regrow.errors import LocalError
 
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
-NotNegative = Annotated[float, msgspec.Meta(ge=0)]
-AboveZero = Annotated[float, msgspec.Meta(gt=0)]
+# Bounded above too: TOML knows inf, and nothing that is computed from a setting may become it.
+NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+AboveZero = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 Whole = Annotated[int, msgspec.Meta(ge=0)]
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -44,11 +45,11 @@ class Method(Section, frozen=True, kw_only=True):
 
 
 class Training(Section, frozen=True, kw_only=True):
-    """The local work of one round."""
+    """The local work of one round; the bounds are those of the wire."""
 
-    local_steps: AtLeastOne = 20
-    batch: AtLeastOne = 20
-    learning_rate: AboveZero = 0.05
+    local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20
+    batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 0.05
 
 
 class Trigger(Section, frozen=True, kw_only=True):
@@ -69,7 +70,7 @@ class Restoration(Section, frozen=True, kw_only=True):
     min_delta: NotNegative = 0.001
     every: AtLeastOne = 5
     planned_s: AboveZero | None = None
-    full_model_every: Whole = 0
+    full_model_every: Whole = 20
 
 
 class Wire(Section, frozen=True, kw_only=True):
@@ -86,10 +87,10 @@ class Fleet(Section, frozen=True, kw_only=True):
 
     min_devices: AtLeastOne = 1
     join_s: NotNegative = 5.0
-    heartbeat_s: AboveZero = 10.0
+    heartbeat_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 10.0
     min_deadline_s: AboveZero = 30.0
     max_rejections: AtLeastOne = 5
-    norm_bound: Annotated[float, msgspec.Meta(gt=1)] = 30.0
+    norm_bound: Annotated[float, msgspec.Meta(gt=1, le=1e6)] = 30.0
 
 
 class Evaluation(Section, frozen=True, kw_only=True):
@@ -119,7 +120,7 @@ class Task(Section, frozen=True, kw_only=True):
 
     name: str
     model: str = "model.onnx"
-    seed: Whole = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
     method: Method = Method()
     training: Training = Training()
     trigger: Trigger = Trigger()

@@ -43,17 +43,19 @@ LINKS_BPS = (4_000_000, 4_000_000, 2_000_000, 2_000_000, 800_000, 800_000, 400_0
 DOWN_PER_UP = 4
 CENTRAL_EXAMPLES = 300_000
 SEED = 1
+RESTORED_AFTER = 0.45  # of the run: by then every device has been given the whole model, unless plateaus gave it earlier
 TASK = """name = "watch"
 seed = {seed}
 
 [method]
 name = "fedgmr"
 refresh_every = 50
+staleness_a = 0.3
 
 [training]
-local_steps = 40
+local_steps = 60
 batch = 20
-learning_rate = 0.05
+learning_rate = 0.08
 
 [restoration]
 trigger = "mixed"
@@ -107,7 +109,7 @@ def _make_run(runs: Path, seconds: float) -> Path:
     """A run folder with the watch CNN, built here, without torch."""
     task_dir = runs / ".demo-task"
     task_dir.mkdir(exist_ok=True)
-    (task_dir / "task.toml").write_text(TASK.format(seed=SEED, seconds=seconds, planned_s=0.8 * seconds))
+    (task_dir / "task.toml").write_text(TASK.format(seed=SEED, seconds=seconds, planned_s=RESTORED_AFTER * seconds))
     save_model(watch_cnn(SEED), task_dir / "model.onnx")
     build_task(task_dir, task_dir / "model.onnx")
     return create_run(runs, load_task(task_dir), f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")

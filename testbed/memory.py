@@ -61,6 +61,7 @@ class Client:
     down_free_s: float = 0.0
     timer: int = 0
     generation: int = 0
+    connection: int = 0
     saved: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -82,7 +83,8 @@ class World:
         self.published: list[tuple[str, str, int]] = []
         self.finished: dict[str, str] = {}
         self._train, self._latency_s, self._persist_s = train, latency_s, persist_s
-        self._events: list[tuple[float, int, str, int, Event]] = []
+        self._events: list[tuple[float, int, str, int, int, Event]] = []
+        self._on_air: dict[int, tuple[str, float]] = {}  # number of a delivery -> its sender, when its last byte has left it
         self._count = 0
 
     # ---- who is there --------------------------------------------------------------------------------------------------------------
@@ -103,17 +105,24 @@ class World:
 
     def cut(self, name: str) -> None:
         """The link breaks: subscriptions go (clean session), what is under way is lost, both sides notice."""
-        client = self.clients[name]
-        client.connected = False
-        client.filters.clear()
+        self._unplug(name)
         self._later(0.0, name, Disconnected("cut"))
 
     def kill(self, name: str) -> None:
         """The process dies at once: nothing that it has not saved survives."""
+        self._unplug(name)
+        self.clients[name].generation += 1
+
+    def _unplug(self, name: str) -> None:
         client = self.clients[name]
         client.connected = False
+        client.connection += 1
         client.filters.clear()
-        client.generation += 1
+        client.up_free_s = client.down_free_s = self.now
+        cut_off = {number for number, (sender, left_s) in self._on_air.items() if sender == name and left_s > self.now}
+        self._events = [event for event in self._events if event[1] not in cut_off]
+        heapq.heapify(self._events)
+        self._on_air = {number: flight for number, flight in self._on_air.items() if flight[1] > self.now and number not in cut_off}
 
     def restart_broker(self) -> None:
         """The broker forgets everything and everybody has to connect again."""
@@ -128,25 +137,25 @@ class World:
 
     def run(self, until_s: float, *, stop: Callable[[], bool] = lambda: False) -> None:
         """Let virtual time pass until `until_s`, or until `stop()`."""
-        while self._events and not stop():
-            at, number, name, generation, event = self._events[0]
-            if at > until_s:
-                break
-            heapq.heappop(self._events)
+        while not stop():
+            if not self._events or self._events[0][0] > until_s:
+                self.now = max(self.now, until_s)
+                return
+            at, number, name, generation, connection, event = heapq.heappop(self._events)
+            self._on_air.pop(number, None)
             self.now = max(self.now, at)
             client = self.clients[name]
             stale = generation != client.generation
-            unreachable = not client.connected and isinstance(event, (Received, Acknowledged, Connected))
+            link = isinstance(event, (Received, Acknowledged, Connected))
+            unreachable = link and (not client.connected or connection != client.connection)
             replaced = isinstance(event, Woken) and number != client.timer
             if not stale and not unreachable and not replaced:
                 self._perform(name, client.machine.step(event, self.now))
-        else:
-            return
-        self.now = until_s
 
     def _later(self, delay_s: float, name: str, event: Event) -> int:
         self._count += 1
-        heapq.heappush(self._events, (self.now + delay_s, self._count, name, self.clients[name].generation, event))
+        client = self.clients[name]
+        heapq.heappush(self._events, (self.now + delay_s, self._count, name, client.generation, client.connection, event))
         return self._count
 
     def _perform(self, name: str, effects: Sequence[Effect]) -> None:
@@ -202,7 +211,7 @@ class World:
             self._later(acked - self.now, name, Acknowledged(effect.token, started, acked, len(payload)))
         for other, receiver in self.clients.items():
             if any(matches(pattern, effect.topic) for pattern in receiver.filters):
-                self._deliver(other, receiver, effect.topic, payload, arrived)
+                self._on_air[self._deliver(other, receiver, effect.topic, payload, arrived)] = (name, arrived)
 
     def _subscribe(self, name: str, client: Client, effect: Subscribe) -> None:
         if not client.connected:
@@ -212,10 +221,10 @@ class World:
             if any(matches(pattern, topic) for pattern in effect.topics):
                 self._deliver(name, client, topic, self.retained[topic], self.now)
 
-    def _deliver(self, name: str, client: Client, topic: str, payload: bytes, sent_s: float) -> None:
+    def _deliver(self, name: str, client: Client, topic: str, payload: bytes, sent_s: float) -> int:
         arrives = max(sent_s + self._latency_s, client.down_free_s) + _seconds(len(payload), client.down_bps)
         client.down_free_s = arrives
-        self._later(arrives - self.now, name, Received(topic, payload))
+        return self._later(arrives - self.now, name, Received(topic, payload))
 
 
 def _seconds(payload_bytes: int, bps: float | None) -> float:

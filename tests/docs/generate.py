@@ -20,12 +20,13 @@ from msgspec import inspect
 
 from broker_server import credentials
 from cli.main import parser
+from export.rules import RULES
 from regrow import coordinator, device, topics, wire
 from regrow.task import Task
 from tests.docs import words
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (*(Path("docs") / name for name in ("architecture.md", "cli.md", "deploy.md", "protocol.md", "task.md")),)
+PAGES = (*(Path("docs") / name for name in ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md")),)
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -72,7 +73,8 @@ def _cli(_: str) -> str:
 def _wire(name: str) -> str:
     """The table of one struct of wire.py: in the order of the array, or of the map's keys without what every message may have."""
     struct = getattr(wire, name)
-    own = [field for field in inspect.type_info(struct).fields if field.name not in ("signature", "key_id") or struct is wire.Message]
+    info: Any = inspect.type_info(struct)
+    own = [field for field in info.fields if field.name not in ("signature", "key_id") or struct is wire.Message]
     rows = [(f"`{f.name}`", type_text(f.type), default_text(f), words.WIRE[f"{name}.{f.name}"]) for f in own]
     if struct.__struct_config__.array_like:
         numbered = ((str(place), *row) for place, row in enumerate(rows))
@@ -82,7 +84,7 @@ def _wire(name: str) -> str:
 
 def _task(section: str) -> str:
     """The table of one section of task.toml; "" is the top."""
-    info = inspect.type_info(Task)
+    info: Any = inspect.type_info(Task)
     fields = info.fields if not section else next(field.type.fields for field in info.fields if field.encode_name == section)
     rows = []
     for field in fields:
@@ -125,7 +127,7 @@ def _string(kind: inspect.StrType) -> str:
 
 
 def _bounds(kind: Any) -> str:
-    """", 1 to 64", ", at least 0, below 1", ", above 0": whatever is bounded."""
+    """ ", 1 to 64", ", at least 0, below 1", ", above 0": whatever is bounded."""
     if kind.ge is not None and kind.le is not None:
         return f", {number(kind.ge)} to {number(kind.le)}"
     limits = (("above", kind.gt), ("at least", kind.ge), ("below", kind.lt), ("at most", kind.le))
@@ -134,7 +136,7 @@ def _bounds(kind: Any) -> str:
 
 def number(value: float) -> str:
     """A bound as people write it: 2^53 rather than sixteen digits."""
-    named = {2**53: "2^53", 2**31 - 1: "2^31 - 1", wire.MAX_CHUNKS: "65536"}
+    named = {2**53: "2^53", 2**32 - 1: "2^32 - 1", 2**31 - 1: "2^31 - 1", 10**12: "10^12"}
     return named.get(int(value), f"{value:g}" if isinstance(value, float) else str(value))
 
 
@@ -164,10 +166,10 @@ def _transitions(name: str) -> str:
         kind = event if isinstance(event, str) else event.__name__
         phases.setdefault((kind, handler.__name__), []).append(phase.value)
     rows = []
-    for (kind, handler), heard in phases.items():
+    for (kind, name_of_handler), heard in phases.items():
         where = "any" if len(heard) == len(module.Phase) else ", ".join(heard)
-        event = f"message `{kind}`" if kind.islower() else f"`{kind}`"
-        rows.append((where, event, f"`{handler}`", words.HANDLERS[f"{name}.{handler}"]))
+        what = f"message `{kind}`" if kind.islower() else f"`{kind}`"
+        rows.append((where, what, f"`{name_of_handler}`", words.HANDLERS[f"{name}.{name_of_handler}"]))
     return table(("phase", "event", "handler", "what it does, and the phase after it"), rows)
 
 
@@ -212,6 +214,14 @@ def _access(_: str) -> str:
     return table(("user", "may", "topics"), rows)
 
 
+def _mosquitto_access(_: str) -> str:
+    return f"```text\n{credentials._mosquitto_access()}```\n"
+
+
+def _operators(_: str) -> str:
+    return ", ".join(f"`{op}`" for op in sorted(RULES)) + ".\n"
+
+
 def table(head: tuple[str, ...], rows: Any) -> str:
     """A Markdown table; cells are escaped where they would end early."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -222,6 +232,8 @@ def table(head: tuple[str, ...], rows: Any) -> str:
 _PARTS: Mapping[str, Callable[[str], str]] = {
     "access": _access,
     "cli": _cli,
+    "mosquitto-access": _mosquitto_access,
+    "operators": _operators,
     "phases": _phases,
     "task": _task,
     "topics": _topics,

@@ -87,6 +87,7 @@ WIRE = {
     "Telemetry.bytes_up": "Bytes sent since the agent started.",
     "Telemetry.bytes_down": "Bytes received since the agent started.",
     "Telemetry.disk_bytes": "Bytes written to the state folder since the agent started.",
+    "Telemetry.memory_bytes": "Resident memory of the agent.",
     "Telemetry.step_s": "Seconds of one training step, last measured.",
     "Telemetry.failed": "Why the assignment at hand is given up; ends its lease.",
     "Telemetry.pending": "Asks for this update's receipt.",
@@ -127,7 +128,7 @@ TASK = {
         "FedGMR and its ablations",
     ),
     "method.buffered": ("Average the latest update of every device, not only the new ones. Not used by `gradient`.", _G),
-    "method.staleness": ("`polynomial` (tau + 1)^-a; `hinge` 1 up to tau = b, then 1 / (a (tau - b) + 1); `constant` 1.", "FedAsync, PR-FL"),
+    "method.staleness": ("`polynomial` (tau + 1)^-a; `hinge` 1 up to b, then 1 / (a (tau - b) + 1); `constant` 1.", "FedAsync, PR-FL"),
     "method.staleness_a": ("a.", _G),
     "method.staleness_b": ("b.", "FedAsync"),
     "method.weigh_by_examples": ("Multiply an update's weight by its examples.", "FedAvg"),
@@ -202,16 +203,17 @@ HANDLERS = {
     "coordinator._hear_telemetry": "Note life and meters; end a lease that failed; count a download as done; answer `pending`.",
     "coordinator._hear_update": "Add the chunk; when the update is whole, check, commit and receipt it.",
     "coordinator._take_evaluation": "Restore densities by the scores that the gateway found on its held-out data.",
-    "coordinator._tick": "End leases past their deadline, beat, and do all that is due: aggregate, restore, refresh, assign, finish (`done`).",
+    "coordinator._tick": "End leases past their deadline, beat, do all that is due: aggregate, restore, refresh, assign, finish (`done`).",
     "coordinator._announce_end": "Of a finished run: clear everything that is retained.",
     "device._connect": "Subscribe, say hello, go on where it was: probe again, fetch what lacks, or ask for the receipt.",
     "device._disconnect": "Forget what was in flight; work that needs no link goes on.",
     "device._measure": "Remember the estimate; say hello with the first one.",
     "device._wake": "Hello, heartbeat and receipt question when due; after 60 s without any part give the assignment up (`waiting`).",
-    "device._hear_tasks": "Take up the first task: `probing` when the uplink is unknown, `sending` with an unreceipted update, else `waiting`. "
-    "None: `idle`.",
+    "device._hear_tasks": "Take up the first task: `probing` without a known uplink, `sending` with an unreceipted update, else "
+    "`waiting`. None: `idle`.",
     "device._hear_claim": "A higher term, or another run: say hello, for that coordinator may not know us.",
-    "device._hear_assignment": "Take it up now (`fetching`) when `waiting` or `fetching`, else after the work at hand. Old numbers and terms are ignored.",
+    "device._hear_assignment": "When `waiting` or `fetching`, take it up now (`fetching`), else after the work at hand. Old numbers and "
+    "terms are ignored.",
     "device._probe_acknowledged": "Send on for 1 s or 256 KiB; then say hello. Then `waiting`.",
     "device._hear_manifest": "Work out which parts lack; drop those that are of no use any more; fetch.",
     "device._hear_part": "Check the digest, keep it, fetch on. With the last one: `training`; if they do not fit together: `waiting`.",
@@ -219,5 +221,6 @@ HANDLERS = {
     "device._training_failed": "Report why. Then `waiting`.",
     "device._saved": "Send the first chunks. Then `sending`.",
     "device._chunk_acknowledged": "Send the next chunk, two unacknowledged at most; after the last wait for the receipt.",
-    "device._hear_receipt": "`missing`: send those chunks. `rejected` without blame: owe the delta again. Then `waiting`, or `fetching` the next.",
+    "device._hear_receipt": "`missing`: send those chunks. `rejected` without blame: owe the delta again. Then `waiting`, or `fetching` "
+    "the next.",
 }

@@ -16,13 +16,13 @@ BEAT_S = 0.4
 Forge = Callable[[int, int], bytes]
 
 
-def not_a_number(size: int, _always_kept: int) -> bytes:
-    """An update of NaN."""
-    return np.full(-(-size // 4), np.nan, "<f4").tobytes()[:size]
+def not_a_number(size: int, always_kept: int) -> bytes:
+    """An update whose always-kept values, which travel as float32, are NaN."""
+    return np.full(always_kept, np.nan, "<f4").tobytes().ljust(size, b"\0")
 
 
 def far_too_large(size: int, always_kept: int) -> bytes:
-    """A change whose norm is far above 100 times any honest one: the always-kept values travel as float32."""
+    """A change whose norm is far above 100 times any honest one."""
     return np.full(always_kept, 1e4, "<f4").tobytes().ljust(size, b"\0")
 
 
@@ -40,6 +40,8 @@ class Impostor:
         self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=device)
         self._client.username_pw_set(device, password)
         self._client.on_message = lambda _client, _data, message: self._heard.put((message.topic, message.payload))
+        self._client.on_connect = lambda *_: self._client.subscribe(topics.tasks(device), 1)
+        self._client.reconnect_delay_set(1, 1)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         self._thread = threading.Thread(target=self._live, daemon=True)
@@ -52,7 +54,6 @@ class Impostor:
         self._client.loop_stop()
 
     def _live(self) -> None:
-        self._client.subscribe(topics.tasks(self._device), 1)
         while True:
             try:
                 heard = self._heard.get(timeout=BEAT_S)

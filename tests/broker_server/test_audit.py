@@ -1,0 +1,80 @@
+"""The audit finds a model that is not what its updates give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from broker_server.audit import audit
+from broker_server.runs import load_task, recover, rollback
+from broker_server.store import Store
+from regrow import aggregate, checkpoint, records
+from regrow.errors import LocalError, RegrowError
+from regrow.records import to_record
+from tests.broker_server.histories import new_run, play, update
+
+
+def test_an_honest_run_checks_out(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    play(run, 4)
+    rollback(run)
+    play(run, 2)
+    outcome = audit(run)
+    assert (outcome.updates, outcome.aggregations) == (6, 6)
+    assert outcome.worst <= 1.0
+
+
+def test_a_wrong_mean_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path)
+    play(run, 2, snapshot=False)
+    right = aggregate.mask_fed_avg
+
+    def wrong(previous: NDArray[np.float32], *arguments: Any, **options: Any) -> NDArray[np.float32]:
+        result = right(previous, *arguments, **options)
+        result[7] *= 1 + 1e-4
+        return result
+
+    monkeypatch.setattr(aggregate, "mask_fed_avg", wrong)
+    assert audit(run).worst > 50
+
+
+def test_a_snapshot_that_is_not_of_this_log_is_found(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    play(run, 2)
+    with Store.open(run) as store:
+        ledger = recover(store, load_task(run / "task"))
+        ledger.weights = ledger.weights * np.float32(1.001)
+        store.save_snapshot(store.last_id, *checkpoint.dump(ledger))
+    with pytest.raises(LocalError, match="is not what the log gives"):
+        audit(run)
+
+
+def test_a_log_without_its_payloads_cannot_be_audited(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    play(run, 3)
+    with Store.open(run) as store:
+        store.prune(1, keep_payloads=False)
+    with pytest.raises(LocalError, match="payloads up to record"):
+        audit(run)
+
+
+def _orphan(store: Store, run: Path, payload_change: Sequence[int]) -> None:
+    ledger = recover(store, load_task(run / "task"))
+    ledger.apply(records.Published(version=ledger.version, chunk_bytes=16384))
+    entry, payload = update(ledger, ledger.version, len(ledger.order.lengths) - 1)
+    store.append([to_record(entry, payload[: len(payload) - sum(payload_change)])])
+
+
+@pytest.mark.parametrize("cut", [[0], [4]], ids=["unpublished", "short"])
+def test_an_update_of_a_version_that_the_log_does_not_hold_is_an_error(tmp_path: Path, cut: list[int]) -> None:
+    run = new_run(tmp_path)
+    play(run, 1)
+    with Store.open(run) as store:
+        _orphan(store, run, cut)
+    with pytest.raises(RegrowError, match="refers to"):
+        audit(run)

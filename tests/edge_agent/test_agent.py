@@ -1,0 +1,151 @@
+"""The device's runtime without a broker: who it is after which accident, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.agent import IDENTITY, UPLINK, Agent, Bundle
+from edge_agent.data.source import DataSource
+from edge_agent.state import StateFolder
+from regrow import outgoing, wire
+from regrow.device import OUTGOING, PART
+from regrow.errors import LocalError
+from regrow.machine import Disconnected, Drop, Note, Save, Train, TrainingFailed
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def data() -> DataSource:
+    source = DataSource(20)
+    source.append(np.zeros((20, 64), np.float32), np.zeros(20, np.int64))
+    return source
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[StateFolder]:
+    with StateFolder(tmp_path / "state") as folder:
+        yield folder
+
+
+def agent(folder: StateFolder, data: DataSource) -> Agent:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return Agent(Bundle("d1", f"mqtt://127.0.0.1:{port}", "secret"), folder, data)
+
+
+def end(agent: Agent) -> None:
+    agent.stop()
+    agent.run()
+
+
+def saved_update(sequence: int) -> bytes:
+    head = wire.UpdateHead(1, 0, 0, 0, "float32", 10, 4, wire.digest(b"\0" * 4))
+    return outgoing.Outgoing("run", sequence, head, b"\0" * 4, wire.MIN_CHUNK_BYTES, None).to_bytes()
+
+
+def life(folder: StateFolder, data: DataSource) -> Agent:
+    """An agent that has started and ended."""
+    one = agent(folder, data)
+    end(one)
+    return one
+
+
+def test_an_installation_survives_restarts_and_every_start_is_another_boot(folder: StateFolder, data: DataSource) -> None:
+    first, second = life(folder, data), life(folder, data)
+    assert first.identity.install == second.identity.install == folder.get(IDENTITY)
+    assert first.identity.boot != second.identity.boot
+    assert (first.identity.examples, first.identity.validation_examples) == (16, 4)
+
+
+def test_the_sequence_goes_on(folder: StateFolder, data: DataSource) -> None:
+    install = life(folder, data).identity.install
+    folder.put(OUTGOING, saved_update(41))
+    again = life(folder, data)
+    assert again.device.sequence == 41
+    assert again.identity.install == install
+
+
+@pytest.mark.parametrize("accident", ["torn", "not an update", "set aside before"])
+def test_a_lost_sequence_number_begins_a_new_installation(folder: StateFolder, data: DataSource, accident: str) -> None:
+    install = life(folder, data).identity.install
+    if accident == "torn":
+        folder.put(OUTGOING, saved_update(41))
+        with (folder.path / OUTGOING).open("r+b") as file:
+            file.truncate(60)
+    elif accident == "not an update":
+        folder.put(OUTGOING, b"\x93nonsense")
+    else:
+        (folder.path / f"{OUTGOING}.rejected").write_bytes(b"")
+    again = life(folder, data)
+    assert again.identity.install != install
+    assert again.device.sequence == -1
+    assert folder.get(IDENTITY) == again.identity.install
+
+
+def test_parts_are_kept_and_damaged_ones_are_dropped(folder: StateFolder, data: DataSource) -> None:
+    good, bad = b"a part", b"another"
+    folder.put(PART + wire.digest(good).hex(), good)
+    folder.put(PART + wire.digest(bad).hex(), b"not it")
+    one = agent(folder, data)
+    assert set(one.device._parts.values()) == {good}
+    assert Drop(PART + wire.digest(bad).hex()) in one.device.step(Disconnected(), 0.0)
+    end(one)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"samples": 3}', b"\xff"])
+def test_measurements_that_do_not_check_out_are_set_aside(
+    folder: StateFolder, data: DataSource, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.put(UPLINK, content)
+    with caplog.at_level(logging.WARNING):
+        assert life(folder, data).device.uplink_bps is None
+    assert "set aside the saved uplink measurements" in caplog.text
+
+
+def test_it_says_why_there_is_no_link_and_stops_when_told(folder: StateFolder, data: DataSource, caplog: pytest.LogCaptureFixture) -> None:
+    one = agent(folder, data)
+    threads = threading.active_count()
+    running = threading.Thread(target=one.run)
+    with caplog.at_level(logging.WARNING):
+        running.start()
+        told = threading.Event()
+        handler = logging.Handler()
+        handler.emit = lambda _: told.set()  # type: ignore[method-assign]  # the least there is of a handler
+        logging.getLogger("edge_agent.agent").addHandler(handler)
+        assert told.wait(WAIT_S)
+        logging.getLogger("edge_agent.agent").removeHandler(handler)
+        one.stop()
+        running.join(WAIT_S)
+    assert not running.is_alive()
+    assert threading.active_count() < threads + 1
+    assert "refused" in caplog.text.lower()
+
+
+def test_a_disk_that_fails_ends_it(folder: StateFolder, data: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = agent(folder, data)
+
+    def full(*_: object, **__: object) -> None:
+        raise LocalError("disk full")
+
+    monkeypatch.setattr(folder, "put", full)
+    with pytest.raises(LocalError, match="disk full"):
+        one._perform([Save(OUTGOING, b"x", id=1)])
+    end(one)
+
+
+def test_training_that_fails_is_told_to_the_machine(folder: StateFolder, data: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = agent(folder, data)
+    heard: list[object] = []
+    monkeypatch.setattr(one, "_step", lambda event: (heard.append(event), one.stop()))
+    nothing = np.zeros(1, np.float32)
+    one._perform([Train(7, {}, nothing, np.zeros(1, np.uint32), 1, {}, 1, 1, 0.1, 1), Note("training", {})])
+    one.run()
+    assert [event.number for event in heard if isinstance(event, TrainingFailed)] == [7]

@@ -1,0 +1,90 @@
+"""One full and one sparse message of every kind of protocol v1, with its payload. Never edit an example: add one."""
+
+from __future__ import annotations
+
+from regrow import wire
+
+BOOT, INSTALL, DIGEST = bytes(range(16)), bytes(range(16, 32)), bytes(range(32, 48))
+
+_HEAD = wire.UpdateHead(
+    assignment=3,
+    version=12,
+    epoch=2,
+    level=1,
+    dtype="int8",
+    examples=100,
+    size=9,
+    digest=DIGEST,
+    seconds=1.5,
+    loss=0.25,
+    scores=[wire.Score(1, 0.5, 0.75, 50)],
+)
+
+EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
+    "hello": (
+        wire.Hello(boot=BOOT, install=INSTALL, uplink_bps=1e6, examples=100, validation_examples=20, step_s=0.125, software="regrow 0.1"),
+        b"",
+    ),
+    "hello-sparse": (wire.Hello(boot=BOOT, install=INSTALL), b""),
+    "status": (wire.Status(online=True), b""),
+    "status-sparse": (wire.Status(), b""),
+    "tasks": (wire.Tasks(tasks=[wire.TaskRef(task="toy", run="r1", term=2**31 + 7)], heartbeat_s=3.0), b""),
+    "tasks-empty": (wire.Tasks(), b""),
+    "claim": (wire.Claim(run="r1", term=2**31 + 7, beat=41), b""),
+    "manifest": (
+        wire.Manifest(
+            term=2**31 + 7,
+            version=12,
+            epoch=2,
+            dtype="float16",
+            always_kept=4,
+            lengths=[6, 10],
+            chunks=[wire.Chunk(0, 4, DIGEST), wire.Chunk(4, 6, BOOT), wire.Chunk(6, 10, INSTALL)],
+            levels=[wire.Blob("0", 2, DIGEST, [DIGEST]), wire.Blob("1", 0, BOOT, [BOOT])],
+            programs=[wire.Blob("layout", 70_000, DIGEST, [BOOT, INSTALL])],
+        ),
+        b"",
+    ),
+    "assignment": (
+        wire.Assignment(
+            term=2**31 + 7,
+            number=3,
+            version=12,
+            epoch=2,
+            level=1,
+            steps=20,
+            batch=16,
+            learning_rate=0.05,
+            seed=1_000_006,
+            dtype="int8",
+            chunk_bytes=16_384,
+            deadline_s=30.0,
+            evaluate_level=4,
+        ),
+        b"",
+    ),
+    "update": (wire.UpdateChunk(install=INSTALL, count=2, chunk_bytes=16_384, head=_HEAD), b"values..."),
+    "update-later-chunk": (wire.UpdateChunk(install=INSTALL, count=2, chunk_bytes=16_384), b"\x00\xff"),
+    "receipt-accepted": (wire.Receipt(term=9, install=INSTALL, sequence=5, outcome="accepted"), b""),
+    "receipt-rejected": (wire.Receipt(term=9, install=INSTALL, sequence=5, outcome="rejected", reason="too late", blame=True), b""),
+    "receipt-missing": (
+        wire.Receipt(term=9, install=INSTALL, sequence=5, outcome="missing", missing=[wire.Range(0, 1), wire.Range(3, 8)]),
+        b"",
+    ),
+    "telemetry": (
+        wire.Telemetry(
+            install=INSTALL,
+            phase="sending",
+            assignment=3,
+            uplink_bps=8e5,
+            bytes_up=1000,
+            bytes_down=2000,
+            disk_bytes=300,
+            step_s=0.5,
+            failed="no data",
+            pending=wire.Pending(5, 2),
+        ),
+        b"",
+    ),
+    "signed": (wire.Claim(run="r1", term=1, signature=b"\x01" * 64, key_id="k1"), b""),
+}

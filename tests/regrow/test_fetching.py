@@ -1,0 +1,139 @@
+"""Fetching: exactly the parts that are needed, and nothing that the manifest does not vouch for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from regrow import topics, wire
+from regrow.errors import PeerError
+from regrow.fetching import Shopping, assemble, shopping
+from regrow.ledger import Ledger
+from regrow.publication import PIECE_BYTES, Publication, manifest
+from tests.golden.examples import EXAMPLES
+from tests.regrow.fleet import INITIAL, LAYOUT, PROGRAMS, task
+
+NAMES = topics.Run("toy", "r1")
+LEDGER = Ledger.start(task(), LAYOUT, INITIAL)
+VERSION = Publication.of(3, LEDGER.order, LEDGER.weights, "float16", 500)
+MANIFEST = manifest(VERSION, LEDGER.coded, PROGRAMS, 9)
+
+
+def assignment(level: int, evaluate_level: int | None = None) -> wire.Assignment:
+    message = EXAMPLES["assignment"][0]
+    if not isinstance(message, wire.Assignment):
+        raise TypeError("example")
+    return msgspec.structs.replace(message, version=3, epoch=0, level=level, evaluate_level=evaluate_level)
+
+
+def lies() -> dict[str, bytes]:
+    """topic -> bytes, everything that lies on the broker."""
+    found = {}
+    for data in PROGRAMS.values():
+        for piece, body in enumerate(wire.pieces(data, PIECE_BYTES)):
+            found[NAMES.program(wire.digest(data), piece)] = bytes(body)
+    for level, data in enumerate(LEDGER.coded.levels):
+        for piece, body in enumerate(wire.pieces(data, PIECE_BYTES)):
+            found[NAMES.order(0, level, piece)] = bytes(body)
+    for index, chunk in enumerate(VERSION.chunks):
+        found[NAMES.chunk(3, index)] = bytes(VERSION.chunk_data(chunk.start, chunk.stop))
+    return found
+
+
+def fetched(wanted: Shopping) -> dict[bytes, bytes]:
+    broker = lies()
+    return {digest: broker[topic] for digest, topic in wanted.parts.items()}
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_a_level_gets_its_prefix_and_nothing_more(level: int) -> None:
+    wanted = shopping(assignment(level), MANIFEST, NAMES)
+    parts = fetched(wanted)
+    assert {wire.digest(data) for data in parts.values()} == set(parts)
+    got = assemble(wanted, parts)
+    length = LEDGER.order.lengths[level]
+    assert np.array_equal(got.coordinates, LEDGER.order.coordinates[:length])
+    assert np.array_equal(got.base, VERSION.base(length))
+    assert got.programs == PROGRAMS
+    chunks = [topic for topic in wanted.parts.values() if "/chunk/" in topic]
+    assert len(chunks) == sum(chunk.stop <= length for chunk in MANIFEST.chunks)
+    assert sum(len(parts[wire.digest(lies()[topic])]) for topic in chunks) == VERSION.offset(length)
+
+
+def test_to_evaluate_a_higher_level_its_parts_are_needed_too() -> None:
+    plain, wide = shopping(assignment(0), MANIFEST, NAMES), shopping(assignment(0, 4), MANIFEST, NAMES)
+    assert set(plain.parts) < set(wide.parts)
+    assert wide.longest == LAYOUT.size
+
+
+def changed(**fields: Any) -> wire.Manifest:
+    return msgspec.structs.replace(MANIFEST, **fields)
+
+
+CHUNKS = MANIFEST.chunks
+LENGTHS = MANIFEST.lengths
+
+
+@pytest.mark.parametrize(
+    ("bad", "level", "why"),
+    [
+        (changed(version=4), 0, "for assignment"),
+        (changed(epoch=4), 0, "for assignment"),
+        (MANIFEST, 5, "level 5"),
+        (changed(levels=MANIFEST.levels[:-1]), 0, "level sets"),
+        (changed(lengths=LENGTHS[::-1]), 0, "lengths"),
+        (changed(dtype="int8"), 0, "int8"),
+        (changed(always_kept=LENGTHS[0] + 1), 0, "always kept"),
+        (changed(chunks=CHUNKS[1:]), 0, "cover"),
+        (changed(chunks=CHUNKS[:-1]), 0, "cover"),
+        (changed(chunks=[CHUNKS[0], *CHUNKS]), 0, "cover"),
+        (changed(chunks=[wire.Chunk(0, 0, bytes(16)), *CHUNKS]), 0, "cover"),
+        (changed(chunks=[wire.Chunk(0, LENGTHS[-1], bytes(16))]), 0, "crosses"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(bad: wire.Manifest, level: int, why: str) -> None:
+    with pytest.raises(PeerError, match=why):
+        shopping(assignment(level), bad, NAMES)
+
+
+def of(name: str, data: bytes) -> wire.Blob:
+    digests = [wire.digest(piece) for piece in wire.pieces(data, PIECE_BYTES)]
+    return wire.Blob(name, len(data), wire.digest(data), digests)
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (changed(programs=[]), "no program named 'layout'"),
+        (changed(programs=[of("layout", PROGRAMS["train"])]), "layout"),
+        (changed(programs=[msgspec.structs.replace(MANIFEST.programs[0], size=3), *MANIFEST.programs[1:]]), "whole"),
+        (changed(programs=[msgspec.structs.replace(MANIFEST.programs[0], digest=bytes(16)), *MANIFEST.programs[1:]]), "whole"),
+        (changed(always_kept=MANIFEST.always_kept - 1), "layout has"),
+        (changed(levels=[of("0", PROGRAMS["train"]), *MANIFEST.levels[1:]]), "level|index"),
+        (changed(dtype="float32"), "values"),
+    ],
+)
+def test_parts_that_are_not_what_the_manifest_says_are_refused(bad: wire.Manifest, why: str) -> None:
+    wanted = shopping(assignment(0), bad, NAMES)
+    parts = {wire.digest(data): data for data in [*lies().values(), *PROGRAMS.values()]}
+    with pytest.raises(PeerError, match=why):
+        assemble(wanted, parts)
+
+
+def test_a_manifest_of_another_model_is_refused() -> None:
+    lengths = [*LENGTHS[:-1], LENGTHS[-1] + 1]
+    chunks = [*CHUNKS, wire.Chunk(LENGTHS[-1], LENGTHS[-1] + 1, bytes(16))]
+    wanted = shopping(assignment(0), changed(lengths=lengths, chunks=chunks), NAMES)
+    with pytest.raises(PeerError, match="the layout has"):
+        assemble(wanted, {wire.digest(data): data for data in [*lies().values(), *PROGRAMS.values()]})
+
+
+def test_chunks_never_cross_a_level_and_cover_the_model_once() -> None:
+    stops = [chunk.stop for chunk in CHUNKS]
+    assert [chunk.start for chunk in CHUNKS] == [0, *stops[:-1]]
+    assert set(LENGTHS) <= set(stops)
+    assert all(len(VERSION.chunk_data(chunk.start, chunk.stop)) <= 500 for chunk in CHUNKS)
+    assert b"".join(bytes(VERSION.chunk_data(chunk.start, chunk.stop)) for chunk in CHUNKS) == VERSION.data
