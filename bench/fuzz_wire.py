@@ -25,7 +25,14 @@ _BOMBS = tuple(
     bytes([marker]) + b"\xff" * size
     for marker, size in ((0xD9, 1), (0xDA, 2), (0xDB, 4), (0xC6, 4), (0xDC, 2), (0xDD, 4), (0xDE, 2), (0xDF, 4), (0xC9, 4), (0xC8, 2))
 )
-_NUMBERS = (b"\xcb\x7f\xf8" + b"\0" * 6, b"\xcb\x7f\xf0" + b"\0" * 6, b"\xcf" + b"\xff" * 8, b"\xd3\x80" + b"\0" * 7, b"\xc0", b"\xca\x7f\xc0\0\0")
+_NUMBERS = (
+    b"\xcb\x7f\xf8" + b"\0" * 6,
+    b"\xcb\x7f\xf0" + b"\0" * 6,
+    b"\xcf" + b"\xff" * 8,
+    b"\xd3\x80" + b"\0" * 7,
+    b"\xc0",
+    b"\xca\x7f\xc0\0\0",
+)
 Corpus = Mapping[str, tuple[bytes, type[wire.Message]]]
 
 
@@ -81,10 +88,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000, help="mutated messages (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=here / "results" / "fuzz_wire.json", help="where the JSON goes (default: bench/results/fuzz_wire.json)")
+    parser.add_argument(
+        "--out", type=Path, default=here / "results" / "fuzz_wire.json", help="where the JSON goes (default: bench/results/fuzz_wire.json)"
+    )
     options = parser.parse_args()
     sys.path[:0] = [str(here), str(here.parent)]  # a script, but its corpus is the tests' golden messages
-    from machine import write_result
+    from machine import write_result  # type: ignore[import-not-found, unused-ignore]  # beside this script, as for the other benches
+
     from tests.golden.examples import EXAMPLES
 
     corpus = {name: (wire.encode(message, payload), type(message)) for name, (message, payload) in EXAMPLES.items()}

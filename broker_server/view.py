@@ -16,6 +16,7 @@ from rich.text import Text
 from regrow.machine import Note
 
 SILENT_S = 30.0
+PHASE_AFTER = {"assigned": "fetching", "update": "waiting", "rejected": "waiting"}  # sooner than the next telemetry
 
 
 @dataclass(slots=True)
@@ -49,6 +50,8 @@ class FleetView:
                 row.heard_s = time.monotonic()
                 row.fields.update({name: value for name, value in note.fields.items() if value is not None})
                 row.updates += note.kind == "update"
+                if note.kind in PHASE_AFTER:
+                    row.fields["phase"] = PHASE_AFTER[note.kind]
             if note.kind == "aggregated":
                 self._run.update(note.fields)
             said = _in_words(note)

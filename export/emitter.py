@@ -45,6 +45,12 @@ class Emitter:
         self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
         return output
 
+    def emit_all(self, op: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+        """Append a node with several outputs and return their names."""
+        names = [self.fresh() for _ in range(outputs)]
+        self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
+        return names
+
     def constant(self, value: ArrayLike, dtype: type[np.generic]) -> str:
         """The name of a constant; equal constants are stored once."""
         array = np.asarray(value, dtype)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from export.programs import build_programs, initial_vector, write_model
 from regrow.errors import LocalError
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Raise it whenever the same model would give other programs."""
 
 FILES = {"layout": "layout.json", "train": "train.onnx", "train_masked": "train_masked.onnx", "evaluate": "evaluate.onnx"}

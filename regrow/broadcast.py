@@ -85,6 +85,12 @@ class Broadcast:
         )
         self._retain(self.names.assignment(who), wire.encode(message))
 
+    def offer_again(self, lease: Lease, who: str) -> None:
+        """The device has started anew and may need parts that had left the broker when it had them."""
+        if lease.version not in self.fetching:
+            self.version(lease.version)
+        self.fetching[lease.version].add(who)
+
     # ---- clearing ----------------------------------------------------------------------------------------------------------------
 
     def downloaded(self, version: int, who: str) -> None:

@@ -79,6 +79,7 @@ class Coordinator:
         self.waiting: dict[str, Joined] = {}
         self.assemblies: dict[str, uploads.Assembly] = {}
         self.deadline_s: dict[str, float] = {}
+        self.overdue: set[str] = set()  # missed a deadline: not waited for again until they deliver
         self.quorum_s: float | None = None
         self.last_s = 0.0
         self.now = 0.0
@@ -268,6 +269,8 @@ class Coordinator:
                 if known.lease is not None:
                     self.release_lease(who, "reinstalled")
                 self.commit(join)
+        if rebooted and known is not None and known.lease is not None:
+            self.broadcast.offer_again(known.lease, who)
         self._advance()
 
     def _hear_telemetry(self, said: tuple[topics.FromDevice, wire.Telemetry, Payload]) -> None:
@@ -336,6 +339,7 @@ class Coordinator:
             )
             self.emit(Note("rejected", {"device": who, "reason": str(error)}))
         else:
+            self.overdue.discard(who)
             self._note_arrival(who, assembly.head)
         self.deadline_s.pop(who, None)
         self.broadcast.downloaded(version, who)
@@ -379,7 +383,7 @@ class Coordinator:
     # ---- progress ----------------------------------------------------------------------------------------------------------------
 
     def _outstanding(self) -> list[str]:
-        return [who for who in self.deadline_s if self.live(who)]
+        return [who for who in self.deadline_s if self.live(who) and who not in self.overdue]
 
     def _due_s(self) -> float | None:
         return due_s(
@@ -394,6 +398,7 @@ class Coordinator:
 
     def _tick(self, _: Woken) -> None:
         for who in [who for who, deadline in self.deadline_s.items() if deadline <= self.now]:
+            self.overdue.add(who)
             self.release_lease(who, "deadline passed")
         if self._beat_s <= self.now:
             self._beat()

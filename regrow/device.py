@@ -272,7 +272,7 @@ class Device:
         self._leave_task()
         self.names, self.term = names, first.term
         self._emit(Subscribe(self._own_topics(names)))
-        if self.outgoing is not None and self.outgoing.run == names.run:
+        if self.outgoing is not None and self.outgoing.run == names.root:
             self.phase = Phase.WAITING
             self._done = self.outgoing.head.assignment
             if not self.outgoing.closed:
@@ -465,7 +465,7 @@ class Device:
         try:
             self.outgoing = outgoing.make(
                 wanted.assignment,
-                run=self.names.run,
+                run=self.names.root,
                 sequence=self.sequence + 1,
                 trained=trained.values,
                 base=fetched.base[:length],

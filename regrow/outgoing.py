@@ -33,7 +33,7 @@ class Outgoing:
     """One update.
 
     Args:
-        run: the run it belongs to.
+        run: the run it belongs to, by the root of its topics: run names alone may repeat from task to task.
         sequence: grows with every update of this installation.
         head: what it is.
         payload: its values as they travel.

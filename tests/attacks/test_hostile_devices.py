@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from bench.fuzz_wire import mutate
 from regrow import records, topics, uploads, values, wire
 from regrow.machine import Received
+from regrow.task import Trigger
 from regrow.values import WireDtype
 from testbed.memory import COORDINATOR
 from tests.regrow.fleet import LAYOUT, identity, task
@@ -26,9 +28,11 @@ ME = identity(EVIL)
 SETTINGS = task(fleet={"min_devices": 3, "max_rejections": 3, "heartbeat_s": 1000.0, "min_deadline_s": 50.0}, stop={"aggregations": 15})
 
 
-def attacked(up: WireDtype = "int8") -> Tape:
+def attacked(up: WireDtype = "int8", trigger: str = "fastest") -> Tape:
     """A run in which the attacker has been assigned something; its process is gone, its voice is ours."""
-    settings = task(**{"fleet": {"min_devices": 3, "max_rejections": 3, "heartbeat_s": 1000.0, "min_deadline_s": 50.0}}, stop={"aggregations": 15}, wire={"up": up})
+    settings = msgspec.structs.replace(
+        SETTINGS, wire=msgspec.structs.replace(SETTINGS.wire, up=up), trigger=msgspec.convert({"kind": trigger}, Trigger)
+    )
     world = begin(settings, LINKS)
     world.run(30, stop=lambda: world.device(EVIL).phase.value == "training")
     world.kill(EVIL)
@@ -54,7 +58,8 @@ def good_payload(world: Tape, scale: float = 0.01) -> bytes:
 def head_of(world: Tape, payload: bytes, **fields: Any) -> wire.UpdateHead:
     held = lease(world)
     known: dict[str, Any] = {
-        "assignment": held.number, "version": held.version, "epoch": held.epoch, "level": held.level, "dtype": world.coordinator().ledger.task.wire.up,
+        "assignment": held.number, "version": held.version, "epoch": held.epoch, "level": held.level,
+        "dtype": world.coordinator().ledger.task.wire.up,
         "examples": 10, "size": len(payload), "digest": wire.digest(payload),
     }  # fmt: skip
     return wire.UpdateHead(**{**known, **fields})
@@ -89,7 +94,7 @@ def untouched(world: Tape) -> None:
 def test_the_attackers_tools_work_when_it_is_honest() -> None:
     """Otherwise every attack below would be refused for the wrong reason."""
     for up in ("int8", "float16", "float32"):
-        world = attacked(up)  # type: ignore[arg-type]  # the wire's dtypes
+        world = attacked(up)
         send(world, 0, good_payload(world))
         assert outcome(world, 0).outcome == "accepted"
 
@@ -179,7 +184,7 @@ def test_a_dtype_that_does_not_exist_is_no_message() -> None:
 def test_a_replayed_sequence_gets_the_old_answer_and_counts_once() -> None:
     world = attacked()
     payload = good_payload(world)
-    head_lease = lease(world)
+    head = head_of(world, payload)
     send(world, 0, payload)
     assert outcome(world, 0).outcome == "accepted"
     world.run(world.now + 2)
@@ -187,7 +192,7 @@ def test_a_replayed_sequence_gets_the_old_answer_and_counts_once() -> None:
     for _ in range(5):
         chunk = wire.UpdateChunk(
             install=ME.install, count=1, chunk_bytes=wire.MIN_CHUNK_BYTES,
-            head=wire.UpdateHead(head_lease.number, head_lease.version, head_lease.epoch, head_lease.level, "int8", 10, len(payload), wire.digest(payload)),
+            head=head,
         )  # fmt: skip
         inject(world, NAMES.update(EVIL, 0, 0), wire.encode(chunk, payload))
     assert outcome(world, 0).outcome == "accepted"
@@ -200,7 +205,11 @@ def test_another_installations_nonce_is_not_heard() -> None:
     world = attacked()
     before = len(world.log)
     send(world, 0, good_payload(world), install=bytes(16))
-    inject(world, NAMES.telemetry(EVIL), wire.encode(wire.Telemetry(install=bytes(16), phase="diverged", assignment=lease(world).number, failed="x")))
+    inject(
+        world,
+        NAMES.telemetry(EVIL),
+        wire.encode(wire.Telemetry(install=bytes(16), phase="diverged", assignment=lease(world).number, failed="x")),
+    )
     assert len(world.log) == before
     assert world.coordinator().assemblies == {}
     untouched(world)
@@ -238,7 +247,9 @@ def test_too_many_rejections_exclude_until_the_next_boot() -> None:
     untouched(world)
 
 
-@pytest.mark.parametrize(("count", "chunk_bytes"), [(wire.MAX_CHUNKS, wire.MAX_CHUNK_BYTES), (wire.MAX_CHUNKS, wire.MIN_CHUNK_BYTES), (3, wire.MAX_CHUNK_BYTES)])
+@pytest.mark.parametrize(
+    ("count", "chunk_bytes"), [(wire.MAX_CHUNKS, wire.MAX_CHUNK_BYTES), (wire.MAX_CHUNKS, wire.MIN_CHUNK_BYTES), (3, wire.MAX_CHUNK_BYTES)]
+)
 def test_a_giant_update_is_refused_at_its_first_chunk(count: int, chunk_bytes: int) -> None:
     world = attacked()
     chunk = wire.UpdateChunk(install=ME.install, count=count, chunk_bytes=chunk_bytes)
@@ -274,17 +285,18 @@ def test_numbers_at_the_edge_of_their_range_stay_numbers(number: float) -> None:
     assert outcome(world, 0).outcome == "accepted"
     world.finish()
     check_run(world, SETTINGS)
-    assert b"null,\"uplink" not in b"".join(record.header for record in world.log)
+    assert b'null,"uplink' not in b"".join(record.header for record in world.log)
 
 
 def test_a_newcomer_with_an_impossible_link_does_not_break_the_fleet() -> None:
-    world = attacked()
+    """With a trigger that waits, the slowest claim holds the others for a day at most; here nobody waits."""
+    world = attacked(trigger="arrival")
     for name, number in (("tiny", 5e-324), ("huge", 1e12)):
         inject(world, topics.hello(name), wire.encode(wire.Hello(boot=bytes(16), install=bytes(16), uplink_bps=number)))
     world.run(world.now + 2)
     for _, who, topic, payload in world.sent:
         if who == COORDINATOR and topic.endswith("/assignment") and payload:
-            wire.decode(payload, wire.Assignment)
+            assert wire.decode(payload, wire.Assignment)[0].deadline_s <= 86_400
     world.finish()
     check_run(world, SETTINGS)
     assert leftovers(world) == []
@@ -299,7 +311,10 @@ def test_mutated_messages_to_a_leading_coordinator() -> None:
     corpus = [
         (topics.hello(EVIL), wire.encode(wire.Hello(boot=ME.boot, install=ME.install, uplink_bps=1e6, step_s=0.1))),
         (topics.status(EVIL), wire.encode(wire.Status())),
-        (NAMES.telemetry(EVIL), wire.encode(wire.Telemetry(install=ME.install, phase="sending", assignment=1, uplink_bps=1e6, pending=wire.Pending(3, 2)))),
+        (
+            NAMES.telemetry(EVIL),
+            wire.encode(wire.Telemetry(install=ME.install, phase="sending", assignment=1, uplink_bps=1e6, pending=wire.Pending(3, 2))),
+        ),
         (NAMES.update(EVIL, 1, 0), wire.encode(chunk, payload)),
     ]
     rng = random.Random(7)

@@ -11,12 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from broker_server.audit import audit
-from broker_server.runs import load_task, recover, rollback
+from broker_server.runs import create_run, load_task, recover, rollback
 from broker_server.store import Store
 from regrow import aggregate, checkpoint, records
 from regrow.errors import LocalError, RegrowError
 from regrow.records import to_record
-from tests.broker_server.histories import new_run, play, update
+from tests.broker_server.histories import TASK, make_task, new_run, play, update
 
 
 def test_an_honest_run_checks_out(tmp_path: Path) -> None:
@@ -27,6 +27,13 @@ def test_an_honest_run_checks_out(tmp_path: Path) -> None:
     outcome = audit(run)
     assert (outcome.updates, outcome.aggregations) == (6, 6)
     assert outcome.worst <= 1.0
+
+
+def test_a_long_run_of_gradients_does_not_drift_out_of_tolerance(tmp_path: Path) -> None:
+    task = make_task(tmp_path / "task", TASK + '\n[method]\naggregation = "gradient"\n')
+    run = create_run(tmp_path / "runs", load_task(task), "one")
+    play(run, 60, snapshot=False)
+    assert audit(run).worst <= 1.0
 
 
 def test_a_wrong_mean_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_a_log_that_cannot_be_replayed_names_its_record(tmp_path: Path, entry: r
     run = new_run(tmp_path)
     with Store.open(run) as store:
         store.append([to_record(entry)])
-    with pytest.raises(LocalError, match="record 1|out of order"):
+    with pytest.raises(LocalError, match=r"record 1|out of order"):
         recovered(run)
 
 
@@ -149,5 +149,5 @@ def test_rollback_says_when_the_snapshot_is_damaged(tmp_path: Path) -> None:
     play(run, 2)
     for file in (run / "snapshots").glob("*.safetensors"):
         file.write_bytes(b"torn")
-    with pytest.raises(LocalError, match="no such snapshot|does not check out"):
+    with pytest.raises(LocalError, match=r"no such snapshot|does not check out"):
         runs.rollback(run, 1)

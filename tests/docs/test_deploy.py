@@ -29,7 +29,7 @@ def test_what_a_unit_starts_is_a_command(unit: str) -> None:
     assert parser().parse_args(arguments).command in ("cli.device:agent", "cli.gateway:serve")
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.network
 @pytest.mark.parametrize("unit", UNITS)
 def test_systemd_understands_a_unit(unit: str, tmp_path: Path) -> None:
     copy = tmp_path / unit

@@ -8,15 +8,10 @@ from typing import Any
 
 import pytest
 
-from broker_server.broker import find_mosquitto
 from tests.testbed import faults
 from tests.testbed.test_faults import AT_ONCE, Scenario, begin
 
-pytestmark = [
-    pytest.mark.network,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(find_mosquitto() is None, reason="needs mosquitto (Debian: apt install mosquitto)"),
-]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from broker_server.broker import find_mosquitto
 from regrow.machine import Received
 from tests.broker_server import scenarios
 from tests.broker_server.scenarios import Rig, connect_raw
 
-pytestmark = [
-    pytest.mark.network,
-    pytest.mark.skipif(find_mosquitto() is None, reason="needs mosquitto (Debian: apt install mosquitto)"),
-]
+pytestmark = pytest.mark.network
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def task(**sections: Mapping[str, Any]) -> Task:
     return msgspec.convert(tables, Task)
 
 
-def train(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
+def train(_: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
     target = TARGET[job.coordinates[: job.length]]
     values = job.values[: job.length]
     trained = values + np.float32(0.3) * (target - values)

@@ -118,7 +118,9 @@ def replay_with_snapshot(log: Sequence[Record], settings: Task, at: int) -> Ledg
     return ledger
 
 
-def restart_coordinator(world: Tape, settings: Task, *, nonce: int = 8, snapshot_at: int | None = None, takeover: bool = False) -> Coordinator:
+def restart_coordinator(
+    world: Tape, settings: Task, *, nonce: int = 8, snapshot_at: int | None = None, takeover: bool = False
+) -> Coordinator:
     """The coordinator's next life, from the durable log, with a snapshot in the middle where asked for."""
     log = world.log
     ledger = replay(log, settings) if snapshot_at is None else replay_with_snapshot(log, settings, min(snapshot_at, len(log)))

@@ -23,7 +23,6 @@ from regrow.machine import (
     Note,
     Received,
     SetTimer,
-    Trained,
     TrainingFailed,
     Woken,
 )
@@ -63,7 +62,15 @@ def messages() -> dict[str, Received]:
 
 
 def every_event() -> dict[Any, Event]:
-    plain: list[Event] = [Connected(), Disconnected(), Woken(), Measured(1e6), Acknowledged(1, 0.0, 0.0, 1), Evaluated(1, {}), TrainingFailed(1, "")]
+    plain: list[Event] = [
+        Connected(),
+        Disconnected(),
+        Woken(),
+        Measured(1e6),
+        Acknowledged(1, 0.0, 0.0, 1),
+        Evaluated(1, {}),
+        TrainingFailed(1, ""),
+    ]
     return {**messages(), **{type(event): event for event in plain}}
 
 
@@ -130,7 +137,7 @@ class _Speaker(Device):
         super().__init__(identity("stranger"), {})
         self._said = said
 
-    def step(self, event: Event, now: float) -> list[Any]:
+    def step(self, event: Event, now: float) -> list[Any]:  # noqa: ARG002 (the machine's signature)
         from regrow.machine import Publish
 
         return [Publish(item.topic, item.payload) for item in self._said] if isinstance(event, Connected) else []
@@ -144,7 +151,9 @@ def test_each_increment_leaves_once_per_version_however_many_devices_fetch_it() 
     links = {f"d{index}": 4_000_000.0 / (1 + index % 3) for index in range(8)}
     world = begin(settings, links)
     world.finish()
-    said = Counter(topic for _, who, topic, payload in world.sent if who == COORDINATOR and payload and ("/chunk/" in topic or "/manifest/" in topic))
+    said = Counter(
+        topic for _, who, topic, payload in world.sent if who == COORDINATOR and payload and ("/chunk/" in topic or "/manifest/" in topic)
+    )
     assert len(said) > 50
     assert set(said.values()) == {1}
     fetched = Counter(fields["version"] for fields in world.notes_of("fetching"))
@@ -288,19 +297,20 @@ def test_no_dead_device_stops_a_run(kind: str, dead: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("kind", TRIGGERS)
-def test_a_device_that_talks_but_never_delivers_is_waited_for_until_its_deadline_only(kind: str) -> None:
+@pytest.mark.parametrize("lazy_ones", [("d0",), ("d0", "d2"), ("d0", "d1", "d3")])
+def test_devices_that_talk_but_never_deliver_are_waited_for_until_one_deadline_only(kind: str, lazy_ones: tuple[str, ...]) -> None:
     settings = task(stop={"aggregations": 6}, trigger=TRIGGERS[kind], fleet={"min_devices": 4, "min_deadline_s": 10.0})
 
     def lazy(name: str, job: Any) -> Any:
         from tests.regrow.fleet import train
 
         seconds, result = train(name, job)
-        return (1e9 if name == "d0" else seconds), result
+        return (1e9 if name in lazy_ones else seconds), result
 
     world = begin(settings, STEADY, trainer=lazy)
     world.finish()
-    assert world.now < 120
-    assert "d0" not in {who for who, device in world.coordinator().ledger.devices.items() if device.updates}
+    assert world.now < 60
+    assert not {who for who, device in world.coordinator().ledger.devices.items() if device.updates} & set(lazy_ones)
     if kind == "all":
         assert any(fields["reason"] == "deadline passed" for fields in world.notes_of("released"))
     check_run(world, settings)

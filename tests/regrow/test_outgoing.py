@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 import numpy as np
 import pytest
@@ -28,7 +30,12 @@ def assignment(dtype: WireDtype = "int8", chunk_bytes: int = wire.MIN_CHUNK_BYTE
 
 
 def made(
-    trained: Floats, base: Floats, coordinates: NDArray[np.uint32], owed: NDArray[np.float16] | None, dtype: WireDtype = "int8", sequence: int = 0
+    trained: Floats,
+    base: Floats,
+    coordinates: NDArray[np.uint32],
+    owed: NDArray[np.float16] | None,
+    dtype: WireDtype = "int8",
+    sequence: int = 0,
 ) -> Outgoing:
     return outgoing.make(
         assignment(dtype),
@@ -184,12 +191,12 @@ def test_a_corrupt_file_is_a_local_error_or_reads_as_one(at: int, how: str) -> N
         data[at] ^= 0xFF
     else:
         data[at:] = b"\xff" * 20
-    try:
-        outgoing.from_bytes(bytes(data), None)
-    except LocalError as error:
-        assert "set aside" in str(error)
+    if how != "flip":
+        with pytest.raises(LocalError, match="set aside"):
+            outgoing.from_bytes(bytes(data), None)
         return
-    assert how == "flip", "a torn file was taken for a whole one"
+    with suppress(LocalError):  # a flipped bit of the residual cannot be seen here; the folder's checksum sees it
+        outgoing.from_bytes(bytes(data), None)
 
 
 def test_the_residual_saturates_instead_of_overflowing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, get_args
 
 import msgspec
@@ -10,6 +11,8 @@ import pytest
 
 from regrow.errors import LocalError
 from regrow.task import Section, Task, parse_task, task_text
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="the gateway reads task.toml, and it runs on Python 3.11 and newer")
 
 SECTIONS: dict[str, type[Section]] = {
     field.name: field.type for field in msgspec.structs.fields(Task) if isinstance(field.type, type) and issubclass(field.type, Section)

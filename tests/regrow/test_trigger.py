@@ -52,7 +52,7 @@ def test_with_nobody_outstanding_any_arrival_is_enough(kind: str, wanted: int, a
 @given(st.integers(0, 50), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
 def test_a_quorum_never_exceeds_what_can_still_come(wanted: int, arrived: int, outstanding: int, fastest: int) -> None:
     for kind in ("fastest", "count"):
-        trigger = Trigger(kind=kind, count=wanted)  # type: ignore[arg-type]  # both are values of the literal
+        trigger = Trigger(kind=kind, count=wanted)
         assert has_quorum(trigger, arrived + outstanding, 0, fastest)
         if arrived and has_quorum(trigger, arrived, outstanding, fastest):
             assert has_quorum(trigger, arrived, outstanding - 1 if outstanding else 0, fastest), "a device that dies cannot undo a quorum"

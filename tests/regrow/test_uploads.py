@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -53,7 +56,7 @@ def test_chunks_in_any_order_and_twice_make_the_update(size: int, random: st.Dat
 def test_ranges_name_exactly_the_indices(indices: set[int]) -> None:
     found = ranges(sorted(indices))
     assert [i for part in found for i in range(part.start, part.stop)] == sorted(indices)
-    assert all(a.stop < b.start for a, b in zip(found, found[1:], strict=False)), "neighbouring ranges are one"
+    assert all(a.stop < b.start for a, b in pairwise(found)), "neighbouring ranges are one"
 
 
 def test_missing_says_what_is_lacking() -> None:
@@ -73,7 +76,9 @@ def test_missing_says_what_is_lacking() -> None:
         (1, 0, CHUNK + 1, 10 * CHUNK, "chunks are"),
     ],
 )
-def test_a_chunk_that_cannot_be_is_refused_before_anything_is_kept(count: int, index: int, payload_bytes: int, quota: int, why: str) -> None:
+def test_a_chunk_that_cannot_be_is_refused_before_anything_is_kept(
+    count: int, index: int, payload_bytes: int, quota: int, why: str
+) -> None:
     with pytest.raises(PeerError, match=why):
         add_chunk(None, chunk(count, index), memoryview(bytes(payload_bytes)), 1, index, quota)
 
@@ -133,11 +138,12 @@ def leased() -> Ledger:
     return ledger
 
 
-def assembled(ledger: Ledger, payload: bytes | None = None, **fields: object) -> tuple[Assembly, bytes]:
+def assembled(ledger: Ledger, payload: bytes | None = None, **fields: Any) -> tuple[Assembly, bytes]:
     if payload is None:
         payload = values.encode(ledger.published[0].base(LAYOUT.size) + np.float32(0.01), "float32", 40)
-    known = dict(assignment=1, version=0, epoch=0, level=4, dtype="float32", examples=5, size=len(payload), digest=wire.digest(payload))
-    made = wire.UpdateHead(**{**known, **fields})  # type: ignore[arg-type]  # the fields under test
+    known: dict[str, Any] = {"assignment": 1, "version": 0, "epoch": 0, "level": 4, "dtype": "float32", "examples": 5}
+    known |= {"size": len(payload), "digest": wire.digest(payload)}
+    made = wire.UpdateHead(**{**known, **fields})
     return Assembly(INSTALL, 0, 1, wire.MAX_CHUNK_BYTES, made, {0: payload}), payload
 
 
@@ -159,7 +165,7 @@ def test_a_good_update_is_accepted() -> None:
         ({"size": 12}, "12 bytes"),
     ],
 )
-def test_an_update_that_is_not_what_was_assigned_is_refused(fields: dict[str, object], why: str) -> None:
+def test_an_update_that_is_not_what_was_assigned_is_refused(fields: dict[str, Any], why: str) -> None:
     ledger = leased()
     with pytest.raises(PeerError, match=why) as caught:
         uploads.checked(ledger, "d0", *assembled(ledger, **fields), UP)
@@ -201,7 +207,9 @@ def test_the_norm_bound_follows_the_level_then_all_levels_then_the_base() -> Non
 def test_a_level_that_stood_still_may_move_again() -> None:
     ledger = leased()
     ledger.norms = {4: [0.0] * 32}
-    entry = uploads.checked(ledger, "d0", *assembled(ledger, values.encode(ledger.published[0].base(LAYOUT.size) * np.float32(1.001), "float32", 40)), UP)
+    entry = uploads.checked(
+        ledger, "d0", *assembled(ledger, values.encode(ledger.published[0].base(LAYOUT.size) * np.float32(1.001), "float32", 40)), UP
+    )
     assert entry.norm > 0
 
 

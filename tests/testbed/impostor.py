@@ -39,13 +39,16 @@ class Impostor:
         self._heard: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
         self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=device)
         self._client.username_pw_set(device, password)
-        self._client.on_message = lambda _client, _data, message: self._heard.put((message.topic, message.payload))
-        self._client.on_connect = lambda *_: self._client.subscribe(topics.tasks(device), 1)
+        self._client.on_message = lambda _client, _data, message: self._heard.put((message.topic, bytes(message.payload)))
+        self._client.on_connect = self._greet
         self._client.reconnect_delay_set(1, 1)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
+
+    def _greet(self, *_: object) -> None:
+        self._client.subscribe(topics.tasks(self._device), 1)
 
     def close(self) -> None:
         self._heard.put(None)

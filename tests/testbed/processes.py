@@ -38,7 +38,7 @@ PATIENCE_S = 45.0
 POLL_S = 0.01
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
+def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = PATIENCE_S) -> Any:
     """The first true value of the condition; an AssertionError that says what did not happen."""
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -348,6 +348,13 @@ def wide_mlp(seed: int, hidden: int = 512) -> onnx.ModelProto:
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size]) for name, size in (("x", 64), ("logits", 10))]
     graph = helper.make_graph(nodes, "wide_mlp", ends[:1], ends[1:], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def peak_memory_bytes(pid: int) -> int:
+    """The most memory that a process has held so far (Linux: VmHWM)."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found
+    return 1024 * int(found[1])
 
 
 def write_digits(path: Path, seed: int, rows: int = 200) -> None:
