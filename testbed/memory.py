@@ -18,6 +18,8 @@ from regrow.machine import (
     Disconnected,
     Drop,
     Effect,
+    Evaluate,
+    Evaluated,
     Event,
     Finished,
     Measured,
@@ -39,6 +41,7 @@ from regrow.machine import (
 
 COORDINATOR = "coordinator"
 OVERHEAD_BYTES = 80
+Evaluator = Callable[[Evaluate], Evaluated]
 Trainer = Callable[[str, Train], tuple[float, Trained | TrainingFailed]]
 
 
@@ -72,9 +75,12 @@ class World:
         train: (device, Train) -> (seconds, result); how devices train.
         latency_s: one way.
         persist_s: how long a durable write takes.
+        evaluate: scores on held-out data, for tasks whose coordinator asks for them.
     """
 
-    def __init__(self, train: Trainer, *, latency_s: float = 0.01, persist_s: float = 0.001) -> None:
+    def __init__(
+        self, train: Trainer, *, latency_s: float = 0.01, persist_s: float = 0.001, evaluate: Evaluator | None = None
+    ) -> None:
         self.now = 0.0
         self.clients: dict[str, Client] = {}
         self.retained: dict[str, bytes] = {}
@@ -83,6 +89,7 @@ class World:
         self.published: list[tuple[str, str, int]] = []
         self.finished: dict[str, str] = {}
         self._train, self._latency_s, self._persist_s = train, latency_s, persist_s
+        self._evaluate = evaluate
         self._events: list[tuple[float, int, str, int, int, Event]] = []
         self._on_air: dict[int, tuple[str, float]] = {}  # number of a delivery -> its sender, when its last byte has left it
         self._count = 0
@@ -179,6 +186,8 @@ class World:
             elif isinstance(effect, Train):
                 seconds, result = self._train(name, effect)
                 self._later(seconds, name, result)
+            elif isinstance(effect, Evaluate) and self._evaluate is not None:
+                self._later(0.0, name, self._evaluate(effect))
             elif isinstance(effect, SetTimer):
                 self._set_timer(name, client, effect.at_s)
             elif isinstance(effect, Note):

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -31,6 +32,11 @@ def numbers(rng: np.random.Generator, *shape: int) -> np.ndarray[Any, np.dtype[n
 
 def labels(rng: np.random.Generator, batch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return rng.integers(0, CLASSES, batch)
+
+
+def ops_of(model: onnx.ModelProto) -> set[str]:
+    """Op types of the training program."""
+    return {node.op_type for node in onnx.load_from_string(build_programs(model)["train"]).graph.node}
 
 
 @st.composite
@@ -64,8 +70,31 @@ def torch_pads(w: dict[str, Any]) -> list[int]:
 def test_conv(
     monkeypatch: pytest.MonkeyPatch, unfold: bool, w: dict[str, Any], group: int, channels: int, batch: int, bias: bool, seed: int
 ) -> None:
-    # The first Conv gives the second one an input that needs a gradient.
     monkeypatch.setattr(export.convolution_rules, "UNFOLD_POSITIONS", 10**9 if unfold else 0)
+    check_conv(w, group, channels, batch, bias, seed)
+
+
+@drawn
+@given(
+    w=windows(),
+    beyond=st.integers(0, 1),
+    group=st.integers(1, 2),
+    channels=st.integers(1, 3),
+    batch=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_conv_of_stride_1(w: dict[str, Any], beyond: int, group: int, channels: int, batch: int, seed: int) -> None:
+    """Its input gradient is a Conv unless there are groups, or padding that no position of the kernel moves past."""
+    w = w | {"strides": [1] * len(w["kernel"])}
+    reach = [d * (k - 1) for k, d in zip(w["kernel"], w["dilations"], strict=True)] * 2
+    w["pads"] = [pad + beyond for pad in w["pads"]]
+    ops = check_conv(w, group, channels, batch, True, seed)
+    transposed = group > 1 or any(pad > most for pad, most in zip(w["pads"], reach, strict=True))
+    assert ("ConvTranspose" in ops) == transposed
+
+
+def check_conv(w: dict[str, Any], group: int, channels: int, batch: int, bias: bool, seed: int) -> set[str]:
+    """Check a Conv behind another, which gives it an input that needs a gradient; returns the op types of the training program."""
     rng = np.random.default_rng(seed)
     rank, inner, outer = len(w["kernel"]), group * channels, group * 2
     ones = [1] * rank
@@ -90,6 +119,7 @@ def test_conv(
 
     model = model_of(nodes, weights, [2, *w["sizes"]], CLASSES)
     check_against_torch(model, forward, weights, numbers(rng, batch, 2, *w["sizes"]), labels(rng, batch))
+    return ops_of(model)
 
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
@@ -140,6 +170,66 @@ def test_max_pool(w: dict[str, Any], batch: int, seed: int) -> None:
     x = numbers(rng, batch, 2, *w["sizes"])
     assume(len(np.unique(x)) == x.size)
     check_against_torch(model_of(nodes, weights, [2, *w["sizes"]], CLASSES), forward, weights, x, labels(rng, batch))
+
+
+def pooled(x: np.ndarray[Any, Any], kernel: list[int], strides: list[int], ceil_mode: int = 0) -> set[str]:
+    """Check a MaxPool of x + p, where every p is -0.0 and so changes no bit of x; returns the op types of the training program."""
+    rng = np.random.default_rng(x.size)
+    rank = len(kernel)
+    pool: Any = functional.max_pool1d if rank == 1 else functional.max_pool2d
+
+    def max_pool(values: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = pool(values, kernel, stride=strides, ceil_mode=bool(ceil_mode))
+        return out.flatten(1)
+
+    features = max_pool(torch.tensor(x)).shape[1]
+    weights: Arrays = {"p": np.full(x.shape[1:], -0.0, np.float32), "head": numbers(rng, features, CLASSES)}
+    nodes = [
+        helper.make_node("Add", ["x", "p"], ["c"]),
+        helper.make_node("MaxPool", ["c"], ["m"], kernel_shape=kernel, strides=strides, ceil_mode=ceil_mode),
+        helper.make_node("Flatten", ["m"], ["f"]),
+        helper.make_node("MatMul", ["f", "head"], ["logits"]),
+    ]
+    model = model_of(nodes, weights, x.shape[1:], CLASSES)
+    check_against_torch(model, lambda x, p: max_pool(x + p["p"]) @ p["head"], weights, x, labels(rng, len(x)))
+    return ops_of(model)
+
+
+@drawn
+@given(
+    axes=st.lists(st.tuples(st.sampled_from([1, 2, 2]), st.integers(2, 7)), min_size=1, max_size=2),
+    batch=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_max_pool_by_halves_gives_ties_to_the_first(axes: list[tuple[int, int]], batch: int, seed: int) -> None:
+    """Even and odd sizes, some axes left alone, and nearly every window with equal largest values, 0.0 and -0.0 among them."""
+    kernel, sizes = [size for size, _ in axes], [size for _, size in axes]
+    x = np.random.default_rng(seed).choice(np.array([-1, -0.0, 0.0, 1], np.float32), (batch, 3, *sizes))
+    assert "ScatterElements" not in pooled(x, kernel, kernel)
+
+
+@pytest.mark.parametrize("zeros", [(0.0, -0.0), (-0.0, 0.0)])
+def test_the_first_of_two_zeros_takes_the_gradient_whatever_their_signs(zeros: tuple[float, float]) -> None:
+    x = np.array([[[*zeros, *zeros]]], np.float32)
+    pooled(x, [2], [2])
+    pooled(np.array([[[[-1, zeros[0]], [zeros[1], -1]]]], np.float32), [2, 2], [2, 2])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strides", "ceil_mode", "halved"),
+    [
+        ([2, 2], [2, 2], 0, True),
+        ([2, 1], [2, 1], 0, True),
+        ([2, 2], [2, 2], 1, False),  # 7 columns: the last window holds one
+        ([2, 1], [2, 1], 1, True),  # 6 rows: nothing left over
+        ([2, 2], [2, 1], 0, False),
+        ([2, 3], [2, 3], 0, False),
+        ([1, 1], [2, 2], 0, False),
+    ],
+)
+def test_only_windows_that_halve_are_compared(kernel: list[int], strides: list[int], ceil_mode: int, halved: bool) -> None:
+    x = np.random.default_rng(3).permutation(2 * 3 * 6 * 7).reshape(2, 3, 6, 7).astype(np.float32) / 256
+    assert ("ScatterElements" not in pooled(x, kernel, strides, ceil_mode)) == halved
 
 
 @drawn

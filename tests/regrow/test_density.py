@@ -48,23 +48,10 @@ def simulate(links_bps: list[float], rounds: int) -> tuple[dict[str, float], dic
     return densities, times
 
 
-def test_links_of_20_10_4_2_1_converge_to_their_ratio_within_the_rounding() -> None:
-    densities, _ = simulate([20e6, 10e6, 4e6, 2e6, 1e6], 12)
-    for density, expected in zip(densities.values(), (1.0, 0.5, 0.2, 0.1, 0.05), strict=True):
-        assert abs(density - expected) <= 0.5 / 64
-
-
-def test_round_times_come_within_ten_percent_where_the_grid_can_say_the_densities() -> None:
-    # 1/64 is 31 % of 0.05, so no rule on that grid brings 20:1 within 10 %: these ratios lie on the grid
-    densities, times = simulate([32e6, 16e6, 6.5e6, 3e6, 1.5e6], 12)
-    assert list(densities.values()) == [1.0, 32 / 64, 13 / 64, 6 / 64, 3 / 64]
+def test_links_of_20_10_4_2_1_converge_and_all_rounds_take_about_as_long() -> None:
+    densities, times = simulate([20e6, 10e6, 4e6, 2e6, 1e6], 12)
+    assert list(densities.values()) == [1.0, 32 / 64, 13 / 64, 6 / 64, 3 / 64]  # 1, .5, .2, .1, .05 to the nearest 1/64
     assert max(times.values()) <= 1.1 * min(times.values())
-
-
-def test_the_slowest_link_of_20_to_1_is_still_within_a_rounding_step() -> None:
-    _, times = simulate([20e6, 10e6, 4e6, 2e6, 1e6], 12)
-    fastest = min(times.values())
-    assert max(times.values()) <= fastest * (0.05 + 0.5 / 64) / (0.05 - 0.5 / 64)
 
 
 def test_the_rule_does_not_chase_its_tail() -> None:
