@@ -20,8 +20,9 @@ from edge_agent.transport import MqttLink
 from edge_agent.uplink import UplinkMeter, packet_bytes
 from edge_agent.worker import Worker
 from regrow import outgoing, topics, wire
-from regrow.device import OUTGOING, PART, Device, Identity, Phase
+from regrow.device import OUTGOING, Device, Phase
 from regrow.errors import LocalError
+from regrow.fetching import PART
 from regrow.machine import (
     Acknowledged,
     Connected,
@@ -43,6 +44,7 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
+from regrow.presence import Identity
 
 log = logging.getLogger(__name__)
 IDENTITY = "identity"

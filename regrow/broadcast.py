@@ -76,7 +76,7 @@ class Broadcast:
             level=lease.level,
             steps=task.training.local_steps,
             batch=task.training.batch,
-            learning_rate=task.training.learning_rate,
+            learning_rate=learning_rate(self.ledger),
             seed=task.seed * 1_000_003 + lease.number,
             dtype=task.wire.up,
             chunk_bytes=chunk_bytes(device.uplink_bps),
@@ -152,6 +152,18 @@ class Broadcast:
 
     def _retain(self, topic: str, payload: bytes | memoryview) -> None:
         self._emit(Publish(topic, payload, retain=True))
+
+
+def learning_rate(ledger: Ledger) -> float:
+    """The rate of this moment: from the first to the final one, falling linearly with what has passed of the planned end."""
+    training, stop = ledger.task.training, ledger.task.stop
+    if training.final_learning_rate is None:
+        return training.learning_rate
+    passed = max(
+        ledger.elapsed_s / stop.seconds if stop.seconds is not None else 0.0,
+        ledger.version / stop.aggregations if stop.aggregations is not None else 0.0,
+    )
+    return training.learning_rate + min(passed, 1.0) * (training.final_learning_rate - training.learning_rate)
 
 
 def chunk_bytes(uplink_bps: float) -> int:

@@ -6,13 +6,13 @@ that the records before it would survive a power cut. TRANSITIONS is the whole b
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
 from regrow import topics, uploads, wire
 from regrow.broadcast import Broadcast
+from regrow.claim import Claim, term_above
 from regrow.errors import PeerError
 from regrow.ledger import Ledger
 from regrow.machine import (
@@ -24,25 +24,20 @@ from regrow.machine import (
     Finished,
     Note,
     Payload,
-    Persist,
     Persisted,
     Publish,
     Received,
-    Record,
     SetTimer,
     Subscribe,
     Woken,
 )
+from regrow.outbox import Outbox
 from regrow.planning import Planner
+from regrow.receipts import missing_of, receipt
 from regrow.records import Entry, Joined, Led, Rejected, Released, to_record
 from regrow.trigger import due_s, has_quorum
 
-BEAT_S = 2.0
-CLAIM_WAIT_S = 0.5
-FOREIGN_WAIT_S = 3 * BEAT_S
 MIN_LINK_BPS = 1.0  # a claimed link below this would make a deadline that is not a number any more
-# Two coordinators with one user name push each other off the broker in turns; what was heard before still counts then.
-FOREIGN_MEMORY_S = 60.0
 
 
 class Phase(Enum):
@@ -67,8 +62,7 @@ class Coordinator:
         self.ledger = ledger
         self.names = topics.Run(ledger.task.name, run)
         self.phase = Phase.DONE if ledger.finished else Phase.OFFLINE
-        self.term = (ledger.term >> 31) + 1 << 31 | nonce
-        self.beat = 0
+        self.claim = Claim(self.names, term_above(ledger.term, nonce), nonce, takeover)
         self.programs = dict(programs)
         self.broadcast = Broadcast(ledger, self.names, self.programs, self.emit)
         self.planner = Planner(self)
@@ -83,24 +77,16 @@ class Coordinator:
         self.quorum_s: float | None = None
         self.last_s = 0.0
         self.now = 0.0
-        self._takeover = takeover
-        self._nonce = nonce
-        self._foreign: wire.Claim | None = None
-        self._foreign_s = 0.0
         self._lead_s = 0.0
-        self._beat_s = 0.0
         self._elapsed_before = ledger.elapsed_s
-        self._persist_id = 0
-        self._records: list[Record] = []
-        self._effects: list[Effect] = []
-        self._outbox: deque[tuple[int, list[Effect]]] = deque()
+        self._outbox = Outbox()
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take one event in at monotonic time `now`; returns what the runtime must do, in order."""
         self.now = max(now, self.now)
         urgent: list[Effect] = []
         if isinstance(event, Persisted):
-            urgent += self._release(event)
+            urgent += self._outbox.release(event)
         else:
             kind: Any = type(event)
             message = None
@@ -111,44 +97,27 @@ class Coordinator:
                 handler(self, message if message is not None else event)
         return [*urgent, *self._flush()]
 
-    # ---- the outbox --------------------------------------------------------------------------------------------------------------
+    # ---- what leaves -------------------------------------------------------------------------------------------------------------
 
     def commit(self, entry: Entry, payload: Payload = b"") -> None:
         """Take a fact into the ledger and into the records of this step."""
         self.ledger.apply(entry, payload)
-        self._records.append(to_record(entry, payload))
+        self._outbox.commit(to_record(entry, payload))
 
     def emit(self, effect: Effect) -> None:
         """Queue something that leaves the coordinator; it waits for everything committed before it."""
-        self._effects.append(effect)
+        self._outbox.emit(effect)
 
     def _flush(self) -> list[Effect]:
-        out: list[Effect] = []
-        effects, self._effects = self._effects, []
-        if self._records:
-            self._persist_id += 1
-            out.append(Persist(self._persist_id, tuple(self._records)))
-            self._records = []
-            self._outbox.append((self._persist_id, effects))
-        elif self._outbox:
-            self._outbox[-1][1].extend(effects)
-        else:
-            out += effects
         wake = self._next_wake_s()
-        return [*out, SetTimer(wake)] if wake is not None else out
-
-    def _release(self, event: Persisted) -> list[Effect]:
-        out: list[Effect] = []
-        while self._outbox and self._outbox[0][0] <= event.id:
-            out += self._outbox.popleft()[1]
-        return out
+        return [*self._outbox.flush(), *([SetTimer(wake)] if wake is not None else [])]
 
     def _next_wake_s(self) -> float | None:
         if self.phase is Phase.CLAIMING:
-            return self._lead_s
+            return self.claim.wait_s
         if self.phase is not Phase.LEADING:
             return None
-        times = [self._beat_s, *self.deadline_s.values()]
+        times = [self.claim.beat_s, *self.deadline_s.values()]
         times += [at for at in (self._due_s(), self.planner.join_due_s(), self.planner.stop_due_s()) if at is not None]
         return min(times)
 
@@ -170,60 +139,35 @@ class Coordinator:
 
     def _begin_claim(self, _: Connected) -> None:
         self.phase = Phase.CLAIMING
-        if self.now - self._foreign_s > FOREIGN_MEMORY_S:
-            self._foreign = None
-        self._lead_s = self.now + CLAIM_WAIT_S
+        self.claim.begin(self.now)
         self.emit(Subscribe((topics.claim(self.names.task),)))
 
     def _weigh_claim(self, claim: wire.Claim) -> None:
-        """While claiming: an own claim or a silent one is taken over, one that beats is respected."""
-        if claim.term == self.term:
-            return
-        mine = claim.run == self.names.run  # the store's lock says that no other process leads this run
-        if mine or self._takeover:
-            self._raise_term(claim.term)
-        elif self._foreign is None:
-            self._foreign, self._foreign_s = claim, self.now
-            self._lead_s = self.now + FOREIGN_WAIT_S
-        elif (claim.term, claim.beat) != (self._foreign.term, self._foreign.beat):
-            self._stop(
-                f"another coordinator leads task {self.names.task} (run {claim.run}): stop it, give this task another name, "
-                "or start with --takeover"
-            )
-
-    def _raise_term(self, other: int) -> None:
-        if other >= self.term:
-            self.term = ((other >> 31) + 1) << 31 | self._nonce
+        reason = self.claim.weigh(claim, self.now)
+        if reason:
+            self._stop(reason)
 
     def _lead(self, _: Woken) -> None:
-        if self.now < self._lead_s:
+        if self.now < self.claim.wait_s:
             return
-        if self._foreign is not None:
-            self._raise_term(self._foreign.term)
-        self._foreign, self._takeover = None, False  # it is done once: whoever takes over from us later keeps the task
+        self.claim.take()
         self.phase = Phase.LEADING
-        if self.term != self.ledger.term:
-            self.commit(Led(term=self.term))
+        if self.claim.term != self.ledger.term:
+            self.commit(Led(term=self.claim.term))
         self._lead_s = self.last_s = self.now
         self.deadline_s = {
             who: self.now + device.lease.deadline_s for who, device in self.ledger.devices.items() if device.lease is not None
         }
         self.emit(Subscribe(self.names.from_devices()))
-        self._beat()
-        self.broadcast.everything(self.term)
+        self.emit(self.claim.beaten(self.now))
+        self.broadcast.everything(self.claim.term)
         self._advance()
 
-    def _beat(self) -> None:
-        self.beat += 1
-        self._beat_s = self.now + BEAT_S
-        claim = wire.Claim(run=self.names.run, term=self.term, beat=self.beat)
-        self.emit(Publish(topics.claim(self.names.task), wire.encode(claim), retain=True))
-
     def _defend_claim(self, claim: wire.Claim) -> None:
-        if claim.term > self.term:
-            self._stop(f"run {claim.run} has taken the task over (term {claim.term} against {self.term})")
-        elif claim.term < self.term:
-            self._beat()
+        if claim.term > self.claim.term:
+            self._stop(f"run {claim.run} has taken the task over (term {claim.term} against {self.claim.term})")
+        elif claim.term < self.claim.term:
+            self.emit(self.claim.beaten(self.now))
 
     def _go_offline(self, _: Disconnected) -> None:
         self._elapsed_before = self.elapsed_s()
@@ -357,27 +301,12 @@ class Coordinator:
         return max(measured, MIN_LINK_BPS) if measured else self.ledger.devices[who].uplink_bps
 
     def _answer_pending(self, who: str, install: bytes, pending: wire.Pending) -> None:
-        if pending.sequence <= self.ledger.devices[who].last_sequence:
-            self._receipt(who, install, pending.sequence)
-            return
-        assembly = self.assemblies.get(who)
-        if assembly is not None and (assembly.install, assembly.sequence) == (install, pending.sequence):
-            self._receipt(who, install, pending.sequence, assembly.missing())
-        else:
-            self._receipt(who, install, pending.sequence, [wire.Range(0, pending.count)])
+        here = pending.sequence <= self.ledger.devices[who].last_sequence
+        missing = None if here else missing_of(self.assemblies.get(who), install, pending)
+        self._receipt(who, install, pending.sequence, missing)
 
     def _receipt(self, who: str, install: bytes, sequence: int, missing: list[wire.Range] | None = None) -> None:
-        known = self.ledger.devices[who]
-        if missing:
-            outcome, reason = "missing", ""
-        elif sequence == known.last_sequence:
-            outcome, reason = ("accepted" if known.last_accepted else "rejected"), known.last_reason
-        else:
-            outcome, reason = "rejected", "a newer update of this device is already here"
-        blame = outcome == "rejected" and sequence == known.last_sequence and known.last_blamed
-        message = wire.Receipt(
-            term=self.term, install=install, sequence=sequence, outcome=outcome, reason=reason, blame=blame, missing=missing or []
-        )
+        message = receipt(self.ledger.devices[who], self.claim.term, install, sequence, missing)
         self.emit(Publish(self.names.receipt(who), wire.encode(message)))
 
     # ---- progress ----------------------------------------------------------------------------------------------------------------
@@ -400,8 +329,8 @@ class Coordinator:
         for who in [who for who, deadline in self.deadline_s.items() if deadline <= self.now]:
             self.overdue.add(who)
             self.release_lease(who, "deadline passed")
-        if self._beat_s <= self.now:
-            self._beat()
+        if self.claim.beat_s <= self.now:
+            self.emit(self.claim.beaten(self.now))
         self._advance()
 
     def _advance(self) -> None:

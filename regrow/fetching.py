@@ -1,22 +1,25 @@
 """From a manifest to the values that a device trains: which parts are needed, where they lie, and how they fit together.
 
 Parts (chunks, pieces of programs and of level sets) are known by the digest of their bytes, so what a device already has, from
-whichever version or before whichever reboot, is never fetched again, and nothing unchecked is ever used.
+whichever version or before whichever reboot, is never fetched again, and nothing unchecked is ever used. `Fetching` is how far it has come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regrow import indexset, topics, values, wire
 from regrow.errors import LocalError, PeerError
+from regrow.machine import Drop, Effect, Save, Unsubscribe
 from regrow.parameters import Layout
 
 FILTERS_AT_ONCE = 16
+PATIENCE_S = 60.0
+PART = "part-"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,7 @@ class Shopping:
 class Fetched:
     """Everything there: the programs, the layout, float32 [longest] base values and uint32 [longest] flat coordinates."""
 
+    wanted: Shopping
     programs: dict[str, bytes]
     layout: Layout
     base: NDArray[np.float32]
@@ -97,7 +101,7 @@ def assemble(wanted: Shopping, parts: Mapping[bytes, bytes]) -> Fetched:
         base = values.decode(data, manifest.dtype, wanted.longest, manifest.always_kept)
     except LocalError as error:  # an impossible dtype or length came from the manifest, not from us
         raise PeerError(f"manifest {manifest.version}: {error}") from error
-    return Fetched(programs, layout, base, coordinates)
+    return Fetched(wanted, programs, layout, base, coordinates)
 
 
 def _whole(blob: wire.Blob, parts: Mapping[bytes, bytes]) -> bytes:
@@ -105,3 +109,70 @@ def _whole(blob: wire.Blob, parts: Mapping[bytes, bytes]) -> bytes:
     if len(data) != blob.size or wire.digest(data) != blob.digest:
         raise PeerError(f"{blob.name}: the pieces do not make the whole that the manifest names")
     return data
+
+
+@dataclass(slots=True)
+class Fetching:
+    """What a device has, what it wants, and what it waits for at the moment.
+
+    Args:
+        parts: digest -> bytes, all that is here.
+        wanted: None until the manifest has come.
+        subscribed: topics that are asked for now.
+        progress_s: when something last came, monotonic seconds.
+    """
+
+    parts: dict[bytes, bytes] = field(default_factory=dict)
+    wanted: Shopping | None = None
+    subscribed: set[str] = field(default_factory=set)
+    progress_s: float = 0.0
+
+    def load(self, saved: Mapping[str, bytes]) -> list[Effect]:
+        """Take in the saved parts; those whose digest is not that of their name are dropped."""
+        drops: list[Effect] = []
+        for name, data in saved.items():
+            digest = wire.digest(data)
+            if name == PART + digest.hex():
+                self.parts[digest] = data
+            elif name.startswith(PART):
+                drops.append(Drop(name))
+        return drops
+
+    def lacking(self) -> list[str]:
+        """Topics of the wanted parts that are not here."""
+        wanted = self.wanted.parts if self.wanted is not None else {}
+        return [topic for digest, topic in wanted.items() if digest not in self.parts]
+
+    def ask(self, manifest_topic: str) -> tuple[str, ...]:
+        """What to subscribe to next, some filters at a time: the manifest, then what is lacking; nothing when all is here."""
+        topics_wanted = [manifest_topic] if self.wanted is None else self.lacking()
+        self.subscribed = set(topics_wanted[:FILTERS_AT_ONCE])
+        return tuple(topics_wanted[:FILTERS_AT_ONCE])
+
+    def got(self, topic: str, now: float) -> Unsubscribe:
+        self.progress_s = now
+        self.subscribed.discard(topic)
+        return Unsubscribe((topic,))
+
+    def drop_unwanted(self) -> list[Effect]:
+        """Let go of the parts that the present assignment has no use for."""
+        wanted = self.wanted.parts if self.wanted is not None else {}
+        unwanted = [digest for digest in self.parts if digest not in wanted]
+        for digest in unwanted:
+            del self.parts[digest]
+        return [Drop(PART + digest.hex()) for digest in unwanted]
+
+    def take(self, topic: str, data: bytes, now: float) -> list[Effect]:
+        """Keep a part that was asked for.
+
+        Raises:
+            PeerError: these bytes are not the ones that the manifest names.
+        """
+        digest = wire.digest(data)
+        if self.wanted is None or self.wanted.parts.get(digest) != topic:
+            raise PeerError(f"{topic}: {len(data)} bytes that the manifest does not name")
+        self.parts[digest] = data
+        return [Save(PART + digest.hex(), data), self.got(topic, now)]
+
+    def stalled(self, now: float) -> bool:
+        return now - self.progress_s > PATIENCE_S

@@ -50,6 +50,7 @@ class Training(Section, frozen=True, kw_only=True):
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20
     batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 0.05
+    final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None
 
 
 class Trigger(Section, frozen=True, kw_only=True):
@@ -140,6 +141,9 @@ class Task(Section, frozen=True, kw_only=True):
             raise LocalError("ladder at $.method: densities must ascend and end at 1.0, for example [0.05, 0.1, 0.2, 0.5, 1.0]")
         if self.restoration.trigger in ("fixed", "mixed") and self.restoration.planned_s is None:
             raise LocalError("trigger at $.restoration: 'fixed' and 'mixed' also need planned_s, the planned duration in seconds")
+        planned_end = self.stop.seconds is not None or self.stop.aggregations is not None
+        if self.training.final_learning_rate is not None and not planned_end:
+            raise LocalError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
         if self.wire.versions_held < self.wire.versions_on_broker:
             raise LocalError("versions_held at $.wire: must be at least versions_on_broker")
 

@@ -35,6 +35,7 @@ from edge_agent.trainer import Trainer
 from export.models import watch_cnn
 from export.task import build_task, save_model, write_trained
 from regrow.coordinator import Coordinator
+from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.machine import Note
 from testbed.watch import write_device_files
@@ -128,26 +129,42 @@ def _run_fleet(
         credentials.add_device(device.name)
     broker = Broker(home, credentials, kind=None if options.broker == "auto" else options.broker)
     broker.start()
-    agents: list[subprocess.Popen[bytes]] = []
+    agents: dict[str, subprocess.Popen[bytes]] = {}
     try:
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31))
         gateway = Gateway(coordinator, store, url=broker.url, username=COORDINATOR, password=credentials.coordinator_password)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: gateway.stop())
-        agents = [_start_agent(device, credentials, broker.url, path) for device in devices]
+        agents.update({device.name: _start_agent(device, credentials, broker.url, path) for device in devices})
         started = time.monotonic()
-        _serve(options, gateway, broker, FleetView(f"{path.name} on {broker.kind}", options.seconds))
+        view = FleetView(f"{path.name} on {broker.kind}", options.seconds)
+        _serve(options, gateway, view, lambda: _look_after(broker, agents, path))
         return broker.kind, time.monotonic() - started
     finally:
-        _end(agents)
+        _end(list(agents.values()))
         broker.stop()
 
 
-def _serve(options: argparse.Namespace, gateway: Gateway, broker: Broker, view: FleetView) -> None:
+def _serve(options: argparse.Namespace, gateway: Gateway, view: FleetView, housekeeping: Callable[[], str | None]) -> None:
     if options.plain or not sys.stdout.isatty():
-        gateway.run(on_note=_every_ten_seconds(view), housekeeping=broker.poll)
+        gateway.run(on_note=_every_ten_seconds(view), housekeeping=housekeeping)
     else:
-        watch(view, lambda: gateway.run(on_note=view.note, housekeeping=broker.poll))
+        watch(view, lambda: gateway.run(on_note=view.note, housekeeping=housekeeping))
+
+
+def _look_after(broker: Broker, agents: dict[str, subprocess.Popen[bytes]], path: Path) -> str | None:
+    """Keep the broker alive; an agent that somebody killed may stay dead, one that fails by itself ends the demo."""
+    for name, agent in list(agents.items()):
+        code = agent.poll()
+        if code is None:
+            continue
+        del agents[name]
+        log = path / "devices" / f"{name}.log"
+        if code > 0:
+            last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            raise LocalError(f"agent {name} ended with status {code}: {last} (all of it: {log})")
+        return f"agent {name} was ended by signal {-code}"
+    return broker.poll()
 
 
 def _every_ten_seconds(view: FleetView) -> Callable[[Note], None]:

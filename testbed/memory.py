@@ -78,9 +78,7 @@ class World:
         evaluate: scores on held-out data, for tasks whose coordinator asks for them.
     """
 
-    def __init__(
-        self, train: Trainer, *, latency_s: float = 0.01, persist_s: float = 0.001, evaluate: Evaluator | None = None
-    ) -> None:
+    def __init__(self, train: Trainer, *, latency_s: float = 0.01, persist_s: float = 0.001, evaluate: Evaluator | None = None) -> None:
         self.now = 0.0
         self.clients: dict[str, Client] = {}
         self.retained: dict[str, bytes] = {}

@@ -39,8 +39,7 @@ class DataSource:
         """
         if capacity < 1 or not 0.0 <= validation_fraction < 1.0 or gap < 0:
             raise LocalError(
-                f"a data source needs capacity >= 1, 0 <= validation_fraction < 1, gap >= 0; "
-                f"not {capacity}, {validation_fraction}, {gap}"
+                f"a data source needs capacity >= 1, 0 <= validation_fraction < 1, gap >= 0; not {capacity}, {validation_fraction}, {gap}"
             )
         self.capacity = capacity
         self.validation_fraction = validation_fraction

@@ -94,9 +94,7 @@ def load_npz(file: Path, limit_bytes: int = LIMIT_BYTES) -> Samples:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
             arrays = {
-                name: _npy(archive, f"{name}.npy", file, limit_bytes)
-                for name in ("x", "y", "group", "part")
-                if f"{name}.npy" in names
+                name: _npy(archive, f"{name}.npy", file, limit_bytes) for name in ("x", "y", "group", "part") if f"{name}.npy" in names
             }
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise LocalError(f"cannot read {file} as .npz: {error}; write it with numpy.savez") from error

@@ -31,7 +31,7 @@ def corpus(world: Tape, name: str) -> list[tuple[str, bytes]]:
     ]
     if NAMES.manifest(version) in world.retained:
         said.append((NAMES.manifest(version), world.retained[NAMES.manifest(version)]))
-    return said + [(topic, world.retained[topic]) for topic in sorted(device._subscribed) if topic in world.retained]
+    return said + [(topic, world.retained[topic]) for topic in sorted(device._fetching.subscribed) if topic in world.retained]
 
 
 @pytest.mark.parametrize("phase", [Phase.WAITING, Phase.FETCHING, Phase.TRAINING, Phase.SAVING, Phase.SENDING])

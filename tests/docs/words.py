@@ -138,6 +138,10 @@ TASK = {
     "training.local_steps": ("SGD steps of one round.", _OURS),
     "training.batch": ("Examples per step.", _G),
     "training.learning_rate": ("Of plain SGD.", _OURS),
+    "training.final_learning_rate": (
+        "Where the rate falls to, linearly, by the planned end in `[stop]`; without it the rate stays.",
+        _OURS,
+    ),
     "trigger.kind": (
         "Aggregate when `all` live devices at work have sent; at every `arrival`; `interval_s` after the last one; "
         "`interval_s` after the K `fastest`; at the K-th of any (`count`). At once when nobody is at work any more.",

@@ -16,8 +16,9 @@ from edge_agent.agent import log as agent_log
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
 from regrow import outgoing, wire
-from regrow.device import OUTGOING, PART
+from regrow.device import OUTGOING
 from regrow.errors import LocalError
+from regrow.fetching import PART
 from regrow.machine import Disconnected, Drop, Note, Save, Train, TrainingFailed
 
 WAIT_S = 10.0
@@ -96,7 +97,7 @@ def test_parts_are_kept_and_damaged_ones_are_dropped(folder: StateFolder, data: 
     folder.put(PART + wire.digest(good).hex(), good)
     folder.put(PART + wire.digest(bad).hex(), b"not it")
     one = agent(folder, data)
-    assert set(one.device._parts.values()) == {good}
+    assert set(one.device._fetching.parts.values()) == {good}
     assert Drop(PART + wire.digest(bad).hex()) in one.device.step(Disconnected(), 0.0)
     end(one)
 

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow.coordinator import Coordinator
-from regrow.device import Device, Identity
+from regrow.device import Device
 from regrow.ledger import Ledger
 from regrow.machine import Train, Trained, TrainingFailed
 from regrow.parameters import Layout, Tensor
+from regrow.presence import Identity
 from regrow.task import Task
 from testbed.memory import COORDINATOR, World
 

@@ -169,7 +169,7 @@ def test_a_restored_density_fetches_only_its_increments() -> None:
     lease = leader.ledger.devices["d0"].lease
     assert lease is not None
     assert lease.level == 0
-    have = dict(device._parts)
+    have = dict(device._fetching.parts)
     order = leader.ledger.order
     assignment = wire.Assignment(
         term=device.term, number=lease.number + 1, version=lease.version, epoch=lease.epoch, level=2, steps=1, batch=1, learning_rate=0.1,
@@ -181,7 +181,7 @@ def test_a_restored_density_fetches_only_its_increments() -> None:
     leader.broadcast.version(lease.version)  # it may have been taken from the broker meanwhile
     world._perform(COORDINATOR, leader._flush())
     world.run(world.now + 5, stop=lambda: world.device("d0").phase.value == "training")
-    new = sum(len(data) for digest, data in device._parts.items() if digest not in have)
+    new = sum(len(data) for digest, data in device._fetching.parts.items() if digest not in have)
     increments = publication.offset(order.lengths[2]) - publication.offset(order.lengths[0])
     sets = sum(len(data) for data in leader.ledger.orders[lease.epoch].levels[1:3])
     assert new == increments + sets
@@ -377,12 +377,12 @@ def test_takeover_wins_the_first_stops_and_the_devices_follow(at_s: float) -> No
 def test_an_own_restart_goes_on_at_once_with_a_higher_term() -> None:
     world = begin(LONG, TWO)
     world.run(3.0)
-    term = world.coordinator().term
+    term = world.coordinator().claim.term
     world.kill(COORDINATOR)
     again = restart_coordinator(world, LONG)
     world.run(world.now + 1.0)
     assert again.phase is Phase.LEADING
-    assert again.term > term
+    assert again.claim.term > term
     world.finish()
     check_run(world, LONG)
 
@@ -402,9 +402,9 @@ def test_of_a_simultaneous_start_exactly_one_survives_and_has_the_devices(apart_
 
 def test_a_lower_foreign_claim_is_answered_with_a_beat() -> None:
     leader = in_phase(Phase.LEADING)
-    beat = leader.beat
+    beat = leader.claim.beat
     leader.step(messages()["claim"], leader.now)
-    assert leader.beat == beat + 1
+    assert leader.claim.beat == beat + 1
     assert leader.phase is Phase.LEADING
 
 

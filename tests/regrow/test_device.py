@@ -11,7 +11,8 @@ import pytest
 
 from regrow import device as module
 from regrow import records, topics, values, wire
-from regrow.device import OUTGOING, PART, TRANSITIONS, Device, Phase
+from regrow.device import OUTGOING, TRANSITIONS, Device, Phase
+from regrow.fetching import PART
 from regrow.machine import (
     Acknowledged,
     Connected,
@@ -81,11 +82,11 @@ def events_for(world: Tape, name: str) -> dict[Any, Event]:
     version = device.assignment.version if device.assignment is not None else 0
     run = device.names or NAMES
     manifest = world.retained.get(run.manifest(version), wire.encode(wire.Claim(run="x", term=1)))
-    part = next(iter(sorted(device._subscribed)), "none")
+    part = next(iter(sorted(device._fetching.subscribed)), "none")
     sequence = device.outgoing.sequence if device.outgoing is not None else 0
     receipt = wire.Receipt(term=1 << 40, install=device.identity.install, sequence=sequence, outcome="accepted")
     ref = wire.TaskRef(task="toy", run="r1", term=1 << 40)
-    token = next(iter(device._in_flight), 1)
+    token = next(iter(device._sending.in_flight), 1)
     plain: list[Event] = [Connected(), Disconnected(), Measured(9e5), Woken(), Acknowledged(token, 0.0, 0.0, 1), Persisted(device._save_id)]
     plain += [Trained(-1, np.zeros(1, np.float32), 1, 0.0, 0.0, ()), TrainingFailed(-1, "x")]
     return {
@@ -276,10 +277,10 @@ def test_a_broken_download_fetches_only_the_missing_chunks(how: str) -> None:
         world.add("d0", second, up_bps=400_000.0, down_bps=400_000.0)
     world.run(world.now + 60, stop=lambda: second.phase is Phase.TRAINING)
     took = first.took if second is first else first.took + second.took
-    wanted = second._shopping
+    wanted = second._fetching.wanted
     assert wanted is not None
     assert len(took) == len(set(took)) == len(wanted.parts), "a part was fetched twice"
-    everything = sum(map(len, second._parts.values()))
+    everything = sum(map(len, second._fetching.parts.values()))
     assert sum(map(len, took)) == everything
 
 
@@ -318,7 +319,7 @@ def test_a_missing_receipt_that_names_nonsense_sends_nothing_that_is_not_there()
         missing=[wire.Range(2, 1), wire.Range(10**9, 2**53), wire.Range(0, 2**53)],
     )  # fmt: skip
     device.step(Received(NAMES.receipt("d0"), wire.encode(said)), world.now)
-    assert set(device._queue) | set(device._in_flight.values()) == set(range(device.outgoing.count))
+    assert set(device._sending.queue) | set(device._sending.in_flight.values()) == set(range(device.outgoing.count))
 
 
 # ---- what does not check out ---------------------------------------------------------------------------------------------------------
@@ -326,12 +327,12 @@ def test_a_missing_receipt_that_names_nonsense_sends_nothing_that_is_not_there()
 
 def test_a_corrupt_part_on_disk_is_dropped_and_fetched_again() -> None:
     world = big_world()
-    world.run(60, stop=lambda: len(world.device("d0")._parts) >= 6)
+    world.run(60, stop=lambda: len(world.device("d0")._fetching.parts) >= 6)
     saved = world.clients["d0"].saved
     name = next(name for name in saved if name.startswith(PART))
     saved[name] = saved[name][:-1] + b"\x00\x00"
     device = world.reboot("d0", uplink_bps=400_000.0)
-    assert name not in {PART + digest.hex() for digest in device._parts}
+    assert name not in {PART + digest.hex() for digest in device._fetching.parts}
     world.run(world.now + 60, stop=lambda: device.phase is Phase.TRAINING)
     assert device.phase is Phase.TRAINING
     assert wire.digest(saved_of(world, "d0")[name]).hex() == name.removeprefix(PART)
@@ -349,14 +350,14 @@ def test_a_corrupt_outgoing_update_is_set_aside_and_the_device_rejoins(damage: b
 def test_a_chunk_with_a_wrong_digest_is_never_used() -> None:
     world = big_world()
     device = world.device("d0")
-    world.run(60, stop=lambda: len(device._parts) >= 4 and any("/chunk/" in topic for topic in device._subscribed))
-    topic = next(topic for topic in sorted(device._subscribed) if "/chunk/" in topic)
-    before = dict(device._parts)
+    world.run(60, stop=lambda: len(device._fetching.parts) >= 4 and any("/chunk/" in topic for topic in device._fetching.subscribed))
+    topic = next(topic for topic in sorted(device._fetching.subscribed) if "/chunk/" in topic)
+    before = dict(device._fetching.parts)
     for bad in (world.retained[topic][:-1] + b"\x7f", b"", world.retained[topic] + b"\0", next(iter(before.values()))):
         effects = device.step(Received(topic, bad), world.now)
         assert not [effect for effect in effects if isinstance(effect, Save)]
-        assert device._parts == before
-        assert topic in device._subscribed, "the true one may still come"
+        assert device._fetching.parts == before
+        assert topic in device._fetching.subscribed, "the true one may still come"
     world.run(world.now + 60, stop=lambda: device.phase is Phase.TRAINING)
     assert device.phase is Phase.TRAINING
 
@@ -391,9 +392,9 @@ def test_lower_terms_are_the_past() -> None:
     assert device.assignment is not None
     topic = NAMES.manifest(device.assignment.version)
     low_manifest = msgspec.structs.replace(wire.decode(world.retained[topic], wire.Manifest)[0], term=device.term - 1)
-    before = device._shopping
+    before = device._fetching.wanted
     device.step(Received(topic, wire.encode(low_manifest)), world.now)
-    assert device._shopping is before is None
+    assert device._fetching.wanted is before is None
 
 
 def test_a_receipt_of_another_installation_or_sequence_is_not_mine() -> None:
@@ -500,7 +501,7 @@ def test_two_chunks_at_most_are_unacknowledged() -> None:
 
     def watch() -> bool:
         nonlocal most
-        most = max(most, len(world.device("d0")._in_flight))
+        most = max(most, len(world.device("d0")._sending.in_flight))
         return world.ended()
 
     world.run(300, stop=watch)

@@ -18,9 +18,7 @@ def test_the_gateway_scores_every_level_in_use_and_restores_by_it() -> None:
         asked.append(effect)
         return Evaluated(effect.version, dict.fromkeys(effect.lengths, 0.5))  # no progress ever: everybody is raised in the end
 
-    settings = fleet.task(
-        evaluation={"data": "held-out.npz"}, restoration={"every": 2, "patience": 2}, stop={"aggregations": 60}
-    )
+    settings = fleet.task(evaluation={"data": "held-out.npz"}, restoration={"every": 2, "patience": 2}, stop={"aggregations": 60})
     world = World(fleet.train, evaluate=evaluate)
     world.add(COORDINATOR, fleet.new_coordinator(settings))
     for name, bps in fleet.LINKS.items():

@@ -1,0 +1,107 @@
+"""What a coordinator must hear of a device, and when: who it is (hello), and how it is (telemetry, the heartbeat)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from regrow import topics, wire
+from regrow.machine import Publish
+
+HELLO_FIRST_S = 1.0
+HELLO_AGAIN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a device says of itself. install: new with every installation; boot: new with every start (16 bytes each)."""
+
+    name: str
+    install: bytes
+    boot: bytes
+    examples: int = 0
+    validation_examples: int = 0
+    software: str = ""
+
+
+@dataclass(slots=True)
+class Meters:
+    """What the runtime last measured, for telemetry; the machine itself decides nothing by these."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    step_s: float | None = None
+
+
+@dataclass(slots=True)
+class Presence:
+    """When the next hello and the next heartbeat are due (monotonic seconds, infinite: none is), and what they say."""
+
+    identity: Identity
+    meters: Meters = field(default_factory=Meters)
+    heartbeat_s: float = HELLO_AGAIN_S
+    hello_s: float = float("inf")
+    beat_s: float = float("inf")
+    _hello_wait_s: float = HELLO_FIRST_S
+
+    def connect(self, now: float) -> None:
+        self._hello_wait_s = HELLO_FIRST_S
+        self.beaten(now)
+
+    def disconnect(self) -> None:
+        self.beat_s = self.hello_s = float("inf")
+
+    def beaten(self, now: float) -> None:
+        self.beat_s = now + self.heartbeat_s
+
+    def hear_heartbeat(self, heartbeat_s: float, now: float) -> None:
+        """The coordinator says how often it wants to hear something."""
+        self.heartbeat_s = heartbeat_s
+        self.beat_s = min(self.beat_s, now + heartbeat_s)
+
+    def hello_soon(self, now: float) -> None:
+        self.hello_s = min(self.hello_s, now + HELLO_AGAIN_S)
+
+    def hello(self, uplink_bps: float | None, now: float, *, again: bool) -> Publish:
+        """again: repeat it, later and later, until there is something to do."""
+        me = self.identity
+        message = wire.Hello(
+            boot=me.boot,
+            install=me.install,
+            uplink_bps=uplink_bps,
+            examples=me.examples,
+            validation_examples=me.validation_examples,
+            step_s=self.meters.step_s,
+            software=me.software,
+        )
+        self.hello_s = now + self._hello_wait_s if again else float("inf")
+        self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_AGAIN_S)
+        return Publish(topics.hello(me.name), wire.encode(message))
+
+    def telemetry(
+        self,
+        names: topics.Run,
+        now: float,
+        phase: str,
+        assignment: wire.Assignment | None,
+        uplink_bps: float | None,
+        failed: str,
+        pending: wire.Pending | None,
+    ) -> Publish:
+        """failed: why the assignment is given up, or nothing; pending: the update whose receipt is asked for."""
+        message = wire.Telemetry(
+            install=self.identity.install,
+            phase=phase,
+            assignment=assignment.number if assignment is not None else 0,
+            uplink_bps=uplink_bps,
+            bytes_up=self.meters.bytes_up,
+            bytes_down=self.meters.bytes_down,
+            disk_bytes=self.meters.disk_bytes,
+            memory_bytes=self.meters.memory_bytes,
+            step_s=self.meters.step_s,
+            failed=failed[:900],
+            pending=pending,
+        )
+        self.beaten(now)
+        return Publish(names.telemetry(self.identity.name), wire.encode(message))
