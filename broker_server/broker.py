@@ -110,6 +110,7 @@ class Broker:
             raise LocalError("this broker is running already")
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.port = self.port or _free_port(self.host)
+        self._check_address()
         self._spawn()
         deadline_s = time.monotonic() + START_TIMEOUT_S
         try:
@@ -122,6 +123,17 @@ class Broker:
         except LocalError:
             self.stop()
             raise
+
+    def _check_address(self) -> None:
+        """Raise LocalError while the reason is plain; the broker's own log buries it."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((self.host, self.port))
+        except OSError as error:
+            cure = "stop what listens there, or choose another --port (0 picks a free one) or --host"
+            raise LocalError(f"cannot listen on {self.host}:{self.port}: {error.strerror}; {cure}") from error
 
     def poll(self) -> str | None:
         """Look after the child without waiting, about once a second; returns what happened, for the log, or None."""

@@ -45,7 +45,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
         above.plot(*zip(*points, strict=True), color=colour, lw=1.3, label=f"level {level:g}")
     whole = [(row["elapsed_s"], row["global_score"]) for row in made if row["global_score"] is not None]
     if whole:
-        above.plot(*zip(*whole, strict=True), color="black", lw=2.0, label="global model", zorder=0, alpha=0.35)
+        above.plot(*zip(*whole, strict=True), color="black", lw=1.5, ls="--", label="global model")
     above.set_ylabel("accuracy on the devices' validation data")
     above.set_ylim(0, 1)
     above.grid(alpha=0.3)

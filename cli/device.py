@@ -21,8 +21,10 @@ def agent(options: argparse.Namespace) -> int:
         raise LocalError(f"--threads {options.threads}: at least 1")
     if not 0 <= options.validation < 1:
         raise LocalError(f"--validation {options.validation}: at least 0 and below 1, for example 0.2")
-    if options.gap < 0 or (options.capacity is not None and options.capacity < 1):
-        raise LocalError(f"--gap {options.gap} must be at least 0, --capacity {options.capacity} at least 1")
+    if options.gap < 0:
+        raise LocalError(f"--gap {options.gap}: at least 0")
+    if options.capacity is not None and options.capacity < 1:
+        raise LocalError(f"--capacity {options.capacity}: at least 1")
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
         running = Agent(
@@ -34,6 +36,8 @@ def agent(options: argparse.Namespace) -> int:
             threads=options.threads,
             software=SOFTWARE,
         )
+        samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
+        print(f"{bundle.device}: {samples}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: running.stop())
         running.run()

@@ -61,7 +61,7 @@ def task_new(options: argparse.Namespace) -> int:
     if (folder / "task.toml").exists():
         raise LocalError(f"{folder / 'task.toml'} exists already; edit it instead")
     if not options.model.is_file():
-        raise LocalError(f"--model {options.model}: there is no such file")
+        raise LocalError(f"--model {options.model}: it is not a file")
     _build(folder, options.model)  # before anything is copied: a model that cannot be trained leaves nothing behind
     if options.model.resolve() != (folder / "model.onnx").resolve():
         shutil.copyfile(options.model, folder / "model.onnx")
@@ -82,7 +82,19 @@ def built(folder: Path, *, always: bool = False) -> TaskFolder:
     model = folder / read_task(folder).model
     if always or is_stale(folder, model):
         _build(folder, model)
-    return load_task(folder)
+    loaded = load_task(folder)
+    _check(loaded)
+    return loaded
+
+
+def _check(folder: TaskFolder) -> None:
+    """What only the model or the held-out data can tell of a task's settings, before a run is made from them."""
+    try:
+        Ledger.start(folder.task, folder.layout, folder.initial)
+        if folder.task.evaluation.data is not None:
+            evaluator(folder)
+    except LocalError as error:
+        raise LocalError(f"{folder.path / 'task.toml'}: {error}") from error
 
 
 def _build(folder: Path, model: Path) -> None:
@@ -111,16 +123,26 @@ def _what_to_serve(options: argparse.Namespace) -> tuple[TaskFolder, Path | None
     if (options.task / "log.sqlite").is_file():
         if options.new_run or options.run:
             raise LocalError(f"{options.task} is a run to go on with: --run and --new-run need the task folder")
-        return load_task(options.task / "task"), options.task
+        return _unlocked(options.task)
     task = read_task(options.task)
     options.runs.mkdir(parents=True, exist_ok=True)
     if options.run is not None:
         check_name(options.run, "run")
+        if (options.runs / options.run).exists():
+            raise LocalError(f"{options.runs / options.run} exists already: go on with it by `regrow serve {options.runs / options.run}`")
     unfinished = None if options.new_run or options.run else newest_unfinished(options.runs, task.name)
     if unfinished is not None:
-        print(f"going on with {unfinished} (--new-run starts anew)", flush=True)
-        return load_task(unfinished / "task"), unfinished
+        changed = (unfinished / "task" / "task.toml").read_bytes() != (options.task / "task.toml").read_bytes()
+        why = "; task.toml has changed since, the run keeps its own copy" if changed else ""
+        print(f"going on with {unfinished} (--new-run starts anew{why})", flush=True)
+        return _unlocked(unfinished)
     return built(options.task), None
+
+
+def _unlocked(run: Path) -> tuple[TaskFolder, Path]:
+    """A run to go on with, refused here and now when another process serves it."""
+    Store.open(run).close()
+    return load_task(run / "task"), run
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +192,12 @@ def _serve_run(options: argparse.Namespace, path: Path, link: _Link) -> int:
 
 
 def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
-    """Scores prefixes on the held-out data that lies beside the run's task.toml."""
-    file = folder.path / Path(folder.task.evaluation.data or "").name
+    """Scores prefixes on the held-out data, which a run keeps beside its task.toml."""
+    named = folder.path / (folder.task.evaluation.data or "")
+    file = named if named.is_file() else folder.path / named.name
     x, y = open_source(str(file), validation_fraction=0.0).everything()
     trainer = Trainer(folder.programs)
+    trainer.evaluate(folder.initial, x, y)  # data that does not fit the model is refused before the run begins
 
     def evaluate(effect: Evaluate) -> Evaluated:
         accuracies = {}
@@ -282,6 +306,7 @@ def rollback(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Replay a run's log through reference.py."""
     _check_run(options.run)
+    print(f"replaying {options.run} through the reference", flush=True)
     outcome = audit(options.run)
     print(
         f"{options.run}: {outcome.updates} receipted updates, {outcome.aggregations} aggregations; the model differs from the "

@@ -52,6 +52,7 @@ UPLINK = "uplink"
 POLL_S = 1.0
 UPLINK_DRIFT = 0.2
 OWN_TOKEN = -1
+COMPLAINTS = ("gave up", "rejected", "refused", "set aside")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,8 @@ class Agent:
             elif isinstance(effect, SetTimer):
                 self._timer_s = effect.at_s
             elif isinstance(effect, Note):
-                log.info("%s %s", effect.kind, effect.fields)
+                level = logging.WARNING if effect.kind in COMPLAINTS else logging.INFO
+                log.log(level, "%s %s", effect.kind, effect.fields)
                 self._on_note(effect)
             elif isinstance(effect, Finished):
                 self._stopping = True

@@ -106,20 +106,20 @@ def mask_fed_avg(
         updates: values float32 [length_i], length_i <= n.
         weights: float64 [m], beta_i = s(tau_i) * N_i; finite, > 0.
         segments: order.segments(), (start, stop) from 0 to n; inside one the divisor of whole prefixes is constant.
-        eta_g: server step, W_k = (1 - eta_g) W_{k-1} + eta_g * mean.
+        eta_g: server step, W_k = (1 - eta_g) W_{k-1} + eta_g * mean; above 1 it goes beyond the mean (over-relaxation, ours).
 
     Returns:
         float32 [n], W_k, a fresh array; the same bits for the same inputs.
 
     Raises:
-        LocalError: an update is longer than the order, a weight is not finite and positive, eta_g is not in (0, 1],
+        LocalError: an update is longer than the order, a weight is not finite and positive, eta_g is not in (0, 2],
             or the segments do not reach from 0 to n.
 
     Source: FedGMR Algorithm 3, PR-FL step 5. Differs: the mask is explicit, a kept 0.0 counts.
     """
     _check(previous, updates, weights)
-    if not 0.0 < eta_g <= 1.0:
-        raise LocalError(f"eta_g = {eta_g} is not in (0, 1]")
+    if not 0.0 < eta_g <= 2.0:
+        raise LocalError(f"eta_g = {eta_g} is not in (0, 2]")
     ends = [0, *(stop for _, stop in segments)]
     if [start for start, _ in segments] != ends[:-1] or ends[-1] != previous.size:
         raise LocalError(f"aggregate: segments {tuple(segments)} do not tile 0 to {previous.size}")

@@ -10,6 +10,8 @@ from regrow.ledger import Lease, Ledger
 from regrow.machine import Effect, Publish
 from regrow.publication import PIECE_BYTES, CodedOrder, manifest
 
+MAX_STEPS = 1_000_000  # of one assignment, by the wire
+
 
 class Broadcast:
     """The retained messages of one run, in the order that keeps devices right: chunks, manifest, assignment, then clearing."""
@@ -74,7 +76,7 @@ class Broadcast:
             version=lease.version,
             epoch=lease.epoch,
             level=lease.level,
-            steps=task.training.local_steps,
+            steps=local_steps(self.ledger, who),
             batch=task.training.batch,
             learning_rate=learning_rate(self.ledger),
             seed=task.seed * 1_000_003 + lease.number,
@@ -152,6 +154,17 @@ class Broadcast:
 
     def _retain(self, topic: str, payload: bytes | memoryview) -> None:
         self._emit(Publish(topic, payload, retain=True))
+
+
+def local_steps(ledger: Ledger, who: str) -> int:
+    """Steps of this device's round: more, up to max_steps_factor times, where the link takes longer than the quickest device's.
+
+    While densities match links nobody differs; once a slow device has regrown, its long transfers are used for more local work (ours).
+    """
+    training = ledger.task.training
+    transfer = {other: known.density / known.uplink_bps for other, known in ledger.devices.items()}
+    factor = min(transfer[who] / min(transfer.values()), training.max_steps_factor)
+    return min(round(training.local_steps * factor), MAX_STEPS)
 
 
 def learning_rate(ledger: Ledger) -> float:

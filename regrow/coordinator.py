@@ -200,11 +200,11 @@ class Coordinator:
         who, known = source.device, self.ledger.devices.get(source.device)
         self.heard_s[who] = self.now
         rebooted = self.boots.get(who) != hello.boot
-        self.boots[who] = hello.boot
         if hello.step_s:
             self.step_s[who] = hello.step_s
         self.broadcast.tasks(who)
         if hello.uplink_bps:
+            self.boots[who] = hello.boot  # the hello before its first probe was not yet a start to count
             uplink_bps = max(hello.uplink_bps, MIN_LINK_BPS)
             join = Joined(device=who, install=hello.install.hex(), uplink_bps=uplink_bps, density=0.0)
             if known is None:
@@ -230,7 +230,7 @@ class Coordinator:
         lease = known.lease
         if lease is not None and lease.number == telemetry.assignment:
             if telemetry.failed:
-                self.release_lease(who, telemetry.failed, blame=telemetry.phase == "diverged")
+                self.release_lease(who, telemetry.failed, blame=telemetry.phase in ("diverged", "failed"))
             elif telemetry.phase in ("training", "sending"):
                 self.broadcast.downloaded(lease.version, who)
         if telemetry.pending is not None:

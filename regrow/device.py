@@ -350,7 +350,7 @@ class Device:
 
     def _training_failed(self, failed: TrainingFailed) -> None:
         if failed.number == self._job:
-            self._give_up(failed.reason)
+            self._give_up(failed.reason, phase="failed")
 
     # ---- sending -------------------------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class Method(Section, frozen=True, kw_only=True):
     staleness_a: NotNegative = 0.6
     staleness_b: NotNegative = 4.0
     weigh_by_examples: bool = False
-    eta_g: Fraction = 1.0
+    eta_g: Annotated[float, msgspec.Meta(gt=0, le=2)] = 1.0
     max_staleness: Whole = 0
     round_window: AtLeastOne = 5
 
@@ -50,6 +50,7 @@ class Training(Section, frozen=True, kw_only=True):
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20
     batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 0.05
+    max_steps_factor: Annotated[float, msgspec.Meta(ge=1, le=100)] = 1.0
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None
 
 

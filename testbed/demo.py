@@ -98,6 +98,10 @@ def command(options: argparse.Namespace) -> int:
     with Store.open(path) as store:
         ledger = recover(store, folder)
         kind, seconds = _run_fleet(options, path, folder, store, ledger, devices)
+        if not ledger.version:
+            raise LocalError(
+                f"it ended before the first aggregation, so there is nothing to report; the agents' logs are in {path / 'devices'}"
+            )
         summary = _report(console, path, folder, store, ledger, devices, test, kind, seconds)
     console.print(
         f"\naccuracy on unseen test data [bold]{summary['accuracy']:.3f}[/], trained centrally {summary['accuracy_central']:.3f}; "
@@ -271,6 +275,7 @@ def _train_centrally(
     console: Console, trainer: Trainer, folder: TaskFolder, devices: Sequence[DemoDevice], examples: int
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The same model on the pooled training data, for as many examples as the fleet used."""
+    console.print(f"training the same model centrally on {examples} examples, for comparison")
     parts = []
     for device in devices:
         with np.load(device.data, allow_pickle=False) as arrays:
@@ -281,7 +286,7 @@ def _train_centrally(
     rng = np.random.default_rng(SEED)
     vector = folder.initial
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("training the same model centrally, for comparison", total=examples)
+        bar = progress.add_task("central training", total=examples)
         done = 0
         while done + task.batch <= examples:
             order = rng.permutation(len(y))

@@ -138,6 +138,10 @@ TASK = {
     "training.local_steps": ("SGD steps of one round.", _OURS),
     "training.batch": ("Examples per step.", _G),
     "training.learning_rate": ("Of plain SGD.", _OURS),
+    "training.max_steps_factor": (
+        "A device whose transfers take longer than the quickest one's does up to this many times `local_steps` meanwhile; 1: all alike.",
+        _OURS,
+    ),
     "training.final_learning_rate": (
         "Where the rate falls to, linearly, by the planned end in `[stop]`; without it the rate stays.",
         _OURS,
