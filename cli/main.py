@@ -95,7 +95,7 @@ def _demo(commands: Commands) -> None:
         "Everything runs on this machine: a broker, the gateway and ten agents. Ctrl-C ends it with a report of what there is.",
     )
     _runs_option(demo)
-    demo.add_argument("--seconds", type=_positive, default=165.0, help="how long the fleet trains")
+    demo.add_argument("--seconds", type=_positive, default=172.0, help="how long the fleet trains")
     demo.add_argument("--broker", choices=["auto", "mosquitto", "amqtt"], default="auto", help="auto: mosquitto where it is installed")
     demo.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the smartwatch data is kept")
     demo.add_argument("--plain", action="store_true", help="the table every ten seconds instead of a live one")

@@ -44,7 +44,7 @@ LINKS_BPS = (4_000_000, 4_000_000, 2_000_000, 2_000_000, 800_000, 800_000, 400_0
 DOWN_PER_UP = 4
 CENTRAL_EXAMPLES = 300_000
 SEED = 1
-RESTORED_AFTER = 0.45  # of the run: by then every device has been given the whole model, unless plateaus gave it earlier
+RESTORED_AFTER = 0.42  # of the run: by then every device has been given the whole model, unless plateaus gave it earlier
 TASK = """name = "watch"
 seed = {seed}
 
@@ -56,7 +56,7 @@ staleness_a = 0.3
 [training]
 local_steps = 60
 batch = 20
-learning_rate = 0.08
+learning_rate = 0.1
 
 [restoration]
 trigger = "mixed"
@@ -68,6 +68,7 @@ patience = 8
 min_devices = 10
 join_s = 0
 heartbeat_s = 5
+norm_bound = 30
 
 [stop]
 seconds = {seconds:g}
