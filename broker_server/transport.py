@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
+from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
 
@@ -34,33 +34,6 @@ BACKOFF_MIN_S = 1
 BACKOFF_MAX_S = 30
 FLUSH_S = 5.0
 FILTERS_PER_SUBSCRIBE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
-    """Where the coordinator's broker is, and as whom; user and password are None when the URL has none."""
-
-    host: str
-    port: int
-    tls: bool
-    username: str | None
-    password: str | None
-
-
-def parse_url(url: str) -> BrokerAddress:
-    """The parts of mqtt[s]://[user:password@]host[:port], escapes undone. Raises LocalError: it is no such URL."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-        # The text is not repeated: it may hold a secret.
-        raise LocalError("broker address: expected mqtt://[user:password@]host[:port] or mqtts://…")
-    tls = parts.scheme == "mqtts"
-    user = None if parts.username is None else unquote(parts.username)
-    password = None if parts.password is None else unquote(parts.password)
-    return BrokerAddress(parts.hostname, port or (8883 if tls else 1883), tls, user, password)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +71,7 @@ class MqttBus:
         clock: Callable[[], float] = time.monotonic,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        address = parse_url(url)
+        address = parse_broker_url(url)
         self._on_event, self._clock = on_event, clock
         self._connected = False
         self._refusal: str | None = None

@@ -184,11 +184,12 @@ class Agent:
         """Serve until stopped.
 
         Raises:
-            LocalError: the disk failed; nothing is promised any more, a restart goes on from what is there.
+            LocalError: the disk failed or the state folder is gone; nothing is promised any more, a restart goes on from what is there.
         """
         self._on_note = on_note
         try:
             while not self._stopping:
+                self._folder.check()  # an agent that waits for work writes nothing, and would not notice
                 wait_s = min(max(self._timer_s - time.monotonic(), 0.0), POLL_S)
                 for event in self._link.poll(wait_s):
                     self._take(event)

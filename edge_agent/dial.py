@@ -1,4 +1,4 @@
-"""From mqtt://host:port to a connected socket, in a thread of its own: name look-up, TCP and TLS all block."""
+"""From a broker's address to a connected socket, in a thread of its own: name look-up, TCP and TLS all block."""
 
 from __future__ import annotations
 
@@ -9,42 +9,11 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from edge_agent.pacing import KERNEL_BUFFER_BYTES
-from regrow.errors import LocalError
+from regrow.broker_url import BrokerAddress
 
 CONNECT_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where the broker is: host, port and whether TLS is spoken."""
-
-    host: str
-    port: int
-    tls: bool
-
-
-def parse_url(url: str) -> Address:
-    """The address in mqtt://host:port or mqtts://host:port (default ports 1883 and 8883).
-
-    Raises:
-        LocalError: it is not such a URL. User names and passwords in it are refused: they belong into the device's
-        bundle.
-    """
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as err:
-        raise LocalError(f"broker address {url!r}: {err}; expected mqtt://host:port or mqtts://host:port") from err
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-        raise LocalError(f"broker address {url!r}: expected mqtt://host:port or mqtts://host:port")
-    if parts.username is not None or parts.password is not None:
-        raise LocalError("broker address: leave user and password out, the device's bundle carries them")
-    tls = parts.scheme == "mqtts"
-    return Address(parts.hostname, port or (8883 if tls else 1883), tls)
 
 
 class Dial:
@@ -57,7 +26,7 @@ class Dial:
         done: called from the dialling thread when there is a result.
     """
 
-    def __init__(self, address: Address, tls: ssl.SSLContext | None, limited: bool, done: Callable[[], None]) -> None:
+    def __init__(self, address: BrokerAddress, tls: ssl.SSLContext | None, limited: bool, done: Callable[[], None]) -> None:
         self._box: queue.SimpleQueue[socket.socket | str] = queue.SimpleQueue()
         self._abandoned = threading.Event()
 
@@ -90,7 +59,7 @@ class Dial:
                 late.close()
 
 
-def _connect(address: Address, tls: ssl.SSLContext | None, limited: bool) -> socket.socket:
+def _connect(address: BrokerAddress, tls: ssl.SSLContext | None, limited: bool) -> socket.socket:
     """A connected socket, TLS handshake done; blocks for at most about CONNECT_TIMEOUT_S per step."""
     error: OSError = OSError("the name has no address")
     deadline_s = time.monotonic() + CONNECT_TIMEOUT_S

@@ -62,6 +62,24 @@ class StateFolder:
         """Release the folder; harmless when done twice."""
         self._lock.close()
 
+    def check(self) -> None:
+        """See that the folder is still the one that was opened; a new one in its place has none of what was promised.
+
+        Raises:
+            LocalError: it was deleted, moved or replaced, or cannot be looked at; the agent cannot go on.
+        """
+        try:
+            there = os.path.samestat((self.path / _LOCK).stat(), os.fstat(self._lock.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        except OSError as error:
+            raise LocalError(f"cannot use the state folder {self.path}: {error}; check its owner and the disk") from error
+        if not there:
+            raise LocalError(
+                f"the state folder {self.path} is gone: it was deleted, moved or replaced while this agent ran, and without it "
+                "no update can be kept; put it back if it was moved, and start the agent again"
+            )
+
     def put(self, name: str, data: bytes, durable: bool = True) -> None:
         """Replace the file by `data`; when this returns it survives a power cut, unless `durable` is False.
 
@@ -69,9 +87,10 @@ class StateFolder:
         that can be fetched again, it spares the card two fsyncs.
 
         Raises:
-            LocalError: a wrong name, or the disk failed; the old file then stays.
+            LocalError: a wrong name, the folder is gone, or the disk failed; the old file then stays.
         """
         file = self._file(name)
+        self.check()  # also before: a folder that somebody made anew could be written
         temporary = self.path / f"{name}.tmp"
         try:
             with temporary.open("wb") as stream:
@@ -86,6 +105,7 @@ class StateFolder:
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            self.check()
             raise LocalError(f"cannot write {file}: {error}; free space on the disk or replace the card") from error
         self.bytes_written += len(MAGIC) + _DIGEST_BYTES + len(data)
 
@@ -116,6 +136,7 @@ class StateFolder:
             if durable:
                 self._sync_folder()
         except OSError as error:
+            self.check()
             raise LocalError(f"cannot delete {file}: {error}") from error
 
     def list(self, prefix: str = "") -> list[str]:

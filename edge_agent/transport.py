@@ -3,8 +3,7 @@
 Strategy: paho speaks the protocol, but its sockets, its loop and its reconnecting are ours: every connection gets a
 fresh client, so that nothing a dead connection left behind is ever sent again (the state machine re-sends what still
 matters), and every byte goes through a `PacedSocket`. Dialling (name look-up, TCP, TLS) blocks, so a short-lived
-thread of our own does it and leaves the socket in a queue. Nothing that comes from the network raises: it ends in
-`Disconnected(reason)` and a back-off.
+thread of our own does it and leaves the socket in a queue. Nothing that comes from the network raises: it ends in `Disconnected`.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ from paho.mqtt import MQTTException
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_agent.dial import CONNECT_TIMEOUT_S, Dial, parse_url
+from edge_agent.dial import CONNECT_TIMEOUT_S, Dial
 from edge_agent.pacing import PacedSocket, RateLimiter
+from edge_agent.retry import Retry
+from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
 
@@ -35,9 +36,6 @@ log = logging.getLogger(__name__)
 Event = Connected | Disconnected | Received | Acknowledged
 Effect = Publish | Subscribe | Unsubscribe
 
-BACKOFF_MIN_S = 0.5
-BACKOFF_MAX_S = 60.0
-STABLE_S = 10.0  # a connection shorter than this does not reset the back-off: a broker that kicks us is not hammered
 FILTERS_PER_SUBSCRIBE = 16
 MAX_INFLIGHT = 1000  # the state machine bounds what it leaves unacknowledged; paho must not hold anything back
 MAX_PACKET_BYTES = 4 * 1024 * 1024
@@ -74,7 +72,7 @@ class _Client(paho.Client):
 
 
 class MqttLink:
-    """One device's connection to its broker, kept up by itself with jittered, capped exponential back-off.
+    """One device's connection to its broker, kept up by itself; `edge_agent.retry` says when it is tried again.
 
     Args:
         url: mqtt://host:port or mqtts://host:port.
@@ -83,7 +81,7 @@ class MqttLink:
         will: topic and payload that the broker publishes (not retained) when the connection is lost; a hint only.
         max_uplink_bps, max_downlink_bps: wire bits per second; None = as fast as the link goes.
         keepalive_s: a peer that is silent for up to twice as long counts as dead.
-        rng: draws the back-off's jitter.
+        rng: draws the jitter of the waits.
         clock: monotonic seconds, the same as the state machine's `now`.
         tls: context for mqtts://; None = the system's certificates.
 
@@ -105,9 +103,9 @@ class MqttLink:
         clock: Callable[[], float] = time.monotonic,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.address = parse_url(url)
+        self.address = parse_broker_url(url, of_device=True)
         self._device_id, self._password, self._will = device_id, password, will
-        self._keepalive_s, self._rng, self._clock, self._tls = keepalive_s, rng, clock, tls
+        self._keepalive_s, self._clock, self._tls = keepalive_s, clock, tls
         self._uplink = RateLimiter(max_uplink_bps, clock)
         self._downlink = RateLimiter(max_downlink_bps, clock)
         self._events: list[Event] = []
@@ -122,7 +120,7 @@ class MqttLink:
         self._retry_at_s = clock()
         self._heard_s = self._said_s = self._pinged_s = self._retry_at_s
         self._heard_bytes = self._said_bytes = 0
-        self._backoff_s = BACKOFF_MIN_S
+        self._retry = Retry(rng, self._retry_at_s)
         self._closed_bytes_up = self._closed_bytes_down = 0
         self._woken = False
         self._wake_read, self._wake_write = socket.socketpair()
@@ -242,14 +240,17 @@ class MqttLink:
         self._deadline_s = self._clock() + CONNECT_TIMEOUT_S
         client.connect(self.address.host, self.address.port, self._keepalive_s)
 
-    def _lost(self, reason: str) -> None:
-        """Tear down, report, and back off: decorrelated jitter spreads a fleet that lost its broker at one instant."""
+    def _lost(self, reason: str, *, closed_by_broker: bool = False) -> None:
+        """Tear down, report, and wait."""
         now = self._clock()
-        if self._connected_at_s is not None and now - self._connected_at_s >= STABLE_S:
-            self._backoff_s = BACKOFF_MIN_S
+        if self._connected_at_s is None:
+            wait_s = self._retry.failed(now)
+        else:
+            wait_s = self._retry.lost(now, now - self._connected_at_s, closed_by_broker=closed_by_broker)
         self._drop()
-        self._backoff_s = min(BACKOFF_MAX_S, self._rng.uniform(BACKOFF_MIN_S, 3 * self._backoff_s))
-        self._retry_at_s = now + self._backoff_s
+        self._retry_at_s = now + wait_s
+        if self._retry.taken_over:
+            reason = self._retry.suspicion(self._device_id, wait_s)
         self._events.append(Disconnected(reason))
 
     def _drop(self) -> None:
@@ -285,7 +286,7 @@ class MqttLink:
             self._lost(f"the broker sent bytes that are not MQTT 3.1.1: {err!r}")
             return
         if self._client is client and client.socket() is None:  # paho closed it, with or without a callback
-            self._lost(self._refusal or "connection lost")
+            self._lost(self._refusal or "connection lost", closed_by_broker=True)
         elif sock is not None and not client.want_write():
             sock.idle()
 
@@ -375,7 +376,7 @@ class MqttLink:
 
     def _on_disconnect(self, client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:
         if client is self._client:
-            self._lost(self._refusal or f"connection lost: {code}")
+            self._lost(self._refusal or f"connection lost: {code}", closed_by_broker=True)
 
     def _on_message(self, client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         if client is not self._client:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
 
 import pytest
 
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR
-from broker_server.transport import MAX_QUEUED, BrokerAddress, MqttBus, parse_url
+from broker_server.transport import MAX_QUEUED, MqttBus
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
-from tests.broker_server.scenarios import DEADLINE_S, Rig
+from tests.broker_server.scenarios import DEADLINE_S, Rig, rig_on
 
-
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    rig = Rig(tmp_path_factory.mktemp("amqtt"), "amqtt")
-    yield rig
-    rig.close()
+rig = rig_on("amqtt")
 
 
 def test_every_token_comes_back_once_with_its_times(rig: Rig) -> None:
@@ -103,16 +97,3 @@ def test_a_queue_that_only_grows_is_an_error() -> None:
         bus.perform(Publish("a", b""))
     with pytest.raises(LocalError, match="too slow"):
         bus.perform(Publish("a", b""))
-
-
-def test_parse_url() -> None:
-    assert parse_url("mqtt://h") == BrokerAddress("h", 1883, False, None, None)
-    assert parse_url("mqtts://u:p%40ss@h:9/") == BrokerAddress("h", 9, True, "u", "p@ss")
-    assert parse_url("mqtt://[::1]:9").host == "::1"
-
-
-@pytest.mark.parametrize("url", ["", "h", "http://h", "mqtt://", "mqtt://u:secret@h:x", "mqtt://h/path", "mqtt://[::1"])
-def test_a_wrong_url_is_refused_without_repeating_it(url: str) -> None:
-    with pytest.raises(LocalError, match="expected mqtt://") as caught:
-        parse_url(url)
-    assert "secret" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -143,6 +144,13 @@ def test_a_disk_that_fails_ends_it(folder: StateFolder, data: DataSource, monkey
     with pytest.raises(LocalError, match="disk full"):
         one._perform([Save(OUTGOING, b"x", id=1)])
     end(one)
+
+
+def test_it_ends_when_its_state_folder_is_gone_though_it_has_nothing_to_write(folder: StateFolder, data: DataSource) -> None:
+    one = agent(folder, data)
+    shutil.rmtree(folder.path)
+    with pytest.raises(LocalError, match=f"the state folder {folder.path} is gone"):
+        one.run()
 
 
 def test_training_that_fails_is_told_to_the_machine(folder: StateFolder, data: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,37 @@ def test_a_failed_write_keeps_the_old_file(folder: StateFolder) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert folder.get("update") == b"old"
     assert not (folder.path / "update.tmp").exists()
+
+
+@pytest.mark.parametrize("accident", ["deleted", "moved", "replaced", "replaced by a file"])
+def test_a_folder_that_is_gone_is_said_to_be_gone(folder: StateFolder, accident: str) -> None:
+    folder.put("update", b"old")
+    folder.check()
+    if accident == "moved":
+        folder.path.rename(folder.path.with_name("elsewhere"))
+    else:
+        shutil.rmtree(folder.path)
+    if accident == "replaced":
+        with StateFolder(folder.path) as other:
+            other.put("update", b"another agent's")
+    elif accident == "replaced by a file":
+        folder.path.write_text("in the way")
+    for attempt in (folder.check, lambda: folder.put("update", b"new"), lambda: folder.put("part", b"new", durable=False)):
+        with pytest.raises(LocalError, match=f"the state folder {folder.path} is gone: .*start the agent again") as caught:
+            attempt()
+        assert "free space" not in str(caught.value)
+
+
+def test_a_folder_that_goes_while_a_file_is_written_is_said_to_be_gone(folder: StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def delete(descriptor: int) -> None:
+        sync(descriptor)
+        shutil.rmtree(folder.path)
+
+    monkeypatch.setattr(os, "fsync", delete)
+    with pytest.raises(LocalError, match="is gone"):
+        folder.put("update", b"new")
 
 
 def test_a_second_agent_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edge_agent.dial import Address, parse_url
-from edge_agent.transport import BACKOFF_MAX_S, BACKOFF_MIN_S, MqttLink
+from edge_agent.retry import FIRST_CEILING_S, TAKEOVERS, WAIT_MAX_S
+from edge_agent.transport import MqttLink
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
-from tests.broker_server.scenarios import DEADLINE_S, Rig, received_until, wait_for
+from tests.broker_server.scenarios import DEADLINE_S, Rig, received_until, rig_on, wait_for
 
 CONNACK = b"\x20\x02\x00\x00"
 # Made for this test: localhost, valid for a hundred years, worth nothing.
@@ -44,11 +44,7 @@ BRVDjc3UR8wOyo2VWeTGzmiXi1uTrBakcAanAEmgcUZ0HGqD2hr3jx53
 """
 
 
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    rig = Rig(tmp_path_factory.mktemp("amqtt"), "amqtt")
-    yield rig
-    rig.close()
+rig = rig_on("amqtt")
 
 
 class Peer:
@@ -303,7 +299,7 @@ def test_random_bytes_never_raise() -> None:
     peer.close()
 
 
-def test_back_off_is_jittered_grows_and_is_capped() -> None:
+def test_waits_are_jittered_and_grow_with_the_outage() -> None:
     closed = socket.create_server(("127.0.0.1", 0))
     url = f"mqtt://127.0.0.1:{closed.getsockname()[1]}"
     closed.close()
@@ -322,10 +318,24 @@ def test_back_off_is_jittered_grows_and_is_capped() -> None:
 
     first, second = delays(1), delays(2)
     assert len(first) == len(second) == 25
-    assert all(BACKOFF_MIN_S <= delay <= BACKOFF_MAX_S for delay in first + second)
-    assert max(first[:2]) < 10 * BACKOFF_MIN_S
-    assert max(first) > BACKOFF_MAX_S / 2
-    assert set(first).isdisjoint(set(second) - {BACKOFF_MAX_S})
+    assert max(first[:3] + second[:3]) <= FIRST_CEILING_S
+    assert max(first) > 2 * FIRST_CEILING_S
+    assert set(first).isdisjoint(second)
+
+
+def test_two_agents_with_one_bundle_say_so_and_stop_fighting(rig: Rig) -> None:
+    pair = (rig.link("d8"), rig.link("d8"))
+    reasons: list[str] = []
+    until_s = time.monotonic() + DEADLINE_S
+    while not any("Another agent" in reason for reason in reasons) and time.monotonic() < until_s:
+        for link in pair:
+            reasons += [event.reason for event in link.poll(0.02) if isinstance(event, Disconnected)]
+    assert "Another agent seems to run with the bundle of 'd8': stop one of the two" in reasons[-1]
+    assert "regrow device add NAME" in reasons[-1]
+    assert len(reasons) < 2 * TAKEOVERS
+    assert max(link.retry_at_s for link in pair) - time.monotonic() > WAIT_MAX_S / 2 - 1
+    for link in pair:
+        link.close()
 
 
 def test_a_peer_that_never_answers_is_given_up() -> None:
@@ -395,15 +405,3 @@ def test_tls(tmp_path: Path, rate_bps: float | None) -> None:
     assert "certificate" in event.reason.lower()
     stranger.close()
     peer.close()
-
-
-def test_parse_url() -> None:
-    assert parse_url("mqtt://h") == Address("h", 1883, False)
-    assert parse_url("mqtts://10.0.0.1:9/") == Address("10.0.0.1", 9, True)
-    assert parse_url("mqtt://[::1]:9").host == "::1"
-
-
-@pytest.mark.parametrize("url", ["", "h", "http://h", "mqtt://", "mqtt://h:x", "mqtt://h/path", "mqtt://u:p@h", "mqtt://["])
-def test_a_wrong_url_is_refused(url: str) -> None:
-    with pytest.raises(LocalError, match="broker address"):
-        parse_url(url)

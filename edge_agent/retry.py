@@ -1,0 +1,74 @@
+"""When to try the broker again, and whether another agent takes the connection away.
+
+Strategy. A wait is drawn from a tenth to the whole of a ceiling that is a quarter of the outage so far, at least 1 s and
+at most 60 s: after a short outage a device is back within a second or so, a broker that stays away for four minutes is
+asked every half a minute on average, and whatever the outage, a fleet that lost its broker at one instant comes back
+spread over a quarter of it. Only a connection that lasted ends an outage: a broker that kicks us is not hammered.
+
+Two agents with one bundle have one client id, and a broker ends the older connection for the newer one. MQTT 5 would say
+"session taken over"; 3.1.1, which we speak, just closes. So the sign is a broker that lets us in and closes soon after,
+several times in a row and reachable all the while.
+"""
+
+from __future__ import annotations
+
+import random
+
+FIRST_CEILING_S = 1.0
+WAIT_MAX_S = 60.0
+OUTAGE_SHARE = 0.25
+STABLE_S = 10.0
+TAKEOVERS = 3
+# One that waits leaves the other alone for up to WAIT_MAX_S: once it has begun, only a longer connection shows that it is over.
+ALONE_S = 2 * WAIT_MAX_S
+
+
+class Retry:
+    """The waits of one device; times are monotonic seconds.
+
+    Args:
+        rng: draws the jitter.
+        now: when the first attempt is made.
+
+    Attributes:
+        takeovers: how many connections in a row the broker has ended soon after it let us in.
+    """
+
+    def __init__(self, rng: random.Random, now: float) -> None:
+        self.takeovers = 0
+        self._rng = rng
+        self._away_since_s = now
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether another agent seems to run with our client id."""
+        return self.takeovers >= TAKEOVERS
+
+    def suspicion(self, device: str, wait_s: float) -> str:
+        """What to tell the user when `taken_over`."""
+        return (
+            f"connection lost: {self.takeovers} times in a row the broker ended the connection soon after it let us in. "
+            f"Another agent seems to run with the bundle of {device!r}: stop one of the two, or make it a bundle of its own "
+            f"on the gateway with `regrow device add NAME`; next try in {wait_s:.0f} s"
+        )
+
+    def failed(self, now: float) -> float:
+        """Seconds to wait after an attempt that brought no connection."""
+        self.takeovers = 0  # a broker that cannot be reached, or refuses us, is no sign of a rival
+        return self._draw(now)
+
+    def lost(self, now: float, lasted_s: float, *, closed_by_broker: bool) -> float:
+        """Seconds to wait after a connection that lasted `lasted_s`."""
+        if closed_by_broker and lasted_s < (ALONE_S if self.takeovers else STABLE_S):
+            self.takeovers += 1
+        else:
+            self.takeovers = 0
+        if lasted_s >= STABLE_S:
+            self._away_since_s = now
+        return self._draw(now)
+
+    def _draw(self, now: float) -> float:
+        if self.taken_over:
+            return self._rng.uniform(WAIT_MAX_S / 2, WAIT_MAX_S)
+        ceiling_s = min(max(OUTAGE_SHARE * (now - self._away_since_s), FIRST_CEILING_S), WAIT_MAX_S)
+        return self._rng.uniform(0.1 * ceiling_s, ceiling_s)
