@@ -94,7 +94,7 @@ def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Pat
         Store.open(temporary, create=True).close()
         temporary.rename(path)
     except OSError as error:
-        raise LocalError(f"cannot make the run {path}: {error}") from error
+        raise LocalError(f"cannot make the run {path}: {error}; check the owner and the permissions of {runs} and the disk") from error
     return path
 
 

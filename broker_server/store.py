@@ -12,9 +12,7 @@ save snapshots; a second one around snapshot files, so that `append` never waits
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -27,23 +25,12 @@ from typing import IO, Any, TypeVar
 from numpy.typing import NDArray
 
 from broker_server import snapshot
+from broker_server.run_files import CURE, connect, no_access, take_lock
 from broker_server.snapshot import SnapshotFile, sync_folder
 from regrow.errors import LocalError
 from regrow.machine import Record
 
 _T = TypeVar("_T")
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE log (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, header TEXT NOT NULL, payload BLOB NOT NULL,
-                  wall_time REAL NOT NULL);
-CREATE TABLE metrics (id INTEGER PRIMARY KEY, wall_time REAL NOT NULL, kind TEXT NOT NULL, fields TEXT NOT NULL);
-CREATE TABLE snapshots (log_id INTEGER PRIMARY KEY, version INTEGER, wall_time REAL NOT NULL, file TEXT NOT NULL,
-                        bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, meta TEXT NOT NULL);
-CREATE TABLE emptied (up_to INTEGER NOT NULL);
-INSERT INTO emptied VALUES (0);
-"""
-# A log that was large once should not keep a large journal beside it for ever.
-_JOURNAL_LIMIT_BYTES = 64 * 2**20
 # Metrics wait for the next append; without any append they are written once this many wait.
 _METRICS_WAITING = 1000
 
@@ -97,24 +84,26 @@ class Store:
         Args:
             path: the run's folder.
             create: make the run when the folder has none; an existing run is opened as it is.
-            read_only: take no lock and write nothing: for looking at a run that another process may be running.
+            read_only: take no lock and write nothing: for looking at a run that another process may be running, or that lies
+                where this user may not write.
             wall_clock: seconds since 1970, for the wall_time columns.
 
         Raises:
-            LocalError: no run there, taken by another process, a newer schema, or not readable as a database.
+            LocalError: no run there, taken by another process, a newer schema, not readable as a database, or no right
+                to read or write there.
         """
         path = Path(path)
         if not create and not (path / "log.sqlite").is_file():
             raise LocalError(f"{path} holds no run (no log.sqlite): check the path, or start one with --new-run")
         if read_only:
-            return cls(path, _connect(path, read_only=True), None, wall_clock)
+            return cls(path, connect(path, read_only=True), None, wall_clock)
         try:
             (path / "snapshots").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise LocalError(f"cannot make the run folder {path}: {error}") from error
-        lock = _take_lock(path)
+            raise no_access(path, "written", error) from error
+        lock = take_lock(path)
         try:
-            store = cls(path, _connect(path, create=create), lock, wall_clock)
+            store = cls(path, connect(path, create=create), lock, wall_clock)
             sync_folder(path)
             store._remove_unnamed_files()
         except BaseException:
@@ -191,18 +180,18 @@ class Store:
         if after < emptied and not emptied_too:
             raise LocalError(
                 f"{self.path}: payloads up to record {emptied} were freed, so a replay starts from a snapshot there or "
-                f"later, not from {after}: {_CURE}"
+                f"later, not from {after}: {CURE}"
             )
         return self._replay(after)
 
     def _replay(self, after: int) -> Iterator[tuple[int, Record]]:
         # A connection of its own: a slow reader neither holds the mutex nor mixes with the writer's transactions.
-        with self._translated(), closing(_connect(self.path, read_only=True)) as db:
+        with self._translated(), closing(connect(self.path, read_only=True)) as db:
             expected = after + 1
             query = "SELECT id, kind, header, payload FROM log WHERE id > ? ORDER BY id"
             for id_, kind, header, payload in db.execute(query, (after,)):
                 if id_ != expected:
-                    raise LocalError(f"{self.path}: record {expected} is missing: {_CURE}")
+                    raise LocalError(f"{self.path}: record {expected} is missing: {CURE}")
                 expected += 1
                 yield id_, Record(kind, header.encode(), payload)
 
@@ -218,7 +207,7 @@ class Store:
 
     def metrics(self, after: int = 0, kind: str | None = None) -> Iterator[Metric]:
         """Yield the written metrics with id > `after`, oldest first; only those of `kind` when given."""
-        with self._translated(), closing(_connect(self.path, read_only=True)) as db:
+        with self._translated(), closing(connect(self.path, read_only=True)) as db:
             query = "SELECT id, wall_time, kind, fields FROM metrics WHERE id > ? AND (? IS NULL OR kind = ?) ORDER BY id"
             for id_, wall_time, row_kind, fields in db.execute(query, (after, kind, kind)):
                 yield Metric(id_, wall_time, row_kind, json.loads(fields))
@@ -352,57 +341,7 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            raise LocalError(f"cannot read {self.path / 'log.sqlite'}: {error}; {_CURE}") from error
-
-
-_CURE = "restore the run folder from a backup, or start anew with --new-run"
-
-
-def _connect(path: Path, *, create: bool = False, read_only: bool = False) -> sqlite3.Connection:
-    file = path / "log.sqlite"
-    mode = "ro" if read_only else "rwc" if create else "rw"
-    db: sqlite3.Connection | None = None
-    try:
-        # check_same_thread: the mutex of Store orders the threads, so the module's own check is not needed.
-        db = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False)
-        version = int(db.execute("PRAGMA user_version").fetchone()[0])
-        if not read_only:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute(f"PRAGMA journal_size_limit = {_JOURNAL_LIMIT_BYTES}")
-        if version == 0 and create:
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            version = SCHEMA_VERSION
-    except sqlite3.Error as error:
-        if db:
-            db.close()
-        raise LocalError(f"cannot open {file}: {error}; {_CURE}") from error
-    if version != SCHEMA_VERSION:
-        db.close()
-        why = "made by a newer Regrow: update this one" if version > SCHEMA_VERSION else f"never finished: {_CURE}"
-        raise LocalError(f"{file} has schema version {version}, this Regrow reads {SCHEMA_VERSION}; it was {why}")
-    return db
-
-
-def _take_lock(path: Path) -> IO[str]:
-    try:
-        lock = (path / "lock").open("a+")
-    except OSError as error:
-        raise LocalError(f"cannot open {path / 'lock'}: {error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise LocalError(f"{path} is in use by process {holder}: stop it, or name another run folder") from None
-    except OSError as error:
-        lock.close()
-        raise LocalError(f"cannot lock {path / 'lock'}: {error}; put the run folder on a local disk") from error
-    return lock
+            raise LocalError(f"cannot read {self.path / 'log.sqlite'}: {error}; {CURE}") from error
 
 
 def _version_of(meta: bytes) -> int | None:

@@ -6,7 +6,6 @@ import argparse
 import os
 import secrets
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,12 +23,13 @@ from broker_server.gateway import Gateway
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
 from broker_server.runs import rollback as roll_back
+from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
-from broker_server.transport import parse_url
 from broker_server.view import FleetView, watch
 from edge_agent.data.sources import open_source
 from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, write_trained
+from regrow.broker_url import parse_broker_url
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
@@ -159,7 +159,7 @@ class _Link:
 def _link(options: argparse.Namespace, home: Path) -> _Link:
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
-        address = parse_url(url)
+        address = parse_broker_url(url)
         if not address.username:
             raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
         return _Link(url, address.username, address.password or "")
@@ -226,8 +226,7 @@ def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
 
 
 def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, keep: Callable[[], str | None]) -> str:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: gateway.stop())
+    stop_at_signals(gateway.stop, "stopping: writing the model and the metrics")
     print(f"run {path}", flush=True)
     if options.plain:
         return gateway.run(on_note=_print_note, housekeeping=keep)
@@ -252,6 +251,7 @@ def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None
 
 def device_add(options: argparse.Namespace) -> int:
     """Give a device its password and write its bundle."""
+    parse_broker_url(options.broker, of_device=True)  # here, and not on a device that somebody then has to reach
     credentials = Credentials(options.runs / GATEWAY_HOME)
     credentials.add_device(options.name)
     print(credentials.write_bundle(options.name, options.broker, options.out))

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.gateway import Gateway
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, load_task, recover
+from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.view import FleetView, watch
 from edge_agent.trainer import Trainer
@@ -138,8 +138,7 @@ def _run_fleet(
     try:
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31))
         gateway = Gateway(coordinator, store, url=broker.url, username=COORDINATOR, password=credentials.coordinator_password)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: gateway.stop())
+        stop_at_signals(gateway.stop, "ending: testing the model and training one centrally for the report")
         agents.update({device.name: _start_agent(device, credentials, broker.url, path) for device in devices})
         started = time.monotonic()
         view = FleetView(f"{path.name} on {broker.kind}", options.seconds)

@@ -9,8 +9,10 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from broker_server.broker import Broker, Kind
 from broker_server.credentials import COORDINATOR, Credentials
@@ -98,6 +100,18 @@ class Rig:
     def close(self) -> None:
         self.bus.close()
         self.broker.stop()
+
+
+def rig_on(kind: Kind) -> Callable[..., Iterator[Rig]]:
+    """The fixture `rig` of a test module, on one kind of broker."""
+
+    @pytest.fixture(scope="module", name="rig")
+    def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+        rig = Rig(tmp_path_factory.mktemp(kind), kind)
+        yield rig
+        rig.close()
+
+    return rig
 
 
 def wait_for(link: MqttLink, kind: type, seen: list[object] | None = None) -> object:
@@ -352,3 +366,5 @@ ALL = (
     changed_credentials_take_effect,
     no_message_is_lost_while_others_come_and_go,
 )
+
+in_every_scenario = pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.__name__)

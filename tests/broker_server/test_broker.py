@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,17 +23,12 @@ from broker_server.embedded_broker import UNREAD_LIMIT_BYTES
 from regrow.errors import LocalError
 from regrow.machine import Publish, Subscribe, Unsubscribe
 from tests.broker_server import scenarios
-from tests.broker_server.scenarios import DEADLINE_S, Rig, connect_raw
+from tests.broker_server.scenarios import DEADLINE_S, Rig, connect_raw, in_every_scenario, rig_on
+
+rig = rig_on("amqtt")
 
 
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    rig = Rig(tmp_path_factory.mktemp("amqtt"), "amqtt")
-    yield rig
-    rig.close()
-
-
-@pytest.mark.parametrize("scenario", scenarios.ALL, ids=lambda scenario: scenario.__name__)
+@in_every_scenario
 def test_scenario(rig: Rig, scenario: Callable[[Rig], None]) -> None:
     scenario(rig)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,10 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker_server.store import SCHEMA_VERSION, Store
+from broker_server.run_files import SCHEMA_VERSION
+from broker_server.store import Store
 from regrow.errors import LocalError
 from regrow.machine import Record
+from tests.broker_server.rights import no_root, public, read_only
 
+__all__ = ["public"]
 ROOT = Path(__file__).parents[2]
 APPENDER = """
 import resource, sys
@@ -154,6 +158,49 @@ def test_opening_what_is_not_a_run_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "log.sqlite").write_bytes(b"")
     with pytest.raises(LocalError, match="never finished"):
         Store.open(tmp_path)
+
+
+def test_a_run_that_may_not_be_written_can_be_read(public: Path) -> None:
+    with Store.open(public / "run", create=True) as store:
+        fill(store, 3)
+        store.save_snapshot(3, b'{"version":7}', {"w": np.ones(2)})
+        store.metric("note", {})
+    with read_only(public / "run"):
+        with Store.open(public / "run", read_only=True) as reader:
+            assert [id_ for id_, _ in reader.replay()] == [1, 2, 3]
+            assert [metric.kind for metric in reader.metrics()] == ["note"]
+            assert [info.version for info in reader.snapshots()] == [7]
+            assert reader.load_snapshot() is not None
+        with pytest.raises(LocalError, match=f"the run folder {public / 'run'} cannot be written .*mounted read-only"):
+            Store.open(public / "run")
+
+
+@pytest.mark.parametrize("only", ["the log", "the folder"])
+def test_a_run_of_which_only_a_part_may_be_written_is_refused_before_work_begins(public: Path, only: str) -> None:
+    run = public / "run"
+    Store.open(run, create=True).close()
+    for path in (run, run / "lock", run / "log.sqlite", run / "snapshots"):
+        path.chmod(0o777)
+    (run / "log.sqlite" if only == "the log" else run).chmod(0o555)
+    with no_root(), pytest.raises(LocalError, match=f"the run folder {run} cannot be written .*check the owner and the permissions"):
+        Store.open(run)
+    run.chmod(0o755)
+
+
+def test_a_read_only_run_with_a_journal_that_only_a_writer_can_use_says_so(public: Path) -> None:
+    """Its newest records are in the journal: to leave them out without a word would be a lie."""
+    with Store.open(public / "run", create=True) as store:
+        fill(store, 3)
+        (public / "copy").mkdir()
+        for name in ("log.sqlite", "log.sqlite-wal"):
+            shutil.copy(public / "run" / name, public / "copy")
+    with (
+        read_only(public / "copy"),
+        pytest.raises(LocalError, match=f"the run folder {public / 'copy'} cannot be read .*a copy of it in a folder of your own"),
+    ):
+        Store.open(public / "copy", read_only=True)
+    with Store.open(public / "copy", read_only=True) as reader:
+        assert reader.last_id == 3
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from export.task import build_task, save_model
 from regrow import records
 from regrow.records import to_record
 from testbed.watch import obtain
+from tests.broker_server.rights import public, read_only
 from tests.testbed.processes import Child, Fleet, task_text, until, write_digits
 
+__all__ = ["public"]
 Fails = Callable[..., str]
 
 
@@ -164,6 +166,11 @@ def test_devices(fails: Fails, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "device name" in fails("device", "add", "Pi_1", *runs)
     assert "coordinator" in fails("device", "add", "coordinator", *runs)
     assert "no device 'pi'" in fails("device", "remove", "pi", *runs)
+    for url in ("nonsense", "192.168.1.10:1883", "http://gateway", "mqtt://"):
+        assert "for example mqtt://192.168.1.10:1883" in fails("device", "add", "pi", "--broker", url, *runs)
+    assert "leave user and password out" in fails("device", "add", "pi", "--broker", "mqtt://me:secret@gateway", *runs)
+    assert main(["device", "list", *runs]) == 0
+    assert "no devices yet" in capsys.readouterr().out, "a refused device was let in"
     (tmp_path / "file").write_text("in the way")
     assert "file" in fails("device", "add", "pi", "--out", tmp_path / "file", *runs)
     assert "file" in fails("device", "list", "--runs", tmp_path / "file")
@@ -220,6 +227,20 @@ def test_runs_rollback_and_verify(fails: Fails, run: Path, tmp_path: Path, capsy
     assert "one" in capsys.readouterr().out
 
 
+def test_runs_that_may_only_be_read(fails: Fails, built: Path, public: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = create_run(public / "runs", load_task(built), "one")
+    with Store.open(run) as store:
+        store.append([to_record(records.Led(term=7))])
+    assert main(["runs", "--runs", str(run.parent)]) == 0
+    wanted = capsys.readouterr().out
+    with read_only(run.parent):
+        assert main(["runs", "--runs", str(run.parent)]) == 0
+        assert capsys.readouterr().out == wanted
+        assert main(["verify", str(run)]) == 0
+        for words in (("rollback", run), ("serve", run)):
+            assert f"the run folder {run} cannot be written (" in fails(*words)
+
+
 def test_a_task_folder_inside_a_run_that_is_damaged(fails: Fails, run: Path) -> None:
     (run / "task" / "task.toml").write_text("[")
     assert "task.toml" in fails("verify", run)
@@ -247,6 +268,7 @@ def test_ctrl_c_ends_serve_and_agent_and_leaves_nothing(tmp_path: Path) -> None:
         os.kill(serve.pid, signal.SIGINT)
         assert serve.ended() == 0
         assert not any(child.is_running() for child in children)
+        assert "Ctrl-C again quits at once" in serve.text()
         assert "stopped: the same command goes on where it was" in serve.text()
         for child in (serve, agent):
             assert "Traceback" not in child.text()

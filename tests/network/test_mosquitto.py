@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from regrow.machine import Received
 from tests.broker_server import scenarios
-from tests.broker_server.scenarios import Rig, connect_raw
+from tests.broker_server.scenarios import Rig, connect_raw, in_every_scenario, rig_on
 
 pytestmark = pytest.mark.network
 
 
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    rig = Rig(tmp_path_factory.mktemp("mosquitto"), "mosquitto")
-    yield rig
-    rig.close()
+rig = rig_on("mosquitto")
 
 
-@pytest.mark.parametrize("scenario", scenarios.ALL, ids=lambda scenario: scenario.__name__)
+@in_every_scenario
 def test_scenario(rig: Rig, scenario: Callable[[Rig], None]) -> None:
     scenario(rig)
 
