@@ -13,6 +13,7 @@ from typing import Any
 from regrow import outgoing, topics, training, wire
 from regrow.errors import LocalError, PeerError
 from regrow.fetching import Fetched, Fetching, assemble, shopping
+from regrow.hearing import own_topics, recognise
 from regrow.machine import (
     Acknowledged,
     Connected,
@@ -89,7 +90,8 @@ class Device:
         """Take one event in at monotonic time `now`; returns what the runtime must do, in order."""
         self.now = max(now, self.now)
         try:
-            kind, said = self._parse(event)
+            version = self.assignment.version if self.assignment is not None else None
+            kind, said = recognise(event, self.identity.name, self.names, version, self._fetching.subscribed)
             handler = TRANSITIONS.get((self.phase, kind))
             if handler is not None:
                 handler(self, said)
@@ -97,24 +99,6 @@ class Device:
             self._effects.append(Note("refused", {"reason": str(error)}))
         effects, self._effects = self._effects, []
         return [*effects, SetTimer(min(self._presence.beat_s, self._presence.hello_s, self._sending.ask_s))]
-
-    def _parse(self, event: Event) -> tuple[Any, Any]:
-        if not isinstance(event, Received):
-            return type(event), event
-        if event.topic == topics.tasks(self.identity.name):
-            return "tasks", wire.decode(event.payload, wire.Tasks)[0]
-        names = self.names
-        if names is None or not event.payload:
-            return None, None
-        if event.topic == topics.claim(names.task):
-            return "claim", wire.decode(event.payload, wire.Claim)[0]
-        if event.topic == names.assignment(self.identity.name):
-            return "assignment", wire.decode(event.payload, wire.Assignment)[0]
-        if event.topic == names.receipt(self.identity.name):
-            return "receipt", wire.decode(event.payload, wire.Receipt)[0]
-        if self.assignment is not None and event.topic == names.manifest(self.assignment.version):
-            return "manifest", wire.decode(event.payload, wire.Manifest)[0]
-        return ("part", event) if event.topic in self._fetching.subscribed else (None, None)
 
     # ---- connection ----------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +109,7 @@ class Device:
         self._fetching.subscribed.clear()
         self._emit(Subscribe((topics.tasks(self.identity.name),)))
         if self.names is not None:
-            self._emit(Subscribe(self._own_topics(self.names)))
+            self._emit(Subscribe(own_topics(self.names, self.identity.name)))
         self._hello()
         if self.phase is Phase.PROBING:
             self._begin_probe()
@@ -140,10 +124,6 @@ class Device:
         self._presence.disconnect()
         self._sending.stop()
         self._fetching.subscribed.clear()
-
-    def _own_topics(self, names: topics.Run) -> tuple[str, ...]:
-        who = self.identity.name
-        return topics.claim(names.task), names.assignment(who), names.receipt(who)
 
     def _hello(self) -> None:
         self._emit(self._presence.hello(self.uplink_bps, self.now, again=self.phase in (Phase.IDLE, Phase.WAITING)))
@@ -187,7 +167,7 @@ class Device:
             return
         self._leave_task()
         self.names, self.term = names, first.term
-        self._emit(Subscribe(self._own_topics(names)))
+        self._emit(Subscribe(own_topics(names, self.identity.name)))
         if self.outgoing is not None and self.outgoing.run == names.root:
             self.phase = Phase.WAITING
             self._done = self.outgoing.head.assignment
@@ -205,7 +185,7 @@ class Device:
 
     def _leave_task(self) -> None:
         if self.names is not None and self.connected:
-            self._emit(Unsubscribe((*self._own_topics(self.names), *sorted(self._fetching.subscribed))))
+            self._emit(Unsubscribe((*own_topics(self.names, self.identity.name), *sorted(self._fetching.subscribed))))
         self.names, self.term, self._done = None, 0, 0
         self.assignment = self._next = self._fetching.wanted = self._fetched = None
         self._fetching.subscribed.clear()
@@ -262,17 +242,12 @@ class Device:
     # ---- fetching ------------------------------------------------------------------------------------------------------------------
 
     def _begin_fetch(self, assignment: wire.Assignment) -> None:
-        self._stop_fetching()
+        self._effects += self._fetching.stop(self.connected)
         self.assignment, self._next, self._fetching.wanted = assignment, None, None
         self.phase = Phase.FETCHING
         self._presence.hello_s = float("inf")
         self._fetching.progress_s = self.now
         self._fetch_on()
-
-    def _stop_fetching(self) -> None:
-        if self._fetching.subscribed and self.connected:
-            self._emit(Unsubscribe(tuple(sorted(self._fetching.subscribed))))
-        self._fetching.subscribed.clear()
 
     def _fetch_on(self) -> None:
         """Ask for what is still lacking; start training when nothing is."""
@@ -304,7 +279,7 @@ class Device:
         """Say why this assignment cannot be done, and be ready for another."""
         self._telemetry(failed=reason, phase=phase)
         self._emit(Note("gave up", {"reason": reason}))
-        self._stop_fetching()
+        self._effects += self._fetching.stop(self.connected)
         self._finish_assignment()
 
     def _finish_assignment(self) -> None:
@@ -380,12 +355,10 @@ class Device:
 
     def _hear_receipt(self, receipt: wire.Receipt) -> None:
         current = self.outgoing
-        mine = current is not None and (receipt.install, receipt.sequence) == (self.identity.install, current.sequence)
-        if current is None or not mine or receipt.term < self.term:
+        if current is None or not current.is_meant_by(receipt, self.identity.install) or receipt.term < self.term:
             return
         if receipt.outcome == "missing":
-            count = current.count
-            self._sending.start(i for part in receipt.missing for i in range(min(part.start, count), min(part.stop, count)))
+            self._sending.start(current.missing(receipt))
             self._send_on()
             return
         if receipt.outcome == "rejected":

@@ -149,6 +149,11 @@ class Fetching:
         self.subscribed = set(topics_wanted[:FILTERS_AT_ONCE])
         return tuple(topics_wanted[:FILTERS_AT_ONCE])
 
+    def stop(self, connected: bool) -> list[Effect]:
+        """Ask for nothing any more; without a connection the broker has forgotten it already."""
+        asked, self.subscribed = tuple(sorted(self.subscribed)), set()
+        return [Unsubscribe(asked)] if asked and connected else []
+
     def got(self, topic: str, now: float) -> Unsubscribe:
         self.progress_s = now
         self.subscribed.discard(topic)

@@ -6,6 +6,7 @@ Update and residual are committed together in one durable file, so that a power 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -61,6 +62,15 @@ class Outgoing:
         part = memoryview(self.payload)[index * self.chunk_bytes : (index + 1) * self.chunk_bytes]
         head = self.head if index == 0 else None
         return wire.encode(wire.UpdateChunk(install=install, count=self.count, chunk_bytes=self.chunk_bytes, head=head), part)
+
+    def is_meant_by(self, receipt: wire.Receipt, install: bytes) -> bool:
+        """Whether this is the update that the receipt speaks of."""
+        return (receipt.install, receipt.sequence) == (install, self.sequence)
+
+    def missing(self, receipt: wire.Receipt) -> Iterator[int]:
+        """The chunks that the receipt asks for, of those that there are."""
+        for part in receipt.missing:
+            yield from range(min(part.start, self.count), min(part.stop, self.count))
 
     def to_bytes(self) -> bytes:
         """What is saved: only coordinates that owe something take room."""

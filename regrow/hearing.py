@@ -1,0 +1,44 @@
+"""What a device listens to, and what a message on one of these topics is to it."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from regrow import topics, wire
+from regrow.machine import Event, Received
+
+
+def own_topics(names: topics.Run, device: str) -> tuple[str, ...]:
+    """What a device hears of its run, whatever it is doing."""
+    return topics.claim(names.task), names.assignment(device), names.receipt(device)
+
+
+def recognise(event: Event, device: str, names: topics.Run | None, version: int | None, parts: Container[str]) -> tuple[Any, Any]:
+    """(kind, what it says) of an event; the kind is that of TRANSITIONS, (None, None) for what is nobody's.
+
+    Args:
+        event: a message becomes what it says; any other event is its own kind.
+        device: who hears it.
+        names: the device's run, or None without one.
+        version: of its assignment, or None without one.
+        parts: topics of the parts that it has asked for.
+
+    Raises:
+        PeerError: the message is not what its topic promises.
+    """
+    if not isinstance(event, Received):
+        return type(event), event
+    if event.topic == topics.tasks(device):
+        return "tasks", wire.decode(event.payload, wire.Tasks)[0]
+    if names is None or not event.payload:
+        return None, None
+    if event.topic == topics.claim(names.task):
+        return "claim", wire.decode(event.payload, wire.Claim)[0]
+    if event.topic == names.assignment(device):
+        return "assignment", wire.decode(event.payload, wire.Assignment)[0]
+    if event.topic == names.receipt(device):
+        return "receipt", wire.decode(event.payload, wire.Receipt)[0]
+    if version is not None and event.topic == names.manifest(version):
+        return "manifest", wire.decode(event.payload, wire.Manifest)[0]
+    return ("part", event) if event.topic in parts else (None, None)
