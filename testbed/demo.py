@@ -43,7 +43,6 @@ from testbed.watch import write_device_files
 LINKS_BPS = (4_000_000, 4_000_000, 2_000_000, 2_000_000, 800_000, 800_000, 400_000, 400_000, 200_000, 200_000)
 DOWN_PER_UP = 4
 CENTRAL_EXAMPLES = 300_000
-SEED = 1
 RESTORED_AFTER = 0.42  # of the run: by then every device has been given the whole model, unless plateaus gave it earlier
 TASK = """name = "watch"
 seed = {seed}
@@ -94,7 +93,7 @@ def command(options: argparse.Namespace) -> int:
     *files, test = write_device_files(options.data / "watch")
     devices = [DemoDevice(f"wearer-{i + 1:02d}", bps, file) for i, (bps, file) in enumerate(zip(LINKS_BPS, files, strict=True))]
     options.runs.mkdir(parents=True, exist_ok=True)
-    path = _make_run(options.runs, options.seconds)
+    path = _make_run(options.runs, options.seconds, options.seed)
     folder = load_task(path / "task")
     with Store.open(path) as store:
         ledger = recover(store, folder)
@@ -111,12 +110,12 @@ def command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_run(runs: Path, seconds: float) -> Path:
+def _make_run(runs: Path, seconds: float, seed: int) -> Path:
     """A run folder with the watch CNN, built here, without torch."""
     task_dir = runs / ".demo-task"
     task_dir.mkdir(exist_ok=True)
-    (task_dir / "task.toml").write_text(TASK.format(seed=SEED, seconds=seconds, planned_s=RESTORED_AFTER * seconds))
-    save_model(watch_cnn(SEED), task_dir / "model.onnx")
+    (task_dir / "task.toml").write_text(TASK.format(seed=seed, seconds=seconds, planned_s=RESTORED_AFTER * seconds))
+    save_model(watch_cnn(seed), task_dir / "model.onnx")
     build_task(task_dir, task_dir / "model.onnx")
     return create_run(runs, load_task(task_dir), f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
 
@@ -283,7 +282,7 @@ def _train_centrally(
             parts.append((arrays["x"][train], arrays["y"][train]))
     x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     task = folder.task.training
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(folder.task.seed)
     vector = folder.initial
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("central training", total=examples)
