@@ -25,6 +25,8 @@ from regrow.task import Task
 from regrow.wire import Score
 
 RETIRED_REMEMBERED = 32
+MEANS = ("mask", "plain")  # the new model is a mean of models: everybody's latest may count
+MOVES = ("gradient", "delta", "adaptive")  # it is the old one moved by changes: each counts once, and needs the base it started from
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,9 @@ class Ledger:
 
 
 def densities_of(task: Task) -> tuple[float, ...]:
-    """One density per level: FedGMR's ladder, or 64ths for PR-FL's continuous rule."""
-    return task.method.ladder if task.method.name == "fedgmr" else tuple(step / 64 for step in range(1, 65))
+    """One density per level: FedGMR's ladder, 64ths for PR-FL's continuous rule, or the full model alone."""
+    rules = {"class": task.method.ladder, "relative": tuple(step / 64 for step in range(1, 65)), "full": (1.0,)}
+    return rules[task.method.density]
 
 
 # ---- one function per kind of record -------------------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None
     device = ledger.devices[entry.device]
     trained, base = ledger.reconstruct(entry, payload)
     old = ledger.orders[entry.epoch].order
-    keeps_base = ledger.task.method.aggregation == "gradient"
+    keeps_base = ledger.task.method.aggregation in MOVES
     update, base_update = Update(trained), Update(base)
     if entry.epoch != ledger.order.epoch:
         update = aggregate.reexpress(update, old, ledger.order)
@@ -239,19 +242,26 @@ def _aggregated(ledger: Ledger, entry: records.Aggregated, _: Payload) -> None:
 def _mean(ledger: Ledger) -> NDArray[np.float32]:
     """The next global model from the buffer (or, unbuffered and for gradients, from this aggregation's arrivals)."""
     method = ledger.task.method
-    everyone = method.buffered and method.aggregation != "gradient"
-    members = [ledger.buffer[who] for who in sorted(ledger.buffer) if everyone or who in ledger.arrived]
+    everyone = method.buffered and method.aggregation in MEANS
+    arrived = [who for who in ledger.arrived if who in ledger.buffer]  # in the order in which they came
+    members = [ledger.buffer[who] for who in (sorted(ledger.buffer) if everyone else arrived)]
     if not members:
         return ledger.weights.copy()
     decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
     weights = np.array([decay(ledger.version - held.version) * (held.examples if method.weigh_by_examples else 1) for held in members])
     updates = [held.update for held in members]
-    if method.aggregation == "gradient":
-        bases = [held.base for held in members if held.base is not None]
-        return aggregate.gradient_average(ledger.weights, updates, bases, weights)
     if method.aggregation == "plain":
         return aggregate.fed_avg(ledger.weights, updates, weights)
-    return aggregate.mask_fed_avg(ledger.weights, updates, weights, ledger.order.segments(), eta_g=method.eta_g)
+    if method.aggregation == "mask":
+        return aggregate.mask_fed_avg(ledger.weights, updates, weights, ledger.order.segments(), eta_g=method.eta_g)
+    if method.aggregation == "mix":
+        return aggregate.mix(ledger.weights, updates, method.mixing * weights)
+    bases = [held.base for held in members if held.base is not None]
+    if method.aggregation == "delta":
+        return aggregate.add_deltas(ledger.weights, updates, bases, method.eta_g / len(members) * weights)
+    if method.aggregation == "adaptive":
+        return aggregate.adaptive_steps(ledger.weights, updates, bases, method.eta_g)
+    return aggregate.gradient_average(ledger.weights, updates, bases, weights)
 
 
 def _refreshed(ledger: Ledger, entry: records.Refreshed, payload: Payload) -> None:

@@ -59,7 +59,8 @@ class Planner:
             device.uplink_bps for who, device in self._ledger.devices.items() if self._coordinator.live(who)
         ]
         for join in waiting.values():
-            first = density.initial_density(join.uplink_bps, links, method.ladder, method.full_density_bps)
+            ladder = densities_of(self._ledger.task) if method.density == "full" else method.ladder
+            first = density.initial_density(join.uplink_bps, links, ladder, method.full_density_bps)
             self._coordinator.commit(msgspec.structs.replace(join, density=first))
             fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first}
             self._coordinator.emit(Note("joined", fields))
@@ -277,7 +278,7 @@ class Planner:
 
     def _density_now(self, who: str, device: Device) -> float:
         """FedGMR: what restoration has come to. PR-FL: the rule on normalised round times, never below restoration's floor."""
-        if self._ledger.task.method.name == "fedgmr":
+        if self._ledger.task.method.density != "relative":
             return device.density
         windows = {other: known.full_round_s for other, known in self._ledger.devices.items()}
         return density.relative_densities(windows, self._ledger.restoration.minimum).get(who, device.density)
@@ -311,5 +312,5 @@ def restoration_config(task: Task) -> restoration.RestorationConfig:
         patience=settings.patience,
         min_delta=settings.min_delta,
         every=settings.every,
-        ladder=task.method.ladder,
+        ladder=(1.0,) if task.method.density == "full" else task.method.ladder,
     )

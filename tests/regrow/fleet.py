@@ -15,7 +15,7 @@ from regrow.ledger import Ledger
 from regrow.machine import Train, Trained, TrainingFailed
 from regrow.parameters import Layout, Tensor
 from regrow.presence import Identity
-from regrow.task import Task
+from regrow.task import Task, with_method_defaults
 from testbed.memory import COORDINATOR, World
 
 LAYOUT = Layout((Tensor("a.weight", (40, 30)), Tensor("a.bias", (40,), always_kept=True), Tensor("b.weight", (7, 40))))
@@ -34,7 +34,7 @@ def task(**sections: Mapping[str, Any]) -> Task:
     }
     for name, section in sections.items():
         tables[name] = {**tables.get(name, {}), **section}
-    return msgspec.convert(tables, Task)
+    return msgspec.convert(with_method_defaults(tables), Task)
 
 
 def train(_: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
