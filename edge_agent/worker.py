@@ -53,29 +53,9 @@ class Worker:
                 self._done(TrainingFailed(job.number, str(error)))
 
     def _train(self, job: Train) -> Trained:
-        trainer = self._trainer_of(job.programs)
-        size = trainer.layout.size
-        x, y = self._source.validation()
-        scores = []
-        if len(y):
-            for level, length in job.evaluate.items():
-                prefix = np.zeros(size, np.float32)
-                prefix[job.coordinates[:length]] = job.values[:length]
-                score = trainer.evaluate(prefix, x, y)
-                scores.append((level, score.loss, score.accuracy, score.examples))
-        where = job.coordinates[: job.length]
-        vector = np.zeros(size, np.float32)
-        vector[where] = job.values[: job.length]
-        kept = None
-        if job.length < size:
-            kept = np.zeros(size, np.bool_)
-            kept[where] = True
-        started = time.monotonic()
-        batches = self._source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
-        result = trainer.train(vector, kept, batches, job.learning_rate)
-        seconds = time.monotonic() - started
-        self.step_s = seconds / max(result.steps, 1)
-        return Trained(job.number, result.vector[where], result.examples, result.loss, seconds, tuple(scores))
+        trained = train_job(self._trainer_of(job.programs), self._source, job, time.monotonic)
+        self.step_s = trained.seconds / max(job.steps, 1)
+        return trained
 
     def _trainer_of(self, programs: Mapping[str, bytes]) -> Trainer:
         """The sessions of these programs, kept until others come."""
@@ -83,3 +63,32 @@ class Worker:
         if self._trainer is None or self._trainer[0] != key:
             self._trainer = (key, Trainer(programs, threads=self._threads))
         return self._trainer[1]
+
+
+def train_job(trainer: Trainer, source: DataSource, job: Train, clock: Callable[[], float] = lambda: 0.0) -> Trained:
+    """Score the levels that the job asks for on the validation data, then train its sub-model; `clock` times the training.
+
+    Raises:
+        LocalError: there is no training data, or it does not fit the programs.
+        PeerError: the programs are malformed or fail.
+    """
+    size = trainer.layout.size
+    x, y = source.validation()
+    scores = []
+    if len(y):
+        for level, length in job.evaluate.items():
+            prefix = np.zeros(size, np.float32)
+            prefix[job.coordinates[:length]] = job.values[:length]
+            score = trainer.evaluate(prefix, x, y)
+            scores.append((level, score.loss, score.accuracy, score.examples))
+    where = job.coordinates[: job.length]
+    vector = np.zeros(size, np.float32)
+    vector[where] = job.values[: job.length]
+    kept = None
+    if job.length < size:
+        kept = np.zeros(size, np.bool_)
+        kept[where] = True
+    started = clock()
+    batches = source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
+    result = trainer.train(vector, kept, batches, job.learning_rate)
+    return Trained(job.number, result.vector[where], result.examples, result.loss, clock() - started, tuple(scores))

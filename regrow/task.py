@@ -171,8 +171,17 @@ def parse_task(text: str, place: str = "task.toml") -> Task:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise LocalError(f"{place}: {error}") from error
+    return task_from_tables(table, place, text)
+
+
+def task_from_tables(tables: dict[str, Any], place: str, text: str = "") -> Task:
+    """The task that these tables describe; `text` is where they were read from, for the line of an error.
+
+    Raises:
+        LocalError: with place and, where it is known, line, for anything that is not a valid task.
+    """
     try:
-        return msgspec.convert(with_method_defaults(table), Task)
+        return msgspec.convert(with_method_defaults(tables), Task)
     except msgspec.ValidationError as error:
         message = str(error)
     except LocalError as error:
