@@ -29,7 +29,8 @@ from broker_server.transport import parse_url
 from broker_server.view import FleetView, watch
 from edge_agent.data.sources import open_source
 from edge_agent.trainer import Trainer
-from export.task import build_task, is_stale, write_trained
+from export.models import MODELS
+from export.task import build_task, is_stale, save_model, write_trained
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
@@ -60,14 +61,24 @@ def task_new(options: argparse.Namespace) -> int:
     name = check_name(folder.resolve().name, "task")
     if (folder / "task.toml").exists():
         raise LocalError(f"{folder / 'task.toml'} exists already; edit it instead")
-    if not options.model.is_file():
-        raise LocalError(f"--model {options.model}: it is not a file")
-    _build(folder, options.model)  # before anything is copied: a model that cannot be trained leaves nothing behind
-    if options.model.resolve() != (folder / "model.onnx").resolve():
-        shutil.copyfile(options.model, folder / "model.onnx")
+    model: Path = options.model
+    if not model.is_file():
+        model = _zoo_model(str(options.model), folder)
+    _build(folder, model)  # before anything is copied: a model that cannot be trained leaves nothing behind
+    if model.resolve() != (folder / "model.onnx").resolve():
+        shutil.copyfile(model, folder / "model.onnx")
     (folder / "task.toml").write_text(TASK_TEXT.format(name=name))
     print(f"{folder}/task.toml written; next: regrow serve {folder}")
     return 0
+
+
+def _zoo_model(name: str, folder: Path) -> Path:
+    """Write one of the models that come with Regrow as the folder's model."""
+    if name not in MODELS:
+        raise LocalError(f"--model {name}: neither a file nor one of {', '.join(sorted(MODELS))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(MODELS[name](1), folder / "model.onnx")
+    return folder / "model.onnx"
 
 
 def task_build(options: argparse.Namespace) -> int:
