@@ -107,7 +107,12 @@ def _task(commands: Commands) -> None:
     kinds = task.add_subparsers(title="commands", metavar="COMMAND", required=True)
     new = _command(kinds, "new", "cli.gateway:task_new", "make a task folder around a forward ONNX model")
     new.add_argument("folder", type=Path, metavar="TASK", help="folder to make; its name becomes the task's name")
-    new.add_argument("--model", type=Path, required=True, help="forward ONNX model, features in, class scores out; or the name of one that comes with Regrow, such as leaf_cnn")
+    new.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="forward ONNX model: features in, class scores out; or one that comes with Regrow: leaf_cnn, ...",
+    )
     build = _command(kinds, "build", "cli.gateway:task_build", "write the programs that devices run", "`serve` does it when needed.")
     build.add_argument("folder", type=Path, metavar="TASK", help="folder with task.toml and its model")
 

@@ -58,7 +58,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
 
 
 def test_a_wrong_table_keeps_its_own_error() -> None:
-    with pytest.raises(LocalError, match="task.toml:3.*fedsgd"):
+    with pytest.raises(LocalError, match=r"task\.toml:3.*fedsgd"):
         parsed('[method]\nname = "fedsgd"\n')
     with pytest.raises(LocalError, match="trigger"):
         parsed('trigger = 3\n[method]\nname = "fedavg"\n')
