@@ -81,7 +81,7 @@ def audit(run: Path) -> Outcome:
         LocalError: the log is not complete: the task did not say `[store] keep_updates = true`.
     """
     folder = load_task(run / "task")
-    ledger = Ledger.start(folder.task, folder.layout, folder.initial)
+    ledger = Ledger.start(folder.task, folder.layout, folder.initial, folder.units)
     oracle = _Oracle(ledger)
     updates = aggregations = 0
     with Store.open(run, read_only=True) as store:

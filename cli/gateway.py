@@ -33,7 +33,7 @@ from export.models import MODELS
 from export.task import build_task, is_stale, save_model, write_trained
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
-from regrow.ledger import Ledger
+from regrow.ledger import Ledger, unit_densities_of
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.topics import check_name
 
@@ -90,9 +90,11 @@ def task_build(options: argparse.Namespace) -> int:
 
 def built(folder: Path, *, always: bool = False) -> TaskFolder:
     """The task folder with its programs, built when they are missing or stale."""
-    model = folder / read_task(folder).model
-    if always or is_stale(folder, model):
-        _build(folder, model)
+    task = read_task(folder)
+    model = folder / task.model
+    unit_densities = unit_densities_of(task)
+    if always or is_stale(folder, model, unit_densities):
+        _build(folder, model, unit_densities)
     loaded = load_task(folder)
     _check(loaded)
     return loaded
@@ -101,16 +103,16 @@ def built(folder: Path, *, always: bool = False) -> TaskFolder:
 def _check(folder: TaskFolder) -> None:
     """What only the model or the held-out data can tell of a task's settings, before a run is made from them."""
     try:
-        Ledger.start(folder.task, folder.layout, folder.initial)
+        Ledger.start(folder.task, folder.layout, folder.initial, folder.units)
         if folder.task.evaluation.data is not None:
             evaluator(folder)
     except LocalError as error:
         raise LocalError(f"{folder.path / 'task.toml'}: {error}") from error
 
 
-def _build(folder: Path, model: Path) -> None:
+def _build(folder: Path, model: Path, unit_densities: tuple[float, ...] | None = None) -> None:
     try:
-        build_task(folder, model)
+        build_task(folder, model, unit_densities)
     except LocalError as error:
         raise LocalError(f"{model}: {error}") from error
 

@@ -22,6 +22,8 @@ from regrow.order import Order, build_order, importance
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication
 from regrow.task import Task
+from regrow.unit_order import build_unit_order, ranks_of
+from regrow.units import Units
 from regrow.wire import Score
 
 RETIRED_REMEMBERED = 32
@@ -98,24 +100,17 @@ class Ledger:
     trained_out: bool = False
     finished: str = ""
     term: int = 0
+    units: Units | None = None
 
     @classmethod
-    def start(cls, task: Task, layout: Layout, initial: NDArray[np.float32]) -> Ledger:
-        """The ledger before the first record. `initial`: float32 [n] by flat coordinate."""
+    def start(cls, task: Task, layout: Layout, initial: NDArray[np.float32], units: Units | None = None) -> Ledger:
+        """The ledger before the first record. `initial`: float32 [n] by flat coordinate; `units` of the model, for granularity "unit"."""
         if initial.dtype != np.float32 or initial.shape != (layout.size,) or not np.isfinite(initial).all():
             raise LocalError(f"initial model: expected {layout.size} finite float32 values; rebuild the task with `regrow task build`")
-        order = build_order(
-            layout,
-            importance("w", initial),
-            densities_of(task),
-            epoch=0,
-            floor=task.method.layer_floor,
-            magnitude=np.abs(initial),
-            costs=task.method.layer_costs or None,
-        )
+        order = next_order(task, layout, units, importance("w", initial), initial, epoch=0)
         coded = CodedOrder.of(order)
         weights = initial[order.coordinates]
-        return cls(task, layout, weights, coded, weights.copy(), np.zeros_like(weights), orders={0: coded})
+        return cls(task, layout, weights, coded, weights.copy(), np.zeros_like(weights), orders={0: coded}, units=units)
 
     @property
     def order(self) -> Order:
@@ -160,6 +155,35 @@ def densities_of(task: Task) -> tuple[float, ...]:
     """One density per level: FedGMR's ladder, 64ths for PR-FL's continuous rule, or the full model alone."""
     rules = {"class": task.method.ladder, "relative": tuple(step / 64 for step in range(1, 65)), "full": (1.0,)}
     return rules[task.method.density]
+
+
+def unit_densities_of(task: Task) -> tuple[float, ...] | None:
+    """What the programs of a task are built for: densities of sub-models of whole units, or None for single weights."""
+    return densities_of(task) if task.method.granularity == "unit" else None
+
+
+def next_order(
+    task: Task, layout: Layout, units: Units | None, ranked: NDArray[np.float32], flat_weights: NDArray[np.float32], epoch: int
+) -> Order:
+    """The order of an epoch by the task's rules; `ranked`: float32 [n], the importance by flat coordinate.
+
+    Raises:
+        LocalError: the task wants units, and its model was not built with any.
+    """
+    method = task.method
+    if method.granularity == "unit":
+        if units is None:
+            raise LocalError('granularity = "unit": the task was not built for it; run `regrow task build`')
+        return build_unit_order(layout, units, ranks_of(method.importance, layout, units, ranked, epoch), densities_of(task), epoch)
+    return build_order(
+        layout,
+        ranked,
+        densities_of(task),
+        epoch=epoch,
+        floor=method.layer_floor,
+        magnitude=np.abs(flat_weights),
+        costs=method.layer_costs or None,
+    )
 
 
 # ---- one function per kind of record -------------------------------------------------------------------------------------------------

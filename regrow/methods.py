@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from regrow.errors import LocalError
 
-MethodName = Literal["fedgmr", "prfl", "fedavg", "fedasync", "fedfix", "fedbuff", "asyncfeded", "fiarse"]
+MethodName = Literal["fedgmr", "prfl", "fedavg", "fedasync", "fedfix", "fedbuff", "asyncfeded", "heterofl", "fedrolex", "fiarse"]
+NEVER = 1_000_000_000
 Defaults = Mapping[str, Mapping[str, Any]]
 
 _FULL_MODEL: Mapping[str, Any] = {"density": "full", "buffered": False}
+_SYNCHRONOUS: Mapping[str, Any] = {"buffered": False, "staleness": "constant"}
 _NO_RESTORATION: Mapping[str, Any] = {"trigger": "none"}
 
 METHODS: Mapping[str, Defaults] = {
@@ -48,16 +50,28 @@ METHODS: Mapping[str, Defaults] = {
         "trigger": {"kind": "arrival"},
         "restoration": _NO_RESTORATION,
     },
+    # HeteroFL, arXiv 2010.01264: the first units of every layer, always the same.
+    "heterofl": {
+        "method": {**_SYNCHRONOUS, "granularity": "unit", "importance": "first", "refresh_every": NEVER},
+        "trigger": {"kind": "all"},
+        "restoration": _NO_RESTORATION,
+    },
+    # FedRolex, arXiv 2212.01548: a window of units that moves by one each round.
+    "fedrolex": {
+        "method": {**_SYNCHRONOUS, "granularity": "unit", "importance": "rolling", "refresh_every": 1, "refresh_min_rounds": 0},
+        "trigger": {"kind": "all"},
+        "restoration": _NO_RESTORATION,
+    },
     # FIARSE, arXiv 2407.19389: every round, each client's capacity of the largest |w|.
     "fiarse": {
-        "method": {"importance": "w", "refresh_every": 1, "refresh_min_rounds": 0, "buffered": False, "staleness": "constant"},
+        "method": {**_SYNCHRONOUS, "importance": "w", "refresh_every": 1, "refresh_min_rounds": 0},
         "trigger": {"kind": "all"},
         "restoration": _NO_RESTORATION,
     },
 }
 
 ASYNCHRONOUS: Defaults = {
-    "method": {"buffered": True, "staleness": "polynomial", "refresh_every": 25, "refresh_min_rounds": 2},
+    "method": {"buffered": True, "staleness": "polynomial"},
     "trigger": {"kind": "fastest"},
 }
 """What FedGMR adds to a synchronous sub-model method before restoration: it no longer waits, and it keeps everybody's latest update."""

@@ -10,9 +10,9 @@ import numpy as np
 
 from regrow import density, records, restoration, values
 from regrow.broadcast import chunk_bytes
-from regrow.ledger import Device, Ledger, densities_of
+from regrow.ledger import Device, Ledger, densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
-from regrow.order import build_order, importance
+from regrow.order import importance
 from regrow.publication import CodedOrder
 from regrow.task import Task
 
@@ -161,18 +161,11 @@ class Planner:
     def _refresh(self) -> None:
         ledger, method = self._ledger, self._ledger.task.method
         order = ledger.order
-        scattered = np.empty_like(ledger.weights)
-        ranked = importance(method.importance, ledger.weights, ledger.weights - ledger.anchor, ledger.squares)
-        scattered[order.coordinates] = ranked
-        new = build_order(
-            ledger.layout,
-            scattered,
-            densities_of(ledger.task),
-            epoch=order.epoch + 1,
-            floor=method.layer_floor,
-            magnitude=np.abs(ledger.flat_weights),
-            costs=method.layer_costs or None,
-        )
+        scattered = np.zeros_like(ledger.weights)
+        if method.importance in ("wg", "g", "w"):
+            ranked = importance(method.importance, ledger.weights, ledger.weights - ledger.anchor, ledger.squares)
+            scattered[order.coordinates] = ranked
+        new = next_order(ledger.task, ledger.layout, ledger.units, scattered, ledger.flat_weights, order.epoch + 1)
         coded = CodedOrder.of(new)
         sizes = [len(level) for level in coded.levels]
         self._coordinator.commit(records.Refreshed(epoch=new.epoch, lengths=list(new.lengths), sizes=sizes), b"".join(coded.levels))

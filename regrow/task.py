@@ -32,7 +32,8 @@ class Method(Section, frozen=True, kw_only=True):
     name: MethodName = "fedgmr"
     density: Literal["full", "class", "relative"] = "class"
     ladder: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=64)] = (0.05, 0.1, 0.2, 0.5, 1.0)
-    importance: Literal["wg", "g", "w"] = "wg"
+    granularity: Literal["weight", "unit"] = "weight"
+    importance: Literal["wg", "g", "w", "first", "rolling"] = "wg"
     layer_floor: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     layer_costs: dict[str, AboveZero] = {}
     refresh_every: AtLeastOne = 25
@@ -149,6 +150,10 @@ class Task(Section, frozen=True, kw_only=True):
         if self.restoration.trigger in ("fixed", "mixed") and self.restoration.planned_s is None:
             raise LocalError("trigger at $.restoration: 'fixed' and 'mixed' also need planned_s, the planned duration in seconds")
         planned_end = self.stop.seconds is not None or self.stop.aggregations is not None
+        if self.method.granularity == "weight" and self.method.importance in ("first", "rolling"):
+            raise LocalError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
+        if self.method.granularity == "unit" and (self.method.layer_floor or self.method.layer_costs):
+            raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
         if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         if self.training.final_learning_rate is not None and not planned_end:

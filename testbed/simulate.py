@@ -16,15 +16,19 @@ from numpy.typing import NDArray
 from broker_server.runs import TaskFolder
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Score, Trainer
-from edge_agent.worker import train_job
+from edge_agent.worker import LevelTrainers, train_job
+from export.task import programs_of, read_model
 from regrow.coordinator import Coordinator
 from regrow.device import Device
 from regrow.errors import LocalError
-from regrow.ledger import Ledger
+from regrow.ledger import Ledger, unit_densities_of
 from regrow.machine import Train, Trained, TrainingFailed
 from regrow.methods import named
+from regrow.parameters import Layout
 from regrow.presence import Identity
+from regrow.programs import UNITS
 from regrow.task import Task, task_from_tables
+from regrow.units import Units
 from testbed.compute import Compute, timed
 from testbed.conditions import Heterogeneity, heterogeneity, paper_links, paper_server_links
 from testbed.datasets import Dataset, load
@@ -122,18 +126,19 @@ class Simulation:
     def __init__(self, folder: TaskFolder, task: Task, spec: Spec) -> None:
         self.spec, self.task = spec, task
         data = load(spec.data, None if spec.data_folder is None else Path(spec.data_folder))
-        self._trainer = Trainer(folder.programs)
+        programs, units, layout = _programs(folder, task)
+        self._trainer, self._trainers = Trainer(programs), LevelTrainers(programs)
         self._test = data.test
         self._curve = _subset(data.test, CURVE_EXAMPLES)
         self.names = [f"device-{index:04d}" for index in range(spec.clients)]
         self._sources = dict(zip(self.names, _sources(data.train, spec), strict=True))
-        model_bytes = 4 * folder.layout.size
+        model_bytes = 4 * layout.size
         compute = {name: Compute((spec.step_s,), slowdown=spec.slowdown, seed=spec.seed, stream=name) for name in self.names}
-        self.world = World(timed(self._train, compute, folder.layout.size), store_and_forward=True, keep_log=False, keep_published=False)
-        self._ledger = Ledger.start(task, folder.layout, folder.initial)
+        self.world = World(timed(self._train, compute, layout.size), store_and_forward=True, keep_log=False, keep_published=False)
+        self._ledger = Ledger.start(task, layout, folder.initial, units)
         up, down = paper_server_links(COORDINATOR, model_bytes, seed=spec.seed, period_s=RATE_PERIOD_S)
         shaped = spec.links in _PAPER
-        coordinator = Coordinator(self._ledger, "simulated", folder.programs, spec.seed + 1)
+        coordinator = Coordinator(self._ledger, "simulated", programs, spec.seed + 1)
         self.world.add(COORDINATOR, coordinator, up=up if shaped else None, down=down if shaped else None)
         for name, (device_up, device_down) in zip(self.names, links_of(spec, model_bytes), strict=True):
             token = name.encode().ljust(16, b".")
@@ -155,7 +160,7 @@ class Simulation:
         return COORDINATOR in self.world.finished
 
     def _train(self, name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
-        return 0.0, train_job(self._trainer, self._sources[name], job)
+        return 0.0, train_job(self._trainers, self._sources[name], job)
 
     def _score(self, data: Dataset) -> Score:
         return self._trainer.evaluate(self._ledger.flat_weights, data.x, data.y)
@@ -198,6 +203,17 @@ class Simulation:
             rejected=sum(device.rejections for device in ledger.devices.values()),
             reason=self.world.finished.get(COORDINATOR, ledger.finished),
         )
+
+
+def _programs(folder: TaskFolder, task: Task) -> tuple[dict[str, bytes], Units | None, Layout]:
+    """What the folder was built with, or, for a method of another granularity, what it would be built with."""
+    densities = unit_densities_of(task)
+    if densities == unit_densities_of(folder.task):
+        return folder.programs, folder.units, folder.layout
+    programs = programs_of(read_model(folder.model_path), densities)
+    layout = Layout.from_json(programs["layout"])
+    units_json = programs.pop(UNITS, None)
+    return programs, None if units_json is None else Units.from_json(units_json, layout), layout
 
 
 _PAPER = ("high", "medium", "low")

@@ -118,7 +118,14 @@ TASK = {
     "method.name": ("The method; it chooses the defaults of this table, of `[trigger]` and of `[restoration]` (below).", "the papers"),
     "method.density": ("`class`: the ladder, by link. `relative`: from round times, in 64ths. `full`: everybody 1.0.", "FedGMR, PR-FL"),
     "method.ladder": ("Densities of the levels, ascending, the last 1.0. `relative` uses it for first densities only.", _G),
-    "method.importance": ("`wg` |w dw|, dw since the last refresh; `g` sum of dw^2; `w` |w|.", "FedGMR, PR-FL, FIARSE"),
+    "method.granularity": (
+        "`weight`: single weights. `unit`: whole channels and neurons, really smaller models on the device.",
+        "FedGMR; ours",
+    ),
+    "method.importance": (
+        "`wg` |w dw|, dw since the last refresh; `g` sum of dw^2; `w` |w|. Of units: `first` by index, `rolling` by index and round.",
+        "FedGMR, PR-FL, FIARSE, HeteroFL, FedRolex",
+    ),
     "method.layer_floor": ("This share of every layer, its largest weights, is in the lowest level in any case.", _G),
     "method.layer_costs": ("Tensor name to the coefficient that divides its importance.", _P),
     "method.refresh_every": ("Aggregations between refreshes of the order, at least.", _G),

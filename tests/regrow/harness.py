@@ -15,7 +15,7 @@ from regrow.ledger import MEANS, Ledger
 from regrow.machine import Effect, Event, Persist, Publish, Received, Record
 from regrow.task import Task
 from testbed.memory import COORDINATOR, Client, World, saved_of
-from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, train
+from tests.regrow.fleet import LAYOUT, LINKS, UNITS, identity, new_coordinator, programs_of, start_ledger, train
 
 NAMES = topics.Run("toy", "r1")
 TWO = {"d0": 4_000_000.0, "d1": 400_000.0}
@@ -97,7 +97,7 @@ def begin(settings: Task, links: Mapping[str, float] = LINKS, trainer: Any = tra
 
 
 def replay(log: Sequence[Record], settings: Task) -> Ledger:
-    ledger = Ledger.start(settings, LAYOUT, INITIAL)
+    ledger = start_ledger(settings)
     for record in log:
         ledger.apply_record(record)
     return ledger
@@ -112,7 +112,7 @@ def fingerprint(ledger: Ledger) -> tuple[bytes, dict[str, bytes]]:
 def replay_with_snapshot(log: Sequence[Record], settings: Task, at: int) -> Ledger:
     """The first `at` records through a snapshot, the rest replayed on top."""
     meta, arrays = checkpoint.dump(replay(log[:at], settings))
-    ledger = checkpoint.load(settings, LAYOUT, meta, {name: array.copy() for name, array in arrays.items()})
+    ledger = checkpoint.load(settings, start_ledger(settings).layout, meta, {name: array.copy() for name, array in arrays.items()}, UNITS)
     for record in log[at:]:
         ledger.apply_record(record)
     return ledger
@@ -124,14 +124,14 @@ def restart_coordinator(
     """The coordinator's next life, from the durable log, with a snapshot in the middle where asked for."""
     log = world.log
     ledger = replay(log, settings) if snapshot_at is None else replay_with_snapshot(log, settings, min(snapshot_at, len(log)))
-    coordinator = Coordinator(ledger, "r1", PROGRAMS, nonce, takeover=takeover)
+    coordinator = Coordinator(ledger, "r1", programs_of(settings), nonce, takeover=takeover)
     world.add(COORDINATOR, coordinator)
     return coordinator
 
 
 def worst_difference(log: Sequence[Record], settings: Task) -> float:
     """The log replayed through reference.py: the largest difference, in units of 1e-6 * max(|W_prev|, sum beta|w| / sum beta)."""
-    ledger = Ledger.start(settings, LAYOUT, INITIAL)
+    ledger = start_ledger(settings)
     weights = ledger.flat_weights.astype(np.float64)
     held: dict[str, tuple[int, int, NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]] = {}
     arrived: dict[str, None] = {}

@@ -243,6 +243,8 @@ def test_a_device_that_was_told_but_never_joined_is_told_the_end() -> None:
         {"method": {"aggregation": "gradient", "staleness": "hinge"}},
         {"method": {"aggregation": "plain", "ladder": (0.5, 1.0)}},
         {"method": {"aggregation": "plain", "ladder": (0.5, 1.0), "buffered": False}},
+        {"method": {"granularity": "unit"}},
+        {"method": {"granularity": "unit", "importance": "g", "density": "relative"}},
         {"method": {"aggregation": "mix"}, "trigger": {"kind": "arrival"}},
         {"method": {"aggregation": "delta", "eta_g": 0.5}, "trigger": {"kind": "count", "count": 3}},
         {"method": {"aggregation": "adaptive"}, "trigger": {"kind": "arrival"}},
@@ -267,7 +269,11 @@ def test_every_method_runs_to_its_end_and_matches_the_reference(sections: dict[s
     assert leftovers(world) == []
 
 
-NAMES_TO_RUN = [*METHODS, *(f"{name}+restore" for name in ("fiarse", "fedasync")), *(f"fedgmr-{part}" for part in ABLATIONS)]
+NAMES_TO_RUN = [
+    *METHODS,
+    *(f"{name}+restore" for name in ("fiarse", "fedasync", "heterofl", "fedrolex")),
+    *(f"fedgmr-{part}" for part in ABLATIONS),
+]
 
 
 @pytest.mark.parametrize("name", NAMES_TO_RUN)

@@ -246,7 +246,7 @@ def test_jitter_of_training_is_pure_and_has_mean_one() -> None:
 
 
 def test_a_timed_trainer_changes_the_time_only() -> None:
-    job = Train(1, {}, np.zeros(50, np.float32), np.zeros(50, np.uint32), 50, {}, steps=6, batch=1, learning_rate=0.1, seed=1)
+    job = Train(1, 0, {}, np.zeros(50, np.float32), np.zeros(50, np.uint32), 50, {}, steps=6, batch=1, learning_rate=0.1, seed=1)
     trained = Trained(1, job.values, 10, 0.5, 99.0, ())
     half = Compute((1.0,), by_density=((0.0, 0.0001), (1.0, 1.0)))
     run = timed(lambda name, _: (99.0, trained if name == "d0" else TrainingFailed(1, "no")), {"d0": half, "d1": Compute((1.0,))}, 100)
