@@ -12,7 +12,7 @@ from broker_server.runs import load_task
 from broker_server.store import Store
 from regrow import aggregate, records, reference
 from regrow.errors import LocalError
-from regrow.ledger import Ledger
+from regrow.ledger import MEANS, Ledger
 
 TOLERANCE = 1e-6
 
@@ -33,7 +33,7 @@ class _Oracle:
         self._ledger = ledger
         self.weights: NDArray[np.float64] = ledger.flat_weights.astype(np.float64)
         self._buffer: dict[str, tuple[int, int, NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]] = {}
-        self._arrived: set[str] = set()
+        self._arrived: dict[str, None] = {}
         self.worst = 0.0
 
     def accept(self, entry: records.Accepted, payload: bytes) -> None:
@@ -44,7 +44,7 @@ class _Oracle:
         mask, values, bases = np.zeros(n, np.bool_), np.zeros(n), np.zeros(n)
         mask[where], values[where], bases[where] = True, trained, base
         self._buffer[entry.device] = (entry.version, entry.examples, mask, values, bases)
-        self._arrived.add(entry.device)
+        self._arrived[entry.device] = None
 
     def aggregate(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(next W, the scale that the tolerance is relative to)."""
@@ -52,21 +52,17 @@ class _Oracle:
         if method.max_staleness:
             self._buffer = {who: held for who, held in self._buffer.items() if k - held[0] <= method.max_staleness}
         decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
-        everyone = method.buffered and method.aggregation != "gradient"
+        everyone = method.buffered and method.aggregation in MEANS
         members = [
             reference.DenseUpdate(mask, values, decay(k - version) * (examples if method.weigh_by_examples else 1), base)
-            for who, (version, examples, mask, values, base) in sorted(self._buffer.items())
-            if everyone or who in self._arrived
+            for who, (version, examples, mask, values, base) in self._members(everyone)
         ]
         self._arrived.clear()
-        covered = sum((i.beta * i.m for i in members), np.zeros_like(self.weights))
-        sizes = sum((i.beta * np.abs(i.w) for i in members), np.zeros_like(self.weights))
-        scale = np.maximum(np.abs(self.weights), np.divide(sizes, covered, out=np.zeros_like(sizes), where=covered > 0))
-        if method.aggregation == "gradient":
-            return reference.gradient_average(self.weights, members), scale
-        if method.aggregation == "plain":
-            return reference.zero_filled_fed_avg(self.weights, members), scale
-        return reference.buff_mask_fed_avg(self.weights, members, method.eta_g), scale
+        scale = reference.magnitude(self.weights, members, with_bases=method.aggregation not in MEANS)
+        return reference.next_model(method.aggregation, self.weights, members, method.eta_g, method.mixing), scale
+
+    def _members(self, everyone: bool) -> list[tuple[str, tuple[int, int, NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]]]:
+        return sorted(self._buffer.items()) if everyone else [(who, self._buffer[who]) for who in self._arrived if who in self._buffer]
 
     def reset(self, flat: NDArray[np.float32]) -> None:
         """After a rollback the model is the snapshot's and the buffer is empty."""
@@ -85,7 +81,7 @@ def audit(run: Path) -> Outcome:
         LocalError: the log is not complete: the task did not say `[store] keep_updates = true`.
     """
     folder = load_task(run / "task")
-    ledger = Ledger.start(folder.task, folder.layout, folder.initial)
+    ledger = Ledger.start(folder.task, folder.layout, folder.initial, folder.units)
     oracle = _Oracle(ledger)
     updates = aggregations = 0
     with Store.open(run, read_only=True) as store:
@@ -100,9 +96,9 @@ def audit(run: Path) -> Outcome:
             except KeyError as error:
                 raise LocalError(f"{run}: record {log_id} ({record.kind}) refers to {error}, which the log does not hold") from error
             if scale is not None:
-                # A sum of steps collects their roundings: with gradients each step is checked from where the run itself was.
-                gradient = folder.task.method.aggregation == "gradient"
-                oracle.weights = ledger.flat_weights.astype(np.float64) if gradient else wanted
+                # A sum of steps collects their roundings: there each step is checked from where the run itself was.
+                steps = folder.task.method.aggregation not in MEANS
+                oracle.weights = ledger.flat_weights.astype(np.float64) if steps else wanted
                 aggregations += 1
                 difference = np.abs(ledger.flat_weights - wanted)
                 allowed = TOLERANCE * scale

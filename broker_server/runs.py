@@ -16,21 +16,22 @@ from regrow import checkpoint, records
 from regrow.errors import LocalError, PeerError
 from regrow.ledger import Ledger
 from regrow.parameters import Layout
+from regrow.programs import UNITS, program_file, program_name
 from regrow.records import to_record
 from regrow.task import Task, parse_task
-
-PROGRAM_FILES = {"layout": "layout.json", "train": "train.onnx", "train_masked": "train_masked.onnx", "evaluate": "evaluate.onnx"}
+from regrow.units import Units
 
 
 @dataclass(frozen=True, eq=False)
 class TaskFolder:
-    """A built task: task.toml, its model, and what was built from it."""
+    """A built task: task.toml, its model, and what was built from it; `units` where the granularity is "unit"."""
 
     path: Path
     task: Task
     layout: Layout
     programs: dict[str, bytes]
     initial: NDArray[np.float32]
+    units: Units | None = None
 
     @property
     def model_path(self) -> Path:
@@ -61,12 +62,22 @@ def load_task(folder: Path) -> TaskFolder:
     task = read_task(folder)
     build = folder / "build"
     try:
-        programs = {name: (build / file).read_bytes() for name, file in PROGRAM_FILES.items()}
+        programs = {program_name(file.name): file.read_bytes() for file in _program_files(build)}
         initial = np.load(build / "initial.npy", allow_pickle=False)
         layout = Layout.from_json(programs["layout"])
-    except (OSError, ValueError, PeerError) as error:
+        units_json = programs.pop(UNITS, None)
+        units = None if units_json is None else Units.from_json(units_json, layout)
+        missing = {"train", "evaluate", "train_masked" if units is None else "train:0"} - programs.keys()
+    except (OSError, ValueError, KeyError, PeerError) as error:
         raise LocalError(f"{build}: {error}; run `regrow task build {folder}`") from error
-    return TaskFolder(folder, task, layout, programs, initial)
+    if missing:
+        raise LocalError(f"{build}: {program_file(min(missing))} is missing; run `regrow task build {folder}`")
+    return TaskFolder(folder, task, layout, programs, initial, units)
+
+
+def _program_files(build: Path) -> list[Path]:
+    """Layouts, units and graphs; a missing folder, or one without a layout, is an error of the system's."""
+    return [*sorted(build.glob("*.onnx")), *sorted(build.glob("layout.*.json")), *build.glob("units.json"), build / "layout.json"]
 
 
 def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Path:
@@ -89,8 +100,8 @@ def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Pat
         if source.task.evaluation.data is not None:
             held_out = source.path / source.task.evaluation.data
             shutil.copy2(held_out, temporary / "task" / held_out.name)
-        for file in (*PROGRAM_FILES.values(), "initial.npy"):
-            shutil.copy2(source.path / "build" / file, temporary / "task" / "build")
+        for file in (*_program_files(source.path / "build"), source.path / "build" / "initial.npy"):
+            shutil.copy2(file, temporary / "task" / "build")
         Store.open(temporary, create=True).close()
         temporary.rename(path)
     except OSError as error:
@@ -115,10 +126,10 @@ def recover(store: Store, folder: TaskFolder) -> Ledger:
     snapshot = store.load_snapshot()
     after = 0
     if snapshot is None:
-        ledger = Ledger.start(folder.task, folder.layout, folder.initial)
+        ledger = Ledger.start(folder.task, folder.layout, folder.initial, folder.units)
     else:
         after, meta, arrays = snapshot
-        ledger = checkpoint.load(folder.task, folder.layout, meta, arrays)
+        ledger = checkpoint.load(folder.task, folder.layout, meta, arrays, folder.units)
     for log_id, record in store.replay(after):
         try:
             ledger.apply_record(record)

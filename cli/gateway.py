@@ -28,11 +28,12 @@ from broker_server.store import Store
 from broker_server.view import FleetView, watch
 from edge_agent.data.sources import open_source
 from edge_agent.trainer import Trainer
-from export.task import build_task, is_stale, write_trained
+from export.models import MODELS
+from export.task import build_task, is_stale, save_model, write_trained
 from regrow.broker_url import parse_broker_url
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
-from regrow.ledger import Ledger
+from regrow.ledger import Ledger, unit_densities_of
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.topics import check_name
 
@@ -60,14 +61,24 @@ def task_new(options: argparse.Namespace) -> int:
     name = check_name(folder.resolve().name, "task")
     if (folder / "task.toml").exists():
         raise LocalError(f"{folder / 'task.toml'} exists already; edit it instead")
-    if not options.model.is_file():
-        raise LocalError(f"--model {options.model}: it is not a file")
-    _build(folder, options.model)  # before anything is copied: a model that cannot be trained leaves nothing behind
-    if options.model.resolve() != (folder / "model.onnx").resolve():
-        shutil.copyfile(options.model, folder / "model.onnx")
+    model: Path = options.model
+    if not model.is_file():
+        model = _zoo_model(str(options.model), folder)
+    _build(folder, model)  # before anything is copied: a model that cannot be trained leaves nothing behind
+    if model.resolve() != (folder / "model.onnx").resolve():
+        shutil.copyfile(model, folder / "model.onnx")
     (folder / "task.toml").write_text(TASK_TEXT.format(name=name))
     print(f"{folder}/task.toml written; next: regrow serve {folder}")
     return 0
+
+
+def _zoo_model(name: str, folder: Path) -> Path:
+    """Write one of the models that come with Regrow as the folder's model."""
+    if name not in MODELS:
+        raise LocalError(f"--model {name}: neither a file nor one of {', '.join(sorted(MODELS))}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(MODELS[name](1), folder / "model.onnx")
+    return folder / "model.onnx"
 
 
 def task_build(options: argparse.Namespace) -> int:
@@ -79,9 +90,11 @@ def task_build(options: argparse.Namespace) -> int:
 
 def built(folder: Path, *, always: bool = False) -> TaskFolder:
     """The task folder with its programs, built when they are missing or stale."""
-    model = folder / read_task(folder).model
-    if always or is_stale(folder, model):
-        _build(folder, model)
+    task = read_task(folder)
+    model = folder / task.model
+    unit_densities = unit_densities_of(task)
+    if always or is_stale(folder, model, unit_densities):
+        _build(folder, model, unit_densities)
     loaded = load_task(folder)
     _check(loaded)
     return loaded
@@ -90,16 +103,16 @@ def built(folder: Path, *, always: bool = False) -> TaskFolder:
 def _check(folder: TaskFolder) -> None:
     """What only the model or the held-out data can tell of a task's settings, before a run is made from them."""
     try:
-        Ledger.start(folder.task, folder.layout, folder.initial)
+        Ledger.start(folder.task, folder.layout, folder.initial, folder.units)
         if folder.task.evaluation.data is not None:
             evaluator(folder)
     except LocalError as error:
         raise LocalError(f"{folder.path / 'task.toml'}: {error}") from error
 
 
-def _build(folder: Path, model: Path) -> None:
+def _build(folder: Path, model: Path, unit_densities: tuple[float, ...] | None = None) -> None:
     try:
-        build_task(folder, model)
+        build_task(folder, model, unit_densities)
     except LocalError as error:
         raise LocalError(f"{model}: {error}") from error
 

@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     _device(commands)
     _agent(commands)
     _runs(commands)
+    _simulate(commands)
     return top
 
 
@@ -107,7 +108,12 @@ def _task(commands: Commands) -> None:
     kinds = task.add_subparsers(title="commands", metavar="COMMAND", required=True)
     new = _command(kinds, "new", "cli.gateway:task_new", "make a task folder around a forward ONNX model")
     new.add_argument("folder", type=Path, metavar="TASK", help="folder to make; its name becomes the task's name")
-    new.add_argument("--model", type=Path, required=True, help="forward ONNX model: features in, class scores out")
+    new.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="forward ONNX model: features in, class scores out; or one that comes with Regrow: leaf_cnn, ...",
+    )
     build = _command(kinds, "build", "cli.gateway:task_build", "write the programs that devices run", "`serve` does it when needed.")
     build.add_argument("folder", type=Path, metavar="TASK", help="folder with task.toml and its model")
 
@@ -192,6 +198,61 @@ def _runs(commands: Commands) -> None:
         "Feeds every receipted update to the slow reference implementation of the papers' pseudocode.",
     )
     verify.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+
+
+def _simulate(commands: Commands) -> None:
+    one = _command(
+        commands,
+        "simulate",
+        "cli.simulate:simulate",
+        "train a task in virtual time, here, with the gateway's and the devices' own state machines",
+        "Only the clock and the links are simulated. The same command gives the same result, to the bit.",
+    )
+    _scenario(one)
+    one.add_argument("--method", action="append", metavar="M", help="method by name, once for each run (default: what task.toml says)")
+    one.add_argument("--out", type=Path, default=Path("simulated"), metavar="DIR", help="where outcomes are written")
+    one.add_argument("--resume", action="store_true", help="keep what is finished already")
+    many = _command(
+        commands,
+        "compare",
+        "cli.simulate:compare",
+        "simulate several methods over several seeds and write a report",
+        "All on the same splits and link draws. What is finished stays after Ctrl-C; the same command goes on.",
+    )
+    _scenario(many)
+    names = "names such as fedgmr, fedasync, fiarse+restore or fedgmr-no-restore"
+    many.add_argument("--methods", nargs="+", required=True, metavar="M", help=f"{names}; commas or spaces between")
+    many.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs of each method")
+    many.add_argument("--target", type=_positive, metavar="PART", help="accuracy to reach (default: 95 %% of the best method's final one)")
+    many.add_argument("--reference", default="fedgmr", metavar="M", help="method that the others are compared with seed by seed")
+    many.add_argument("--processes", type=_count, metavar="N", help="runs at the same time (default: one for each core)")
+    many.add_argument("--out", type=Path, default=Path("compared"), metavar="DIR", help="where outcomes and the report are written")
+
+
+def _scenario(command: argparse.ArgumentParser) -> None:
+    """What a simulated fleet is."""
+    command.add_argument("task", type=Path, metavar="TASK", help="task folder, see `regrow task new`")
+    command.add_argument("--data", default="fashion-mnist", metavar="NAME", help="fashion-mnist, watch, femnist or cifar10")
+    command.add_argument("--data-folder", type=Path, metavar="DIR", help="where its published files lie")
+    command.add_argument("--split", default="dirichlet:0.3", metavar="S", help="iid, dirichlet:ALPHA, user or shards:COUNT")
+    command.add_argument("--clients", type=_count, default=10, metavar="N", help="devices")
+    links = "high, medium or low (the papers' classes), trace:FOLDER of CSV files, or uplinks in bit/s such as 4000000,800000"
+    command.add_argument("--links", default="high", metavar="L", help=links)
+    command.add_argument("--outages", metavar="UP,DOWN", help="mean seconds with and without a link, for example 300,20")
+    command.add_argument("--step-s", type=_positive, default=0.01, metavar="S", help="seconds of one training step on the quickest device")
+    command.add_argument("--slowdown", type=_positive, default=1.0, metavar="X", help="how many times slower the devices are than that")
+    command.add_argument("--seconds", type=_positive, default=600.0, metavar="S", help="virtual seconds")
+    command.add_argument("--points", type=_count, default=60, metavar="N", help="points of the curve")
+    command.add_argument("--seed", type=int, default=1, metavar="N", help="of the split, the links, the batches (compare: the first one)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of task.toml, such as training.local_steps=5"
+    )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 10**9):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _positive(text: str) -> float:

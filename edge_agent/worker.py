@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
 from regrow import wire
-from regrow.errors import RegrowError
+from regrow.errors import PeerError, RegrowError
 from regrow.machine import Train, Trained, TrainingFailed
 
 NICE = 5
@@ -32,7 +33,7 @@ class Worker:
         self.step_s: float | None = None
         self._source, self._done, self._threads = source, done, threads
         self._jobs: queue.SimpleQueue[Train | None] = queue.SimpleQueue()
-        self._trainer: tuple[tuple[bytes, ...], Trainer] | None = None
+        self._trainers: tuple[tuple[bytes, ...], LevelTrainers] | None = None
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
         self._thread.start()
 
@@ -53,33 +54,97 @@ class Worker:
                 self._done(TrainingFailed(job.number, str(error)))
 
     def _train(self, job: Train) -> Trained:
-        trainer = self._trainer_of(job.programs)
-        size = trainer.layout.size
-        x, y = self._source.validation()
-        scores = []
-        if len(y):
-            for level, length in job.evaluate.items():
-                prefix = np.zeros(size, np.float32)
-                prefix[job.coordinates[:length]] = job.values[:length]
-                score = trainer.evaluate(prefix, x, y)
-                scores.append((level, score.loss, score.accuracy, score.examples))
-        where = job.coordinates[: job.length]
-        vector = np.zeros(size, np.float32)
-        vector[where] = job.values[: job.length]
-        kept = None
-        if job.length < size:
-            kept = np.zeros(size, np.bool_)
-            kept[where] = True
-        started = time.monotonic()
-        batches = self._source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
-        result = trainer.train(vector, kept, batches, job.learning_rate)
-        seconds = time.monotonic() - started
-        self.step_s = seconds / max(result.steps, 1)
-        return Trained(job.number, result.vector[where], result.examples, result.loss, seconds, tuple(scores))
+        trained = train_job(self._trainers_of(job.programs), self._source, job, time.monotonic)
+        self.step_s = trained.seconds / max(job.steps, 1)
+        return trained
 
-    def _trainer_of(self, programs: Mapping[str, bytes]) -> Trainer:
+    def _trainers_of(self, programs: Mapping[str, bytes]) -> LevelTrainers:
         """The sessions of these programs, kept until others come."""
         key = tuple(wire.digest(programs[name]) for name in sorted(programs))
-        if self._trainer is None or self._trainer[0] != key:
-            self._trainer = (key, Trainer(programs, threads=self._threads))
-        return self._trainer[1]
+        if self._trainers is None or self._trainers[0] != key:
+            self._trainers = (key, LevelTrainers(programs, threads=self._threads))
+        return self._trainers[1]
+
+
+def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Callable[[], float] = lambda: 0.0) -> Trained:
+    """Score the levels that the job asks for on the validation data, then train its sub-model; `clock` times the training.
+
+    Raises:
+        LocalError: there is no training data, or it does not fit the programs.
+        PeerError: the programs are malformed or fail.
+    """
+    x, y = source.validation()
+    scores = []
+    if len(y):
+        for level, length in job.evaluate.items():
+            score = trainers.at(level).evaluate(trainers.vector(job, level, length), x, y)
+            scores.append((level, score.loss, score.accuracy, score.examples))
+    vector = trainers.vector(job, job.level, job.length)
+    kept = trainers.kept(job)
+    started = clock()
+    batches = source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
+    result = trainers.at(job.level).train(vector, kept, batches, job.learning_rate)
+    seconds = clock() - started
+    return Trained(job.number, trainers.values(job, result.vector), result.examples, result.loss, seconds, tuple(scores))
+
+
+class LevelTrainers:
+    """The trainers of one task's programs: one for the full model, and one for each level that has a smaller model of its own.
+
+    Without those, a sub-model is the full one with masks (granularity "weight"); with them, it is a graph of its own sizes, whose flat
+    vector is that of the sub-model's coordinates in ascending order (granularity "unit", export.unit_programs).
+
+    Args:
+        programs: as they came with the version.
+        threads: for onnxruntime.
+
+    Raises:
+        PeerError: a layout is malformed.
+    """
+
+    def __init__(self, programs: Mapping[str, bytes], threads: int = 1) -> None:
+        self._programs, self._threads = programs, threads
+        self._full = Trainer(programs, threads=threads)
+        self._small: dict[int, Trainer] = {}
+
+    def at(self, level: int) -> Trainer:
+        """The trainer of a level."""
+        if f"layout:{level}" not in self._programs:
+            return self._full
+        if level not in self._small:
+            names = [name for name in ("layout", "train", "evaluate") if f"{name}:{level}" in self._programs]
+            own = {name: self._programs[f"{name}:{level}"] for name in names}
+            self._small[level] = Trainer(own, threads=self._threads)
+        return self._small[level]
+
+    def vector(self, job: Train, level: int, length: int) -> NDArray[np.float32]:
+        """The level's flat vector out of the downloaded values, float32 [size of its trainer's layout].
+
+        Raises:
+            PeerError: the level's program is of another size than the level.
+        """
+        where, size = job.coordinates[:length], self.at(level).layout.size
+        if self.at(level) is not self._full:
+            if size != length:
+                raise PeerError(f"level {level} has {length} coordinates, its program {size}")
+            return job.values[:length][np.argsort(where)]
+        vector = np.zeros(size, np.float32)
+        vector[where] = job.values[:length]
+        return vector
+
+    def kept(self, job: Train) -> NDArray[np.bool_] | None:
+        """The mask of a sub-model that is trained inside the full one."""
+        if self.at(job.level) is not self._full or job.length == self._full.layout.size:
+            return None
+        kept = np.zeros(self._full.layout.size, np.bool_)
+        kept[job.coordinates[: job.length]] = True
+        return kept
+
+    def values(self, job: Train, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The trained values in position order, float32 [length]."""
+        where = job.coordinates[: job.length]
+        if self.at(job.level) is self._full:
+            return vector[where]
+        values = np.empty_like(vector)
+        values[np.argsort(where)] = vector
+        return values

@@ -1,8 +1,6 @@
-"""Gradients of matrix products, sums and everything that only moves or gates numbers."""
+"""Gradients of matrix products."""
 
 from __future__ import annotations
-
-from onnx import TensorProto
 
 from export.gradients import Gradient, Product, Site, reduce_to
 
@@ -47,28 +45,3 @@ def matmul(site: Site) -> Gradients:
         columns = site.gradient if matrix else graph.emit("Reshape", site.gradient, graph.integers(-1, outer))
         gradients[1] = Product(rows, columns, transpose_a=True)
     return gradients
-
-
-def add(site: Site) -> Gradients:
-    """Y = A + B with broadcasting."""
-    site.attributes()
-    return {i: reduce_to(site, site.gradient, site.node.output[0], site.node.input[i]) for i in site.wanted}
-
-
-def relu(site: Site) -> Gradients:
-    """The gradient passes where the output is positive, as in torch."""
-    site.attributes()
-    graph = site.graph
-    # The output is never negative, so what is not 0 is positive. In onnxruntime two Casts beat Sign, Greater and Where.
-    is_positive = graph.emit("Cast", graph.emit("Cast", site.node.output[0], to=TensorProto.BOOL), to=TensorProto.FLOAT)
-    return {0: graph.emit("Mul", site.gradient, is_positive)}
-
-
-def same_numbers(site: Site) -> Gradients:
-    """Flatten, Reshape, Identity: the output holds the input's numbers in their order."""
-    site.attributes(axis=1, allowzero=0)
-    if site.node.op_type == "Identity":
-        return {0: site.gradient}
-    if 0 not in site.wanted or len(site.wanted) > 1:
-        raise site.unsupported("a shape that depends on parameters", "use a constant shape")
-    return {0: site.graph.reshape_like(site.gradient, site.node.input[0])}

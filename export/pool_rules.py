@@ -4,6 +4,10 @@ MaxPool, two ways with the same result:
     halve     where windows of 2 tile an axis: the winner shows in the comparison of neighbours, axis by axis. The forward
               MaxPool then need not give indices, which costs onnxruntime several times the pooling itself.
     scatter   everything else: the forward MaxPool gives the flat index of each winner, and the gradient is scattered there.
+
+AveragePool, two ways with the same result:
+    repeat    where windows tile the map: each share is repeated over its window.
+    transpose everything else: a ConvTranspose with a kernel of ones, the channels taken as a part of the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from export.emitter import Emitter
@@ -114,6 +120,57 @@ def _by_scattering(site: Site, options: dict[str, Any], shape: tuple[int, ...]) 
     reduction = {"reduction": "add"} if overlapping else {}
     scattered = graph.emit("ScatterElements", zeros, winners, gradient, axis=0, **reduction)
     return graph.reshape_like(scattered, node.input[0])
+
+
+def average_pool(site: Site) -> dict[int, Gradient]:
+    """Every position of a window gets an equal share of the window's gradient."""
+    rank = site.rank(site.node.input[0]) - 2
+    options = site.attributes(kernel_shape=[], strides=[1] * rank, pads=[0] * 2 * rank, auto_pad="NOTSET", ceil_mode=0, count_include_pad=0)
+    if options["auto_pad"] not in ("NOTSET", "VALID"):
+        raise site.unsupported(f"auto_pad {options['auto_pad']}", "give the pads as numbers")
+    kernel, strides, pads = options["kernel_shape"], options["strides"], options["pads"]
+    channels, *sizes = site.shape(site.node.input[0], static_from=1)[1:]
+    out_sizes = site.shape(site.node.output[0], static_from=2)[2:]
+    # What the last stride left over at the end of an axis; negative where ceil_mode let the last window hang over.
+    left_over = [
+        size + pads[axis] + pads[axis + rank] - (out - 1) * stride - length
+        for axis, (size, out, stride, length) in enumerate(zip(sizes, out_sizes, strides, kernel, strict=True))
+    ]
+    if min(left_over) < 0:
+        raise site.unsupported("ceil_mode 1 with a window that hangs over the end", "use ceil_mode 0 or pad the input")
+    graph = site.graph
+    if options["count_include_pad"] or not any(pads):
+        share = graph.emit("Mul", site.gradient, graph.real(1 / math.prod(kernel)))
+    else:
+        share = graph.emit("Mul", site.gradient, graph.constant(1 / _counts(sizes, out_sizes, kernel, strides, pads), np.float32))
+    if strides == kernel and not any(pads):
+        return {0: _repeated(graph, share, [channels, *out_sizes], kernel, left_over)}
+    share = graph.emit("Reshape", share, graph.integers(-1, 1, *out_sizes))
+    ones = graph.constant(np.ones((1, 1, *kernel)), np.float32)
+    spread = graph.emit("ConvTranspose", share, ones, strides=strides, pads=pads, output_padding=left_over)
+    return {0: graph.reshape_like(spread, site.node.input[0])}
+
+
+def _counts(sizes: list[int], out_sizes: tuple[int, ...], kernel: list[int], strides: list[int], pads: list[int]) -> NDArray[np.float64]:
+    """How many positions of each window lie on the map and not on its padding; shaped like the output map."""
+    counts = np.ones(())
+    for size, out, length, stride, begin in zip(sizes, out_sizes, kernel, strides, pads[: len(kernel)], strict=True):
+        starts = np.arange(out) * stride - begin
+        counts = np.multiply.outer(counts, np.minimum(starts + length, size) - np.maximum(starts, 0))
+    return counts
+
+
+def _repeated(graph: Emitter, share: str, shape: list[int], kernel: list[int], left_over: list[int]) -> str:
+    """Each number of [batch, *shape] over a window of its own; 0 on the positions left over."""
+    channels, *sizes = shape
+    rank = len(kernel)
+    pairs = [(size, length) for size, length in zip(sizes, kernel, strict=True)]
+    split = graph.emit("Reshape", share, graph.integers(-1, channels, *(part for size, _ in pairs for part in (size, 1))))
+    split = graph.emit("Expand", split, graph.integers(1, 1, *(part for _, length in pairs for part in (1, length))))
+    whole = graph.emit("Reshape", split, graph.integers(-1, channels, *(size * length for size, length in pairs)))
+    if not any(left_over):
+        return whole
+    return graph.emit("Pad", whole, graph.integers(*[0] * (4 + rank), *left_over))
 
 
 def global_average_pool(site: Site) -> dict[int, Gradient]:

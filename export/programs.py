@@ -15,12 +15,13 @@ from export.gradients import Product, differentiate, materialise
 from export.rules import RULES
 from regrow.errors import LocalError
 from regrow.parameters import Layout, Tensor
+from regrow.units import Units
 
 BATCH = "batch"
 
 
-def build_programs(model: onnx.ModelProto) -> dict[str, bytes]:
-    """The programs of one model, by name.
+def build_programs(model: onnx.ModelProto, units: Units | None = None) -> dict[str, bytes]:
+    """The programs of one model, by name; with `units` only tensors that no unit is part of are always kept.
 
     All are plain ai.onnx graphs with a dynamic batch. `train` is one step of SGD on the sample-weighted mean cross-entropy;
     `train_masked` is the same with W' = W - learning_rate * mask * gradient for every prunable parameter.
@@ -37,7 +38,7 @@ def build_programs(model: onnx.ModelProto) -> dict[str, bytes]:
         LocalError: the model is not of the form that forward.read_forward describes, or some op cannot be trained.
     """
     forward = read_forward(model)
-    layout = layout_of(forward)
+    layout = layout_of(forward, units)
     return {
         "layout": layout.to_json(),
         "train": _training_program(forward, layout, masked=False),
@@ -46,10 +47,13 @@ def build_programs(model: onnx.ModelProto) -> dict[str, bytes]:
     }
 
 
-def layout_of(forward: Forward) -> Layout:
-    """Where each parameter lies in the flat vector; vectors and scalars (biases, normalisation) are always kept."""
-    parameters = forward.parameters.items()
-    return Layout(tuple(Tensor(name, array.shape, always_kept=array.ndim < 2) for name, array in parameters))
+def layout_of(forward: Forward, units: Units | None = None) -> Layout:
+    """Where each parameter lies in the flat vector; vectors and scalars (biases, norms) are always kept, unless units own them."""
+    tensors = []
+    for number, (name, array) in enumerate(forward.parameters.items()):
+        leaves = units is not None and any(axis.group is not None for axis in units.axes[number])
+        tensors.append(Tensor(name, array.shape, always_kept=array.ndim < 2 and not leaves))
+    return Layout(tuple(tensors))
 
 
 def initial_vector(model: onnx.ModelProto) -> NDArray[np.float32]:

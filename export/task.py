@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +16,49 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from numpy.typing import NDArray
 
 from export.programs import build_programs, initial_vector, write_model
+from export.unit_programs import build_unit_programs
 from regrow.errors import LocalError
+from regrow.programs import program_file
 
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 """Raise it whenever the same model would give other programs."""
 
-FILES = {"layout": "layout.json", "train": "train.onnx", "train_masked": "train_masked.onnx", "evaluate": "evaluate.onnx"}
+
+def programs_of(model: onnx.ModelProto, unit_densities: Sequence[float] | None = None) -> dict[str, bytes]:
+    """The programs of a model: of whole units at these densities, or of single weights."""
+    return build_programs(model) if unit_densities is None else build_unit_programs(model, unit_densities)
 
 
-def build_task(task_dir: Path, model_path: Path) -> Path:
-    """The folder task_dir/build, new: the four programs, initial.npy (float32 [n]) and build.json, which says from what.
+def read_model(model_path: Path) -> onnx.ModelProto:
+    """The model in one file.
+
+    Raises:
+        LocalError: it cannot be read.
+    """
+    try:
+        return onnx.load(model_path, load_external_data=False)  # one file, so that its digest says everything
+    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        raise LocalError(f"cannot read the model {model_path}: {error}") from error
+
+
+def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float] | None = None) -> Path:
+    """The folder task_dir/build, new: the programs, initial.npy (float32 [n]) and build.json, which says from what.
+
+    With `unit_densities`, those of the task's levels, the programs are those of granularity "unit".
 
     The folder is written beside its place and renamed, so a reader sees an old build, a new one, or for a moment none; never half.
 
     Raises:
         LocalError: the model cannot be read or trained, or the folder cannot be written.
     """
-    try:
-        source = model_path.read_bytes()
-        model = onnx.load(model_path, load_external_data=False)  # one file, so that its digest says everything
-    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        raise LocalError(f"cannot read the model {model_path}: {error}") from error
-    files = {FILES[name]: content for name, content in build_programs(model).items()}
+    model = read_model(model_path)
+    source = model_path.read_bytes()
+    files = {program_file(name): content for name, content in programs_of(model, unit_densities).items()}
     vector = initial_vector(model)
     note = {
         "builder_version": BUILDER_VERSION,
         "model_sha256": hashlib.sha256(source).hexdigest(),
+        "unit_densities": None if unit_densities is None else list(unit_densities),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     files["build.json"] = json.dumps(note, indent=1, sort_keys=True).encode() + b"\n"
@@ -77,8 +95,8 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     onnx.save_model(model, path)
 
 
-def is_stale(task_dir: Path, model_path: Path) -> bool:
-    """Whether task_dir/build is missing, damaged, by another builder version, or from another model than the file at model_path.
+def is_stale(task_dir: Path, model_path: Path, unit_densities: Sequence[float] | None = None) -> bool:
+    """Whether task_dir/build is missing, damaged, by another builder version, for other units, or not from the model at model_path.
 
     Raises:
         LocalError: the model cannot be read.
@@ -86,15 +104,16 @@ def is_stale(task_dir: Path, model_path: Path) -> bool:
     build = task_dir / "build"
     try:
         note = json.loads((build / "build.json").read_bytes())
-        digests = {name: hashlib.sha256((build / name).read_bytes()).hexdigest() for name in FILES.values()}
+        digests = {name: hashlib.sha256((build / name).read_bytes()).hexdigest() for name in note["sha256"]}
         whole = (build / "initial.npy").is_file()
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return True
     try:
         model_sha256 = hashlib.sha256(model_path.read_bytes()).hexdigest()
     except OSError as error:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
-    expected = {"builder_version": BUILDER_VERSION, "model_sha256": model_sha256, "sha256": digests}
+    wanted = None if unit_densities is None else list(unit_densities)
+    expected = {"builder_version": BUILDER_VERSION, "model_sha256": model_sha256, "unit_densities": wanted, "sha256": digests}
     return not whole or bool(note != expected)
 
 

@@ -17,6 +17,7 @@ from regrow.order import Order
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication
 from regrow.task import Task
+from regrow.units import Units
 from regrow.values import WireDtype
 
 
@@ -101,7 +102,7 @@ def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
     return msgspec.json.encode(meta), arrays
 
 
-def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDArray[Any]]) -> Ledger:
+def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDArray[Any]], units: Units | None = None) -> Ledger:
     """The ledger that was dumped.
 
     Raises:
@@ -146,6 +147,7 @@ def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDAr
             trained_out=meta.trained_out,
             finished=meta.finished,
             term=meta.term,
+            units=units,
         )
     except (msgspec.DecodeError, ValueError, KeyError) as error:
         raise LocalError(f"snapshot: {error}; `regrow rollback` offers older ones") from error

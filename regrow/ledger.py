@@ -22,9 +22,13 @@ from regrow.order import Order, build_order, importance
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication
 from regrow.task import Task
+from regrow.unit_order import build_unit_order, ranks_of
+from regrow.units import Units
 from regrow.wire import Score
 
 RETIRED_REMEMBERED = 32
+MEANS = ("mask", "plain")  # the new model is a mean of models: everybody's latest may count
+MOVES = ("gradient", "delta", "adaptive")  # it is the old one moved by changes: each counts once, and needs the base it started from
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +100,17 @@ class Ledger:
     trained_out: bool = False
     finished: str = ""
     term: int = 0
+    units: Units | None = None
 
     @classmethod
-    def start(cls, task: Task, layout: Layout, initial: NDArray[np.float32]) -> Ledger:
-        """The ledger before the first record. `initial`: float32 [n] by flat coordinate."""
+    def start(cls, task: Task, layout: Layout, initial: NDArray[np.float32], units: Units | None = None) -> Ledger:
+        """The ledger before the first record. `initial`: float32 [n] by flat coordinate; `units` of the model, for granularity "unit"."""
         if initial.dtype != np.float32 or initial.shape != (layout.size,) or not np.isfinite(initial).all():
             raise LocalError(f"initial model: expected {layout.size} finite float32 values; rebuild the task with `regrow task build`")
-        order = build_order(
-            layout,
-            importance("w", initial),
-            densities_of(task),
-            epoch=0,
-            floor=task.method.layer_floor,
-            magnitude=np.abs(initial),
-            costs=task.method.layer_costs or None,
-        )
+        order = next_order(task, layout, units, importance("w", initial), initial, epoch=0)
         coded = CodedOrder.of(order)
         weights = initial[order.coordinates]
-        return cls(task, layout, weights, coded, weights.copy(), np.zeros_like(weights), orders={0: coded})
+        return cls(task, layout, weights, coded, weights.copy(), np.zeros_like(weights), orders={0: coded}, units=units)
 
     @property
     def order(self) -> Order:
@@ -155,8 +152,38 @@ class Ledger:
 
 
 def densities_of(task: Task) -> tuple[float, ...]:
-    """One density per level: FedGMR's ladder, or 64ths for PR-FL's continuous rule."""
-    return task.method.ladder if task.method.name == "fedgmr" else tuple(step / 64 for step in range(1, 65))
+    """One density per level: FedGMR's ladder, 64ths for PR-FL's continuous rule, or the full model alone."""
+    rules = {"class": task.method.ladder, "relative": tuple(step / 64 for step in range(1, 65)), "full": (1.0,)}
+    return rules[task.method.density]
+
+
+def unit_densities_of(task: Task) -> tuple[float, ...] | None:
+    """What the programs of a task are built for: densities of sub-models of whole units, or None for single weights."""
+    return densities_of(task) if task.method.granularity == "unit" else None
+
+
+def next_order(
+    task: Task, layout: Layout, units: Units | None, ranked: NDArray[np.float32], flat_weights: NDArray[np.float32], epoch: int
+) -> Order:
+    """The order of an epoch by the task's rules; `ranked`: float32 [n], the importance by flat coordinate.
+
+    Raises:
+        LocalError: the task wants units, and its model was not built with any.
+    """
+    method = task.method
+    if method.granularity == "unit":
+        if units is None:
+            raise LocalError('granularity = "unit": the task was not built for it; run `regrow task build`')
+        return build_unit_order(layout, units, ranks_of(method.importance, layout, units, ranked, epoch), densities_of(task), epoch)
+    return build_order(
+        layout,
+        ranked,
+        densities_of(task),
+        epoch=epoch,
+        floor=method.layer_floor,
+        magnitude=np.abs(flat_weights),
+        costs=method.layer_costs or None,
+    )
 
 
 # ---- one function per kind of record -------------------------------------------------------------------------------------------------
@@ -189,7 +216,7 @@ def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None
     device = ledger.devices[entry.device]
     trained, base = ledger.reconstruct(entry, payload)
     old = ledger.orders[entry.epoch].order
-    keeps_base = ledger.task.method.aggregation == "gradient"
+    keeps_base = ledger.task.method.aggregation in MOVES
     update, base_update = Update(trained), Update(base)
     if entry.epoch != ledger.order.epoch:
         update = aggregate.reexpress(update, old, ledger.order)
@@ -239,19 +266,26 @@ def _aggregated(ledger: Ledger, entry: records.Aggregated, _: Payload) -> None:
 def _mean(ledger: Ledger) -> NDArray[np.float32]:
     """The next global model from the buffer (or, unbuffered and for gradients, from this aggregation's arrivals)."""
     method = ledger.task.method
-    everyone = method.buffered and method.aggregation != "gradient"
-    members = [ledger.buffer[who] for who in sorted(ledger.buffer) if everyone or who in ledger.arrived]
+    everyone = method.buffered and method.aggregation in MEANS
+    arrived = [who for who in ledger.arrived if who in ledger.buffer]  # in the order in which they came
+    members = [ledger.buffer[who] for who in (sorted(ledger.buffer) if everyone else arrived)]
     if not members:
         return ledger.weights.copy()
     decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
     weights = np.array([decay(ledger.version - held.version) * (held.examples if method.weigh_by_examples else 1) for held in members])
     updates = [held.update for held in members]
-    if method.aggregation == "gradient":
-        bases = [held.base for held in members if held.base is not None]
-        return aggregate.gradient_average(ledger.weights, updates, bases, weights)
     if method.aggregation == "plain":
         return aggregate.fed_avg(ledger.weights, updates, weights)
-    return aggregate.mask_fed_avg(ledger.weights, updates, weights, ledger.order.segments(), eta_g=method.eta_g)
+    if method.aggregation == "mask":
+        return aggregate.mask_fed_avg(ledger.weights, updates, weights, ledger.order.segments(), eta_g=method.eta_g)
+    if method.aggregation == "mix":
+        return aggregate.mix(ledger.weights, updates, method.mixing * weights)
+    bases = [held.base for held in members if held.base is not None]
+    if method.aggregation == "delta":
+        return aggregate.add_deltas(ledger.weights, updates, bases, method.eta_g / len(members) * weights)
+    if method.aggregation == "adaptive":
+        return aggregate.adaptive_steps(ledger.weights, updates, bases, method.eta_g)
+    return aggregate.gradient_average(ledger.weights, updates, bases, weights)
 
 
 def _refreshed(ledger: Ledger, entry: records.Refreshed, payload: Payload) -> None:

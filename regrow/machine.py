@@ -78,6 +78,7 @@ class Train:
 
     Args:
         number: the device's own count of its jobs; a result of an earlier one is not taken for this one's.
+        level: of the sub-model.
         programs: name -> bytes, as export writes them.
         values: float32 [longest], the downloaded prefix in position order.
         coordinates: uint32 [longest], their flat coordinates.
@@ -86,6 +87,7 @@ class Train:
     """
 
     number: int
+    level: int
     programs: Mapping[str, bytes]
     values: NDArray[np.float32]
     coordinates: NDArray[np.uint32]

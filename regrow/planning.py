@@ -10,9 +10,9 @@ import numpy as np
 
 from regrow import density, records, restoration, values
 from regrow.broadcast import chunk_bytes
-from regrow.ledger import Device, Ledger, densities_of
+from regrow.ledger import Device, Ledger, densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
-from regrow.order import build_order, importance
+from regrow.order import importance
 from regrow.publication import CodedOrder
 from regrow.task import Task
 
@@ -59,7 +59,8 @@ class Planner:
             device.uplink_bps for who, device in self._ledger.devices.items() if self._coordinator.live(who)
         ]
         for join in waiting.values():
-            first = density.initial_density(join.uplink_bps, links, method.ladder, method.full_density_bps)
+            ladder = densities_of(self._ledger.task) if method.density == "full" else method.ladder
+            first = density.initial_density(join.uplink_bps, links, ladder, method.full_density_bps)
             self._coordinator.commit(msgspec.structs.replace(join, density=first))
             fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first}
             self._coordinator.emit(Note("joined", fields))
@@ -160,18 +161,11 @@ class Planner:
     def _refresh(self) -> None:
         ledger, method = self._ledger, self._ledger.task.method
         order = ledger.order
-        scattered = np.empty_like(ledger.weights)
-        ranked = importance(method.importance, ledger.weights, ledger.weights - ledger.anchor, ledger.squares)
-        scattered[order.coordinates] = ranked
-        new = build_order(
-            ledger.layout,
-            scattered,
-            densities_of(ledger.task),
-            epoch=order.epoch + 1,
-            floor=method.layer_floor,
-            magnitude=np.abs(ledger.flat_weights),
-            costs=method.layer_costs or None,
-        )
+        scattered = np.zeros_like(ledger.weights)
+        if method.importance in ("wg", "g", "w"):
+            ranked = importance(method.importance, ledger.weights, ledger.weights - ledger.anchor, ledger.squares)
+            scattered[order.coordinates] = ranked
+        new = next_order(ledger.task, ledger.layout, ledger.units, scattered, ledger.flat_weights, order.epoch + 1)
         coded = CodedOrder.of(new)
         sizes = [len(level) for level in coded.levels]
         self._coordinator.commit(records.Refreshed(epoch=new.epoch, lengths=list(new.lengths), sizes=sizes), b"".join(coded.levels))
@@ -277,7 +271,7 @@ class Planner:
 
     def _density_now(self, who: str, device: Device) -> float:
         """FedGMR: what restoration has come to. PR-FL: the rule on normalised round times, never below restoration's floor."""
-        if self._ledger.task.method.name == "fedgmr":
+        if self._ledger.task.method.density != "relative":
             return device.density
         windows = {other: known.full_round_s for other, known in self._ledger.devices.items()}
         return density.relative_densities(windows, self._ledger.restoration.minimum).get(who, device.density)
@@ -311,5 +305,5 @@ def restoration_config(task: Task) -> restoration.RestorationConfig:
         patience=settings.patience,
         min_delta=settings.min_delta,
         every=settings.every,
-        ladder=task.method.ladder,
+        ladder=(1.0,) if task.method.density == "full" else task.method.ladder,
     )

@@ -6,7 +6,7 @@ Nothing here knows of orders, prefixes or increments. Symbols are those of algor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +60,61 @@ def gradient_average(W_previous: Floats, B: Sequence[DenseUpdate]) -> Floats:
     total = sum(i.beta for i in B)
     W_k = W_previous.copy()
     for i in B:
-        if i.W_base is None:
-            raise LocalError("gradient averaging needs the model that the client started from")
-        W_k += i.beta / total * np.where(i.m, i.w - i.W_base, 0.0)
+        W_k += i.beta / total * np.where(i.m, i.w - _base(i), 0.0)
     return W_k
+
+
+def fed_async(W_previous: Floats, B: Sequence[DenseUpdate]) -> Floats:
+    """W <- (1 - alpha s(tau)) W + alpha s(tau) w_i, one arrival after the other; beta is alpha s(tau)."""
+    W_k = W_previous.copy()
+    for i in B:
+        W_k = np.where(i.m, (1.0 - i.beta) * W_k + i.beta * i.w, W_k)
+    return W_k
+
+
+def fed_buff(W_previous: Floats, B: Sequence[DenseUpdate], eta_g: float) -> Floats:
+    """W + eta_g / K * sum s(tau_i) m_i (w_i - W_{k_i}), K = |B|; beta is s(tau)."""
+    W_k = W_previous.copy()
+    for i in B:
+        W_k += eta_g / len(B) * i.beta * np.where(i.m, i.w - _base(i), 0.0)
+    return W_k
+
+
+def async_fed_ed(W_previous: Floats, B: Sequence[DenseUpdate], eta_g: float) -> Floats:
+    """W + eta_g / (1 + gamma_i) (w_i - W_{k_i}), gamma_i = |W - W_{k_i}| / |w_i - W_{k_i}|, one arrival after the other."""
+    W_k = W_previous.copy()
+    for i in B:
+        change = np.where(i.m, i.w - _base(i), 0.0)
+        if np.any(change):
+            gamma = np.linalg.norm(np.where(i.m, W_k - _base(i), 0.0)) / np.linalg.norm(change)
+            W_k += eta_g / (1.0 + gamma) * change
+    return W_k
+
+
+def _base(i: DenseUpdate) -> Floats:
+    if i.W_base is None:
+        raise LocalError("a method that averages changes needs the model that the client started from")
+    return i.W_base
+
+
+def next_model(aggregation: str, W_previous: Floats, B: Sequence[DenseUpdate], eta_g: float = 1.0, mixing: float = 1.0) -> Floats:
+    """W_k by the named aggregation of a task; beta of B is s(tau), times N_i where examples weigh."""
+    rules = {
+        "mask": lambda: buff_mask_fed_avg(W_previous, B, eta_g),
+        "plain": lambda: zero_filled_fed_avg(W_previous, B),
+        "gradient": lambda: gradient_average(W_previous, B),
+        "mix": lambda: fed_async(W_previous, [replace(i, beta=mixing * i.beta) for i in B]),
+        "delta": lambda: fed_buff(W_previous, B, eta_g),
+        "adaptive": lambda: async_fed_ed(W_previous, B, eta_g),
+    }
+    return rules[aggregation]()
+
+
+def magnitude(W_previous: Floats, B: Sequence[DenseUpdate], *, with_bases: bool) -> Floats:
+    """What rounding is relative to: max(|W_{k-1}|, sum beta m |w| / sum beta m), and |W_{k_i}| likewise where changes are averaged."""
+    covered = sum((i.beta * i.m for i in B), np.zeros_like(W_previous))
+    sizes = sum((i.beta * i.m * np.maximum(np.abs(i.w), np.abs(_base(i)) if with_bases else 0.0) for i in B), np.zeros_like(W_previous))
+    return np.maximum(np.abs(W_previous), np.divide(sizes, covered, out=np.zeros_like(sizes), where=covered > 0))
 
 
 def mask_of_density(importance: Floats, always_kept: NDArray[np.uint32], length: int) -> NDArray[np.bool_]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from regrow.errors import LocalError
+from regrow.methods import MethodName, defaults_of
 
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
 # Bounded above too: TOML knows inf, and nothing that is computed from a setting may become it.
@@ -23,23 +24,29 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Method(Section, frozen=True, kw_only=True):
-    """Who trains which part, and how updates become one model (algorithms: sections 1, 2 and 4)."""
+    """Who trains which part, and how updates become one model (algorithms: sections 1, 2, 4 and 7).
 
-    name: Literal["fedgmr", "prfl"] = "fedgmr"
+    The name chooses the defaults of this table, of [trigger] and of [restoration] (regrow.methods); every key can still be set.
+    """
+
+    name: MethodName = "fedgmr"
+    density: Literal["full", "class", "relative"] = "class"
     ladder: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=64)] = (0.05, 0.1, 0.2, 0.5, 1.0)
-    importance: Literal["wg", "g", "w"] = "wg"
+    granularity: Literal["weight", "unit"] = "weight"
+    importance: Literal["wg", "g", "w", "first", "rolling"] = "wg"
     layer_floor: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     layer_costs: dict[str, AboveZero] = {}
     refresh_every: AtLeastOne = 25
     refresh_min_rounds: Whole = 2
     full_density_bps: AboveZero | None = None
-    aggregation: Literal["mask", "gradient", "plain"] = "mask"
+    aggregation: Literal["mask", "gradient", "plain", "mix", "delta", "adaptive"] = "mask"
     buffered: bool = True
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
     staleness_a: NotNegative = 0.6
     staleness_b: NotNegative = 4.0
     weigh_by_examples: bool = False
     eta_g: Annotated[float, msgspec.Meta(gt=0, le=2)] = 1.0
+    mixing: Fraction = 0.6
     max_staleness: Whole = 0
     round_window: AtLeastOne = 5
 
@@ -143,6 +150,12 @@ class Task(Section, frozen=True, kw_only=True):
         if self.restoration.trigger in ("fixed", "mixed") and self.restoration.planned_s is None:
             raise LocalError("trigger at $.restoration: 'fixed' and 'mixed' also need planned_s, the planned duration in seconds")
         planned_end = self.stop.seconds is not None or self.stop.aggregations is not None
+        if self.method.granularity == "weight" and self.method.importance in ("first", "rolling"):
+            raise LocalError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
+        if self.method.granularity == "unit" and (self.method.layer_floor or self.method.layer_costs):
+            raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
+        if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive"):
+            raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         if self.training.final_learning_rate is not None and not planned_end:
             raise LocalError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
         if self.wire.versions_held < self.wire.versions_on_broker:
@@ -163,14 +176,37 @@ def parse_task(text: str, place: str = "task.toml") -> Task:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise LocalError(f"{place}: {error}") from error
+    return task_from_tables(table, place, text)
+
+
+def task_from_tables(tables: dict[str, Any], place: str, text: str = "") -> Task:
+    """The task that these tables describe; `text` is where they were read from, for the line of an error.
+
+    Raises:
+        LocalError: with place and, where it is known, line, for anything that is not a valid task.
+    """
     try:
-        return msgspec.convert(table, Task)
+        return msgspec.convert(with_method_defaults(tables), Task)
     except msgspec.ValidationError as error:
         message = str(error)
     except LocalError as error:
         message = str(error)
     line = _line_of(text, message)
     raise LocalError(f"{place}:{line}: {message}" if line else f"{place}: {message}")
+
+
+def with_method_defaults(table: dict[str, Any]) -> dict[str, Any]:
+    """The tables of a task with what its method's name implies filled in below what they say themselves.
+
+    A table that is malformed stays as it is: validation has the better words for it.
+    """
+    method = table.get("method", {})
+    name = method.get("name", "fedgmr") if isinstance(method, dict) else None
+    filled = dict(table)
+    for section, defaults in defaults_of(name).items():
+        if isinstance(filled.get(section, {}), dict):
+            filled[section] = {**defaults, **filled.get(section, {})}
+    return filled
 
 
 def task_text(task: Task) -> dict[str, Any]:

@@ -13,6 +13,7 @@ def job(number: int, fetched: Fetched) -> Train:
     levels = {assignment.level} | ({assignment.evaluate_level} if assignment.evaluate_level is not None else set())
     return Train(
         number=number,
+        level=assignment.level,
         programs=fetched.programs,
         values=fetched.base,
         coordinates=fetched.coordinates,

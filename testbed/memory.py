@@ -1,17 +1,24 @@
 """Coordinator and devices over an in-memory link in virtual time: the same state machines, no broker, no socket, no clock.
 
-Messages take `latency_s` plus their size over the sender's (up) and receiver's (down) rate; retained messages and exact or `+` filters work
-as a broker's do. Everything happens in the order of (time, number of the event), so the same inputs give the same run.
+Messages take the latency plus what the sender's uplink and the receiver's downlink make of their size; retained messages and exact or `+`
+filters work as a broker's do. Everything happens in the order of (time, number of the event), so the same inputs give the same run.
+
+The broker is simplified unless `store_and_forward` is asked for: it knows a message when its sending begins. So a downlink is taken in the
+order in which sendings began (a slow sender holds up what others send to the same receiver), and a retained message can be read too early.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from regrow.coordinator import Coordinator
 from regrow.device import Device
+from regrow.errors import LocalError
 from regrow.machine import (
     Acknowledged,
     Connected,
@@ -38,6 +45,8 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
+from testbed.links import Constant, Latency, Link
+from testbed.subscriptions import Subscriptions, matches, shape_of
 
 COORDINATOR = "coordinator"
 OVERHEAD_BYTES = 80
@@ -45,27 +54,52 @@ Evaluator = Callable[[Evaluate], Evaluated]
 Trainer = Callable[[str, Train], tuple[float, Trained | TrainingFailed]]
 
 
-def matches(pattern: str, topic: str) -> bool:
-    """Whether an MQTT filter of plain levels and `+` matches a topic."""
-    wanted, levels = pattern.split("/"), topic.split("/")
-    return len(wanted) == len(levels) and all(w in ("+", level) for w, level in zip(wanted, levels, strict=True))
-
-
 @dataclass(slots=True)
 class Client:
-    """One end of the link: a machine, its subscriptions and its rates in bit/s (None: no limit)."""
+    """One end of the link: a machine, its subscriptions and its links (None: no limit).
+
+    `position` is its place in the order in which clients first came; `in_flight` holds what it is sending: (when the last byte has left,
+    numbers of the events that follow); sent and received bytes are payload, over all its lives.
+    """
 
     machine: Coordinator | Device
-    up_bps: float | None = None
-    down_bps: float | None = None
+    up: Link | None = None
+    down: Link | None = None
+    latency: Latency | None = None
+    position: int = 0
     connected: bool = False
     filters: set[str] = field(default_factory=set)
     up_free_s: float = 0.0
     down_free_s: float = 0.0
+    relayed_s: float = 0.0
+    acked_s: float = 0.0
     timer: int = 0
     generation: int = 0
     connection: int = 0
     saved: dict[str, bytes] = field(default_factory=dict)
+    in_flight: deque[tuple[float, list[int]]] = field(default_factory=deque)
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    @property
+    def up_bps(self) -> float | None:
+        """The rate of a constant uplink, in bit/s."""
+        return self.up.bps if isinstance(self.up, Constant) else None
+
+    @property
+    def down_bps(self) -> float | None:
+        """The rate of a constant downlink, in bit/s."""
+        return self.down.bps if isinstance(self.down, Constant) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """An event of the world itself: not for a machine, and it happens whoever is connected."""
+
+    run: Callable[[], object]
+
+
+_LINK_EVENTS = (Received, Acknowledged, Connected)
 
 
 class World:
@@ -73,12 +107,26 @@ class World:
 
     Args:
         train: (device, Train) -> (seconds, result); how devices train.
-        latency_s: one way.
+        latency_s: one way, of clients that name none.
         persist_s: how long a durable write takes.
         evaluate: scores on held-out data, for tasks whose coordinator asks for them.
+        store_and_forward: as a real broker, a message is there one latency after its last byte has left, and only then retained and put on
+            the receivers' downlinks (another latency); and a transfer that a cut breaks off gives no measurement.
+        keep_log: keep what the coordinator persists in `log` (grows with the run).
+        keep_published: keep (sender, topic, bytes) of every message in `published` (grows with the run).
     """
 
-    def __init__(self, train: Trainer, *, latency_s: float = 0.01, persist_s: float = 0.001, evaluate: Evaluator | None = None) -> None:
+    def __init__(
+        self,
+        train: Trainer,
+        *,
+        latency_s: float = 0.01,
+        persist_s: float = 0.001,
+        evaluate: Evaluator | None = None,
+        store_and_forward: bool = False,
+        keep_log: bool = True,
+        keep_published: bool = True,
+    ) -> None:
         self.now = 0.0
         self.clients: dict[str, Client] = {}
         self.retained: dict[str, bytes] = {}
@@ -88,18 +136,37 @@ class World:
         self.finished: dict[str, str] = {}
         self._train, self._latency_s, self._persist_s = train, latency_s, persist_s
         self._evaluate = evaluate
-        self._events: list[tuple[float, int, str, int, int, Event]] = []
-        self._on_air: dict[int, tuple[str, float]] = {}  # number of a delivery -> its sender, when its last byte has left it
+        self._store_and_forward, self._keep_log, self._keep_published = store_and_forward, keep_log, keep_published
+        self._link_events = (*_LINK_EVENTS, Measured) if store_and_forward else _LINK_EVENTS
+        self._subscriptions = Subscriptions()
+        self._events: list[tuple[float, int, str, int, int, Event | _Call]] = []
+        self._lost: set[int] = set()  # numbers of events that will not happen: their message was cut off while it was being sent
         self._count = 0
 
     # ---- who is there --------------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, machine: Coordinator | Device, *, up_bps: float | None = None, down_bps: float | None = None) -> Client:
-        """Put a machine on the link, or a fresh one in the place of a crashed one, and connect it."""
+    def add(
+        self,
+        name: str,
+        machine: Coordinator | Device,
+        *,
+        up_bps: float | None = None,
+        down_bps: float | None = None,
+        up: Link | None = None,
+        down: Link | None = None,
+        latency: Latency | None = None,
+    ) -> Client:
+        """Put a machine on the link, or a fresh one in the place of a crashed one, and connect it.
+
+        Raises:
+            LocalError: a direction has both a link and a constant rate.
+        """
+        client = Client(machine, _link(name, up, up_bps), _link(name, down, down_bps), latency, len(self.clients))
         old = self.clients.get(name)
-        client = Client(machine, up_bps, down_bps)
         if old is not None:
-            client.generation, client.saved = old.generation + 1, old.saved
+            self._forget_filters(name, old)
+            client.generation, client.saved, client.position, client.in_flight = old.generation + 1, old.saved, old.position, old.in_flight
+            client.sent_bytes, client.received_bytes = old.sent_bytes, old.received_bytes
         self.clients[name] = client
         self.connect(name)
         return client
@@ -122,12 +189,17 @@ class World:
         client = self.clients[name]
         client.connected = False
         client.connection += 1
+        self._forget_filters(name, client)
+        client.up_free_s = client.down_free_s = client.relayed_s = client.acked_s = self.now
+        for left_s, numbers in client.in_flight:
+            if left_s > self.now:
+                self._lost.update(numbers)
+        client.in_flight.clear()
+
+    def _forget_filters(self, name: str, client: Client) -> None:
+        for pattern in client.filters:
+            self._subscriptions.remove(name, pattern)
         client.filters.clear()
-        client.up_free_s = client.down_free_s = self.now
-        cut_off = {number for number, (sender, left_s) in self._on_air.items() if sender == name and left_s > self.now}
-        self._events = [event for event in self._events if event[1] not in cut_off]
-        heapq.heapify(self._events)
-        self._on_air = {number: flight for number, flight in self._on_air.items() if flight[1] > self.now and number not in cut_off}
 
     def restart_broker(self) -> None:
         """The broker forgets everything and everybody has to connect again."""
@@ -147,15 +219,37 @@ class World:
                 self.now = max(self.now, until_s)
                 return
             at, number, name, generation, connection, event = heapq.heappop(self._events)
-            self._on_air.pop(number, None)
+            if number in self._lost:
+                self._lost.remove(number)
+                continue
             self.now = max(self.now, at)
+            if isinstance(event, _Call):
+                event.run()
+                continue
             client = self.clients[name]
             stale = generation != client.generation
-            link = isinstance(event, (Received, Acknowledged, Connected))
+            link = isinstance(event, self._link_events)
             unreachable = link and (not client.connected or connection != client.connection)
             replaced = isinstance(event, Woken) and number != client.timer
             if not stale and not unreachable and not replaced:
+                if isinstance(event, Received):
+                    client.received_bytes += len(event.payload)
                 self._perform(name, client.machine.step(event, self.now))
+
+    def at(self, time_s: float, callback: Callable[[], object]) -> None:
+        """Call back at this virtual time, in order with everything else; the callback may do whatever a caller of `run` may.
+
+        Raises:
+            LocalError: that time is past, or no time.
+        """
+        if not self.now <= time_s < math.inf:
+            raise LocalError(f"world: nothing can be planned for {time_s} s, it is {self.now} s now")
+        self._call(time_s, callback)
+
+    def _call(self, time_s: float, callback: Callable[[], object]) -> int:
+        self._count += 1
+        heapq.heappush(self._events, (time_s, self._count, "", 0, 0, _Call(callback)))
+        return self._count
 
     def _later(self, delay_s: float, name: str, event: Event) -> int:
         self._count += 1
@@ -171,9 +265,10 @@ class World:
             elif isinstance(effect, Subscribe):
                 self._subscribe(name, client, effect)
             elif isinstance(effect, Unsubscribe):
-                client.filters -= set(effect.topics)
+                self._unsubscribe(name, client, effect)
             elif isinstance(effect, Persist):
-                self.log.extend(Record(record.kind, record.header, bytes(record.payload)) for record in effect.records)
+                if self._keep_log:
+                    self.log.extend(Record(record.kind, record.header, bytes(record.payload)) for record in effect.records)
                 self._later(self._persist_s, name, Persisted(effect.id))
             elif isinstance(effect, Save):
                 client.saved[effect.name] = bytes(effect.data)
@@ -202,40 +297,80 @@ class World:
         if not client.connected:
             return
         payload = bytes(effect.payload)
-        self.published.append((name, effect.topic, len(payload)))
-        if effect.retain:
-            if payload:
-                self.retained[effect.topic] = payload
-            else:
-                self.retained.pop(effect.topic, None)
+        client.sent_bytes += len(payload)
+        if self._keep_published:
+            self.published.append((name, effect.topic, len(payload)))
         started = max(self.now, client.up_free_s)
-        arrived = started + _seconds(len(payload), client.up_bps)
-        client.up_free_s = arrived
+        left = client.up_free_s = _finish_s(client.up, started, len(payload))
+        if left == math.inf:
+            return
+        latency_s = self._latency(client, left)
         if effect.token is not None:
-            acked = arrived + 2 * self._latency_s
-            if isinstance(client.machine, Device) and client.up_bps is not None:
-                self._later(acked - self.now, name, Measured(client.up_bps))
-            self._later(acked - self.now, name, Acknowledged(effect.token, started, acked, len(payload)))
-        for other, receiver in self.clients.items():
-            if any(matches(pattern, effect.topic) for pattern in receiver.filters):
-                self._on_air[self._deliver(other, receiver, effect.topic, payload, arrived)] = (name, arrived)
+            self._acknowledge(name, client, effect.token, started, left, latency_s, len(payload))
+        if self._store_and_forward:
+            client.relayed_s = max(client.relayed_s, left + latency_s)
+            numbers = [self._call(client.relayed_s, partial(self._relay, effect.topic, payload, effect.retain, client.relayed_s))]
+        else:
+            numbers = self._relay(effect.topic, payload, effect.retain, left)
+        while client.in_flight and client.in_flight[0][0] <= self.now:
+            client.in_flight.popleft()
+        if left > self.now:
+            client.in_flight.append((left, numbers))
+
+    def _acknowledge(
+        self, name: str, client: Client, token: int, started: float, left: float, latency_s: float, payload_bytes: int
+    ) -> None:
+        acked = client.acked_s = max(left + 2 * latency_s, client.acked_s)
+        if isinstance(client.machine, Device) and client.up is not None:
+            sent_bits = 8 * (payload_bytes + OVERHEAD_BYTES)
+            bps = client.up.bps if isinstance(client.up, Constant) else sent_bits / max(left - started, 1e-9)
+            self._later(acked - self.now, name, Measured(bps))
+        self._later(acked - self.now, name, Acknowledged(token, started, acked, payload_bytes))
+
+    def _relay(self, topic: str, payload: bytes, retain: bool, sent_s: float) -> list[int]:
+        """The broker has a message; returns the numbers of its deliveries, in the order in which the receivers first came."""
+        if retain and payload:
+            self.retained[topic] = payload
+        elif retain:
+            self.retained.pop(topic, None)
+        receivers = sorted(self._subscriptions.listeners(topic), key=lambda other: self.clients[other].position)
+        return [self._deliver(other, self.clients[other], topic, payload, sent_s) for other in receivers]
 
     def _subscribe(self, name: str, client: Client, effect: Subscribe) -> None:
         if not client.connected:
             return
-        client.filters |= set(effect.topics)
-        for topic in sorted(self.retained):
-            if any(matches(pattern, topic) for pattern in effect.topics):
-                self._deliver(name, client, topic, self.retained[topic], self.now)
+        for pattern in effect.topics:
+            client.filters.add(pattern)
+            self._subscriptions.add(name, pattern)
+        known = {pattern for pattern in effect.topics if pattern in self.retained}
+        wild = [pattern for pattern in effect.topics if shape_of(pattern)[1]]
+        if wild:  # only here all retained messages are looked at: the coordinator's filters, once for each connection
+            known |= {topic for topic in self.retained if any(matches(pattern, topic) for pattern in wild)}
+        for topic in sorted(known):
+            self._deliver(name, client, topic, self.retained[topic], self.now)
+
+    def _unsubscribe(self, name: str, client: Client, effect: Unsubscribe) -> None:
+        for pattern in client.filters.intersection(effect.topics):
+            client.filters.remove(pattern)
+            self._subscriptions.remove(name, pattern)
 
     def _deliver(self, name: str, client: Client, topic: str, payload: bytes, sent_s: float) -> int:
-        arrives = max(sent_s + self._latency_s, client.down_free_s) + _seconds(len(payload), client.down_bps)
+        arrives = _finish_s(client.down, max(sent_s + self._latency(client, sent_s), client.down_free_s), len(payload))
         client.down_free_s = arrives
         return self._later(arrives - self.now, name, Received(topic, payload))
 
+    def _latency(self, client: Client, time_s: float) -> float:
+        return self._latency_s if client.latency is None else client.latency.at_s(time_s)
 
-def _seconds(payload_bytes: int, bps: float | None) -> float:
-    return 0.0 if bps is None else 8 * (payload_bytes + OVERHEAD_BYTES) / bps
+
+def _link(name: str, link: Link | None, bps: float | None) -> Link | None:
+    if link is not None and bps is not None:
+        raise LocalError(f"{name}: a direction has either a link or a constant rate, not both ({link} and {bps} bit/s)")
+    return link if bps is None else Constant(bps)
+
+
+def _finish_s(link: Link | None, start_s: float, payload_bytes: int) -> float:
+    return start_s if link is None else link.finish_s(start_s, payload_bytes + OVERHEAD_BYTES)
 
 
 def saved_of(world: World, name: str) -> Mapping[str, bytes]:

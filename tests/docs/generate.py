@@ -7,6 +7,7 @@ words.py; a field without words is a KeyError here, and so a failing test.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from broker_server import credentials
 from cli.main import parser
 from export.rules import RULES
 from regrow import coordinator, device, topics, wire
+from regrow.methods import METHODS
 from regrow.task import Task
 from tests.docs import words
 
@@ -65,6 +67,20 @@ def commands(top: argparse.ArgumentParser | None = None) -> Iterator[tuple[str, 
 def _cli(_: str) -> str:
     with patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}):
         return "\n".join(f"## {name}\n\n```text\n{command.format_help().rstrip()}\n```\n" for name, command in commands())
+
+
+# ---- methods -------------------------------------------------------------------------------------------------------------------------
+
+
+def _methods(_: str) -> str:
+    """What every name of a method chooses, over the defaults of the tables."""
+    sections = ("method", "trigger", "restoration")
+    rows = [(f"`{name}`", *(_settings(tables.get(section, {})) for section in sections)) for name, tables in METHODS.items()]
+    return table(("name", *(f"[{section}]" for section in sections)), rows)
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key} = {json.dumps(value)}`" for key, value in values.items()) or "-"
 
 
 # ---- structs -------------------------------------------------------------------------------------------------------------------------
@@ -232,6 +248,7 @@ def table(head: tuple[str, ...], rows: Any) -> str:
 _PARTS: Mapping[str, Callable[[str], str]] = {
     "access": _access,
     "cli": _cli,
+    "methods": _methods,
     "mosquitto-access": _mosquitto_access,
     "operators": _operators,
     "phases": _phases,

@@ -164,6 +164,6 @@ def test_training_that_fails_is_told_to_the_machine(folder: StateFolder, data: D
 
     monkeypatch.setattr(one, "_step", step)
     nothing = np.zeros(1, np.float32)
-    one._perform([Train(7, {}, nothing, np.zeros(1, np.uint32), 1, {}, 1, 1, 0.1, 1), Note("training", {})])
+    one._perform([Train(7, 0, {}, nothing, np.zeros(1, np.uint32), 1, {}, 1, 1, 0.1, 1), Note("training", {})])
     one.run()
     assert heard == [7]

@@ -24,6 +24,7 @@ def job() -> Train:
     vector = initial_vector(model)
     return Train(
         number=3,
+        level=4,
         programs=build_programs(model),
         values=vector,
         coordinates=np.arange(vector.size, dtype=np.uint32),

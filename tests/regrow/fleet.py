@@ -15,11 +15,15 @@ from regrow.ledger import Ledger
 from regrow.machine import Train, Trained, TrainingFailed
 from regrow.parameters import Layout, Tensor
 from regrow.presence import Identity
-from regrow.task import Task
+from regrow.task import Task, with_method_defaults
+from regrow.units import Axis, Group, Units
 from testbed.memory import COORDINATOR, World
 
 LAYOUT = Layout((Tensor("a.weight", (40, 30)), Tensor("a.bias", (40,), always_kept=True), Tensor("b.weight", (7, 40))))
 PROGRAMS = {"layout": LAYOUT.to_json(), "train": b"T" * 1000}
+UNIT_LAYOUT = Layout((Tensor("a.weight", (40, 30)), Tensor("a.bias", (40,)), Tensor("b.weight", (7, 40))))
+UNITS = Units((Group("a", 40),), ((Axis(0, owns=True), Axis()), (Axis(0, owns=True),), (Axis(), Axis(0))))
+UNIT_PROGRAMS = {"layout": UNIT_LAYOUT.to_json(), "train": b"T" * 1000}
 LINKS = {"d0": 4_000_000.0, "d1": 2_000_000.0, "d2": 800_000.0, "d3": 400_000.0, "d4": 200_000.0}
 INITIAL = np.random.default_rng(1).normal(size=LAYOUT.size).astype(np.float32)
 TARGET = np.random.default_rng(2).normal(size=LAYOUT.size).astype(np.float32)
@@ -34,7 +38,7 @@ def task(**sections: Mapping[str, Any]) -> Task:
     }
     for name, section in sections.items():
         tables[name] = {**tables.get(name, {}), **section}
-    return msgspec.convert(tables, Task)
+    return msgspec.convert(with_method_defaults(tables), Task)
 
 
 def train(_: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
@@ -62,16 +66,26 @@ def identity(name: str, boot: int = 0, install: int = 0) -> Identity:
     return Identity(name, nonce(install, "i"), nonce(boot, "b"), examples=100, validation_examples=50)
 
 
+def start_ledger(settings: Task, initial: NDArray[np.float32] = INITIAL) -> Ledger:
+    if settings.method.granularity == "unit":
+        return Ledger.start(settings, UNIT_LAYOUT, initial, UNITS)
+    return Ledger.start(settings, LAYOUT, initial)
+
+
+def programs_of(settings: Task) -> dict[str, bytes]:
+    return UNIT_PROGRAMS if settings.method.granularity == "unit" else PROGRAMS
+
+
 def new_coordinator(settings: Task, *, run: str = "r1", nonce: int = 7, initial: NDArray[np.float32] = INITIAL) -> Coordinator:
-    return Coordinator(Ledger.start(settings, LAYOUT, initial), run, PROGRAMS, nonce)
+    return Coordinator(start_ledger(settings, initial), run, programs_of(settings), nonce)
 
 
 def recovered(world: World, settings: Task, *, run: str = "r1", nonce: int = 8) -> Coordinator:
     """The coordinator's next life, from the durable log alone."""
-    ledger = Ledger.start(settings, LAYOUT, INITIAL)
+    ledger = start_ledger(settings)
     for record in world.log:
         ledger.apply_record(record)
-    return Coordinator(ledger, run, PROGRAMS, nonce)
+    return Coordinator(ledger, run, programs_of(settings), nonce)
 
 
 def start(settings: Task, links: Mapping[str, float] = LINKS, trainer: Any = train) -> World:

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from regrow import aggregate, checkpoint, records, reference, topics, wire
 from regrow.coordinator import Coordinator
 from regrow.device import Device
-from regrow.ledger import Ledger
+from regrow.ledger import MEANS, Ledger
 from regrow.machine import Effect, Event, Persist, Publish, Received, Record
 from regrow.task import Task
 from testbed.memory import COORDINATOR, Client, World, saved_of
-from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, train
+from tests.regrow.fleet import LAYOUT, LINKS, UNITS, identity, new_coordinator, programs_of, start_ledger, train
 
 NAMES = topics.Run("toy", "r1")
 TWO = {"d0": 4_000_000.0, "d1": 400_000.0}
@@ -97,7 +97,7 @@ def begin(settings: Task, links: Mapping[str, float] = LINKS, trainer: Any = tra
 
 
 def replay(log: Sequence[Record], settings: Task) -> Ledger:
-    ledger = Ledger.start(settings, LAYOUT, INITIAL)
+    ledger = start_ledger(settings)
     for record in log:
         ledger.apply_record(record)
     return ledger
@@ -112,7 +112,7 @@ def fingerprint(ledger: Ledger) -> tuple[bytes, dict[str, bytes]]:
 def replay_with_snapshot(log: Sequence[Record], settings: Task, at: int) -> Ledger:
     """The first `at` records through a snapshot, the rest replayed on top."""
     meta, arrays = checkpoint.dump(replay(log[:at], settings))
-    ledger = checkpoint.load(settings, LAYOUT, meta, {name: array.copy() for name, array in arrays.items()})
+    ledger = checkpoint.load(settings, start_ledger(settings).layout, meta, {name: array.copy() for name, array in arrays.items()}, UNITS)
     for record in log[at:]:
         ledger.apply_record(record)
     return ledger
@@ -124,17 +124,17 @@ def restart_coordinator(
     """The coordinator's next life, from the durable log, with a snapshot in the middle where asked for."""
     log = world.log
     ledger = replay(log, settings) if snapshot_at is None else replay_with_snapshot(log, settings, min(snapshot_at, len(log)))
-    coordinator = Coordinator(ledger, "r1", PROGRAMS, nonce, takeover=takeover)
+    coordinator = Coordinator(ledger, "r1", programs_of(settings), nonce, takeover=takeover)
     world.add(COORDINATOR, coordinator)
     return coordinator
 
 
 def worst_difference(log: Sequence[Record], settings: Task) -> float:
     """The log replayed through reference.py: the largest difference, in units of 1e-6 * max(|W_prev|, sum beta|w| / sum beta)."""
-    ledger = Ledger.start(settings, LAYOUT, INITIAL)
+    ledger = start_ledger(settings)
     weights = ledger.flat_weights.astype(np.float64)
     held: dict[str, tuple[int, int, NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]] = {}
-    arrived: set[str] = set()
+    arrived: dict[str, None] = {}
     worst = 0.0
     for record in log:
         entry = records.from_record(record)
@@ -144,7 +144,7 @@ def worst_difference(log: Sequence[Record], settings: Task) -> float:
             mask, dense, bases = np.zeros(LAYOUT.size, np.bool_), np.zeros(LAYOUT.size), np.zeros(LAYOUT.size)
             mask[where], dense[where], bases[where] = True, trained, base
             held[entry.device] = (entry.version, entry.examples, mask, dense, bases)
-            arrived.add(entry.device)
+            arrived[entry.device] = None
         if not isinstance(entry, records.Aggregated):
             ledger.apply(entry, record.payload)
             continue
@@ -153,29 +153,24 @@ def worst_difference(log: Sequence[Record], settings: Task) -> float:
         arrived.clear()
         difference = np.abs(ledger.flat_weights - wanted)
         worst = max(worst, float((difference / np.maximum(TOLERANCE * scale, 1e-300)).max()))
-        weights = wanted
+        # A sum of steps collects their roundings: there each step is checked from where the run itself was.
+        weights = wanted if settings.method.aggregation in MEANS else ledger.flat_weights.astype(np.float64)
     return worst
 
 
 def _oracle(
-    ledger: Ledger, settings: Task, weights: NDArray[np.float64], held: Mapping[str, Any], arrived: set[str]
+    ledger: Ledger, settings: Task, weights: NDArray[np.float64], held: Mapping[str, Any], arrived: Mapping[str, None]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     method, k = settings.method, ledger.version
     decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
-    everyone = method.buffered and method.aggregation != "gradient"
+    everyone = method.buffered and method.aggregation in MEANS
+    chosen = sorted(held.items()) if everyone else [(who, held[who]) for who in arrived if who in held]
     members = [
         reference.DenseUpdate(mask, dense, decay(k - version) * (examples if method.weigh_by_examples else 1), base)
-        for who, (version, examples, mask, dense, base) in sorted(held.items())
-        if everyone or who in arrived
+        for _, (version, examples, mask, dense, base) in chosen
     ]
-    covered = sum((i.beta * i.m for i in members), np.zeros(LAYOUT.size))
-    sizes = sum((i.beta * np.abs(i.w) for i in members), np.zeros(LAYOUT.size))
-    scale = np.maximum(np.abs(weights), np.divide(sizes, covered, out=np.zeros_like(sizes), where=covered > 0))
-    if method.aggregation == "gradient":
-        return reference.gradient_average(weights, members), scale
-    if method.aggregation == "plain":
-        return reference.zero_filled_fed_avg(weights, members), scale
-    return reference.buff_mask_fed_avg(weights, members, method.eta_g), scale
+    scale = reference.magnitude(weights, members, with_bases=method.aggregation not in MEANS)
+    return reference.next_model(method.aggregation, weights, members, method.eta_g, method.mixing), scale
 
 
 def receipts(world: Tape) -> list[tuple[str, wire.Receipt]]:

@@ -7,7 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regrow import reference
-from regrow.aggregate import BLOCK, Update, fed_avg, gradient_average, mask_fed_avg, reexpress, staleness
+from regrow.aggregate import (
+    BLOCK,
+    Update,
+    adaptive_steps,
+    add_deltas,
+    fed_avg,
+    gradient_average,
+    mask_fed_avg,
+    mix,
+    reexpress,
+    staleness,
+)
 from regrow.errors import LocalError
 from regrow.order import Order, build_order
 from regrow.parameters import Layout, Tensor
@@ -102,6 +113,50 @@ def test_gradient_average_is_the_reference(case: Case) -> None:
     ours = gradient_average(case.previous, case.updates, case.bases, case.weights)
     expected = reference.gradient_average(case.flat_previous, case.dense)
     np.testing.assert_allclose(case.flat(ours), expected, rtol=2e-7, atol=1e-12)
+
+
+@settings(max_examples=100)
+@given(cases, st.floats(0.01, 1.0))
+def test_mix_is_fedasync(case: Case, alpha: float) -> None:
+    alphas = alpha * case.weights / case.weights.max(initial=1.0)
+    ours = mix(case.previous, case.updates, alphas)
+    dense = [replace(u, beta=float(a)) for u, a in zip(case.dense, alphas, strict=True)]
+    np.testing.assert_allclose(case.flat(ours), reference.fed_async(case.flat_previous, dense), rtol=2e-6, atol=1e-9)
+
+
+@settings(max_examples=100)
+@given(cases, st.floats(0.01, 2.0))
+def test_add_deltas_is_fedbuff(case: Case, eta_g: float) -> None:
+    ours = add_deltas(case.previous, case.updates, case.bases, eta_g / max(len(case.updates), 1) * case.weights)
+    expected = reference.fed_buff(case.flat_previous, case.dense, eta_g)
+    np.testing.assert_allclose(case.flat(ours), expected, rtol=2e-6, atol=1e-9 * np.abs(expected).max())
+
+
+@settings(max_examples=100)
+@given(cases, st.floats(0.01, 2.0))
+def test_adaptive_steps_are_asyncfededs(case: Case, eta_g: float) -> None:
+    before = case.previous.copy()
+    ours = adaptive_steps(case.previous, case.updates, case.bases, eta_g)
+    expected = reference.async_fed_ed(case.flat_previous, case.dense, eta_g)
+    np.testing.assert_array_equal(case.previous, before)
+    np.testing.assert_allclose(case.flat(ours), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_methods_of_one_line_by_hand() -> None:
+    previous, base = floats([4.0, 4.0, 9.0]), floats([1.0, 1.0, 1.0])
+    update = Update(floats([7.0, 1.0]))  # change 6, 0; the model has moved by 3, 3 since its base
+    np.testing.assert_allclose(mix(previous, [update], weights([0.5])), [5.5, 2.5, 9.0])
+    np.testing.assert_allclose(mix(previous, [update, update], weights([0.5, 0.5])), [6.25, 1.75, 9.0])
+    np.testing.assert_allclose(add_deltas(previous, [update, update], [base, base], weights([0.25, 0.25])), [7.0, 4.0, 9.0])
+    step = 1.0 / (1.0 + np.sqrt(18.0) / 6.0)
+    np.testing.assert_allclose(adaptive_steps(previous, [update], [base], 1.0), [4.0 + 6.0 * step, 4.0, 9.0], rtol=1e-6)
+    still = Update(base[:2].copy())
+    np.testing.assert_array_equal(adaptive_steps(previous, [still], [base], 1.0), previous)
+
+
+def test_mix_refuses_to_overshoot() -> None:
+    with pytest.raises(LocalError, match="above 1"):
+        mix(floats([1.0]), [Update(floats([2.0]))], weights([1.5]))
 
 
 @settings(max_examples=100)

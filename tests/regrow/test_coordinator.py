@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from regrow import coordinator as module
-from regrow import topics, wire
+from regrow import methods, topics, wire
 from regrow.coordinator import TRANSITIONS, Coordinator, Phase
 from regrow.device import Device
 from regrow.ledger import Ledger
@@ -26,6 +26,7 @@ from regrow.machine import (
     TrainingFailed,
     Woken,
 )
+from regrow.methods import ABLATIONS, METHODS
 from regrow.task import Task
 from testbed.memory import COORDINATOR
 from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, task
@@ -242,7 +243,11 @@ def test_a_device_that_was_told_but_never_joined_is_told_the_end() -> None:
         {"method": {"aggregation": "gradient", "staleness": "hinge"}},
         {"method": {"aggregation": "plain", "ladder": (0.5, 1.0)}},
         {"method": {"aggregation": "plain", "ladder": (0.5, 1.0), "buffered": False}},
-        {"method": {"name": "prfl", "importance": "g", "staleness": "hinge", "refresh_every": 4}, "restoration": {"step": "fixed"}},
+        {"method": {"granularity": "unit"}},
+        {"method": {"granularity": "unit", "importance": "g", "density": "relative"}},
+        {"method": {"aggregation": "mix"}, "trigger": {"kind": "arrival"}},
+        {"method": {"aggregation": "delta", "eta_g": 0.5}, "trigger": {"kind": "count", "count": 3}},
+        {"method": {"aggregation": "adaptive"}, "trigger": {"kind": "arrival"}},
         {"method": {"importance": "w", "eta_g": 0.5, "weigh_by_examples": True, "max_staleness": 2, "layer_floor": 0.01}},
         {"wire": {"up": "float32", "down": "float32"}},
         {"wire": {"up": "float16", "down": "float16"}},
@@ -259,6 +264,27 @@ def test_every_method_runs_to_its_end_and_matches_the_reference(sections: dict[s
     world.finish()
     assert world.coordinator().ledger.version == 20
     assert {record.kind for record in world.log} >= {"accepted", "aggregated", "published", "retired"}
+    assert not world.notes_of("rejected")
+    check_run(world, settings)
+    assert leftovers(world) == []
+
+
+NAMES_TO_RUN = [
+    *METHODS,
+    *(f"{name}+restore" for name in ("fiarse", "fedasync", "heterofl", "fedrolex")),
+    *(f"fedgmr-{part}" for part in ABLATIONS),
+]
+
+
+@pytest.mark.parametrize("name", NAMES_TO_RUN)
+def test_every_named_method_runs_to_its_end_and_matches_the_reference(name: str) -> None:
+    tables = methods.named(name)
+    if tables.get("restoration", {}).get("trigger") == "fixed":
+        tables["restoration"]["planned_s"] = 20.0
+    tables.setdefault("trigger", {}).setdefault("interval_s", 1.0)
+    settings = task(stop={"aggregations": 15}, **tables)
+    world = begin(settings)
+    world.finish()
     assert not world.notes_of("rejected")
     check_run(world, settings)
     assert leftovers(world) == []

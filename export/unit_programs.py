@@ -1,0 +1,41 @@
+"""Programs for sub-models of whole units: for every level a really smaller graph, so that a low density saves time and memory too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+
+from export.forward import read_forward
+from export.programs import build_programs, layout_of
+from export.units import find_units, sliced_model
+from regrow.unit_order import level_sizes, level_units
+
+LEVEL_PROGRAMS = ("layout", "train", "evaluate")
+
+
+def build_unit_programs(model: onnx.ModelProto, densities: Sequence[float]) -> dict[str, bytes]:
+    """The programs of a model, as build_programs, with granularity "unit".
+
+        layout, train, evaluate          of the full model; tensors that units are part of are not always kept
+        layout:L, train:L, evaluate:L    of level L, for all levels but the last: the sliced model, whichever its units are
+        units                            JSON, regrow.units.Units
+
+    The flat vector of a sliced model is that of its coordinates in ascending order.
+
+    Args:
+        densities: of the levels, ascending, the last 1.0.
+
+    Raises:
+        LocalError: as build_programs, or the model has no units that could be dropped (export.units.find_units).
+    """
+    units = find_units(model)
+    whole = build_programs(model, units)
+    programs = {name: whole[name] for name in LEVEL_PROGRAMS}
+    programs["units"] = units.to_json()
+    layout = layout_of(read_forward(model), units)
+    for level, sizes in enumerate(level_sizes(layout, units, densities)[:-1]):
+        small = sliced_model(model, units, level_units(sizes))
+        built = build_programs(small, units)
+        programs |= {f"{name}:{level}": built[name] for name in LEVEL_PROGRAMS}
+    return programs

@@ -1,0 +1,118 @@
+"""The systems of the field by name: each is a choice among sub-model, trigger, aggregation and restoration, never code of its own.
+
+A method is three small tables of defaults; whatever task.toml says stands above them. Sources: algorithms.md section 7.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from regrow.errors import LocalError
+
+MethodName = Literal["fedgmr", "prfl", "fedavg", "fedasync", "fedfix", "fedbuff", "asyncfeded", "heterofl", "fedrolex", "fiarse"]
+NEVER = 1_000_000_000
+Defaults = Mapping[str, Mapping[str, Any]]
+
+_FULL_MODEL: Mapping[str, Any] = {"density": "full", "buffered": False}
+_SYNCHRONOUS: Mapping[str, Any] = {"buffered": False, "staleness": "constant"}
+_NO_RESTORATION: Mapping[str, Any] = {"trigger": "none"}
+
+METHODS: Mapping[str, Defaults] = {
+    # FedGMR, arXiv 2512.05372: the defaults of every table.
+    "fedgmr": {},
+    # PR-FL, arXiv 2403.15439: densities from round times, accumulated gradients, hinge, recovery by 0.2.
+    "prfl": {"method": {"density": "relative", "importance": "g", "staleness": "hinge"}, "restoration": {"step": "fixed"}},
+    # FedAvg, arXiv 1602.05629.
+    "fedavg": {
+        "method": {**_FULL_MODEL, "staleness": "constant", "weigh_by_examples": True},
+        "trigger": {"kind": "all"},
+        "restoration": _NO_RESTORATION,
+    },
+    # FedAsync, arXiv 1903.03934: alpha = 0.6, polynomial a = 0.5.
+    "fedasync": {
+        "method": {**_FULL_MODEL, "aggregation": "mix", "mixing": 0.6, "staleness_a": 0.5},
+        "trigger": {"kind": "arrival"},
+        "restoration": _NO_RESTORATION,
+    },
+    # FedFix, arXiv 2206.10189: whoever arrived in dt, weighted by staleness.
+    "fedfix": {"method": _FULL_MODEL, "trigger": {"kind": "interval", "interval_s": 5.0}, "restoration": _NO_RESTORATION},
+    # FedBuff, arXiv 2106.06639: every K arrivals, 1 / sqrt(1 + tau).
+    "fedbuff": {
+        "method": {**_FULL_MODEL, "aggregation": "delta", "staleness_a": 0.5},
+        "trigger": {"kind": "count", "count": 3},
+        "restoration": _NO_RESTORATION,
+    },
+    # AsyncFedED, arXiv 2205.13797: a step that shrinks with the distance that the model has moved meanwhile.
+    "asyncfeded": {
+        "method": {**_FULL_MODEL, "aggregation": "adaptive", "staleness": "constant"},
+        "trigger": {"kind": "arrival"},
+        "restoration": _NO_RESTORATION,
+    },
+    # HeteroFL, arXiv 2010.01264: the first units of every layer, always the same.
+    "heterofl": {
+        "method": {**_SYNCHRONOUS, "granularity": "unit", "importance": "first", "refresh_every": NEVER},
+        "trigger": {"kind": "all"},
+        "restoration": _NO_RESTORATION,
+    },
+    # FedRolex, arXiv 2212.01548: a window of units that moves by one each round.
+    "fedrolex": {
+        "method": {**_SYNCHRONOUS, "granularity": "unit", "importance": "rolling", "refresh_every": 1, "refresh_min_rounds": 0},
+        "trigger": {"kind": "all"},
+        "restoration": _NO_RESTORATION,
+    },
+    # FIARSE, arXiv 2407.19389: every round, each client's capacity of the largest |w|.
+    "fiarse": {
+        "method": {**_SYNCHRONOUS, "importance": "w", "refresh_every": 1, "refresh_min_rounds": 0},
+        "trigger": {"kind": "all"},
+        "restoration": _NO_RESTORATION,
+    },
+}
+
+ASYNCHRONOUS: Defaults = {
+    "method": {"buffered": True, "staleness": "polynomial"},
+    "trigger": {"kind": "fastest"},
+}
+"""What FedGMR adds to a synchronous sub-model method before restoration: it no longer waits, and it keeps everybody's latest update."""
+
+RESTORED: Defaults = {**ASYNCHRONOUS, "restoration": {"trigger": "plateau"}}
+"""Gradual model restoration on top of another method."""
+
+ABLATIONS: Mapping[str, Defaults] = {
+    "sync": {"trigger": {"kind": "all"}},
+    "no-buffer": {"method": {"buffered": False}},
+    "no-restore": {"restoration": _NO_RESTORATION},
+    "ga": {"method": {"aggregation": "gradient"}},
+    "fa": {"method": {"aggregation": "plain"}},
+    "fixed": {"restoration": {"trigger": "fixed"}},
+}
+
+
+def defaults_of(name: object) -> Defaults:
+    """What a method's name implies; nothing for a name that validation will refuse."""
+    return METHODS.get(name, {}) if isinstance(name, str) else {}
+
+
+def named(name: str) -> dict[str, dict[str, Any]]:
+    """The tables of a method, restored (`fiarse+restore`) or with one part taken away (`fedgmr-no-restore`).
+
+    Raises:
+        LocalError: no such name; the message lists them.
+    """
+    parts = re.fullmatch(r"(\w+)(?:\+(restore|async))?(?:-([\w-]+))?", name)
+    base, addition, ablation = parts.groups() if parts else ("", None, None)
+    if base not in METHODS or (ablation is not None and ablation not in ABLATIONS):
+        raise LocalError(
+            f"method {name!r}: known are {', '.join(METHODS)}, each with +restore or +async, or without a part: {', '.join(ABLATIONS)}"
+        )
+    layers: list[Defaults] = [{"method": {"name": base}}, METHODS[base]]
+    if addition:
+        layers.append(RESTORED if addition == "restore" else ASYNCHRONOUS)
+    if ablation:
+        layers.append(ABLATIONS[ablation])
+    tables: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            tables[section] = {**tables.get(section, {}), **values}
+    return tables

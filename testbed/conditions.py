@@ -1,0 +1,182 @@
+"""What a fleet lives through: who is there when, and the classes and links of the papers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, pairwise
+from typing import Literal
+
+from regrow.errors import LocalError
+from testbed.links import LogNormal
+from testbed.memory import World
+
+DAY_S = 86_400.0
+
+# ---- who is there when ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """When a device has a link.
+
+    Args:
+        joins_s: not there before.
+        leaves_s: gone for good from then on.
+        windows_s: (from, to) within a period, ascending and apart; the last may reach into the next period (cross midnight). Empty: always.
+        period_s: after which the windows come again.
+    """
+
+    joins_s: float = 0.0
+    leaves_s: float = math.inf
+    windows_s: tuple[tuple[float, float], ...] = ()
+    period_s: float = DAY_S
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.joins_s < self.leaves_s:
+            raise LocalError(f"attendance: joins at {self.joins_s} s and leaves at {self.leaves_s} s; it must be 0 <= joins < leaves")
+        if not (math.isfinite(self.period_s) and self.period_s > 0.0):
+            raise LocalError(f"attendance: period of {self.period_s} s, it must be finite and > 0")
+        edges = [edge for window in self.windows_s for edge in window]
+        within = not edges or (0.0 <= edges[0] < self.period_s and edges[-1] < edges[0] + self.period_s)
+        if not within or any(not later > earlier for earlier, later in pairwise(edges)):
+            raise LocalError(f"attendance: windows {self.windows_s} must ascend, lie apart and fit into {self.period_s} s")
+
+    def available(self, time_s: float) -> bool:
+        """Whether the device has a link at this virtual time; at the edge of a window what begins there holds."""
+        if not self.joins_s <= time_s < self.leaves_s:
+            return False
+        if not self.windows_s:
+            return True
+        for start, end in self._open(time_s):
+            if start > time_s:
+                return False
+            if time_s < end:
+                return True
+        return False
+
+    def changes(self) -> Iterator[tuple[float, bool]]:
+        """(time_s, whether it is there from then on), from its arrival to before it leaves for good; perhaps without end."""
+        if not self.windows_s:
+            yield self.joins_s, True
+            return
+        for start, end in self._open(self.joins_s):
+            if end <= self.joins_s:
+                continue
+            if start >= self.leaves_s:
+                return
+            yield max(start, self.joins_s), True
+            if end >= self.leaves_s:
+                return
+            yield end, False
+
+    def _open(self, time_s: float) -> Iterator[tuple[float, float]]:
+        """The windows in virtual time, from the period before `time_s` on (its last window may reach into this one)."""
+        for cycle in count(int(time_s // self.period_s) - 1):
+            for start, end in self.windows_s:
+                yield start + cycle * self.period_s, end + cycle * self.period_s
+
+
+def nightly(from_hour: float, to_hour: float, *, joins_s: float = 0.0, leaves_s: float = math.inf) -> Attendance:
+    """There from one hour of the day to another, such as while charging; time 0 is midnight, to_hour <= from_hour is the next day's."""
+    if not (0.0 <= from_hour < 24.0 and 0.0 <= to_hour <= 24.0):
+        raise LocalError(f"attendance: from {from_hour} h to {to_hour} h; hours of the day are 0..24")
+    to_hour += 24.0 if to_hour <= from_hour else 0.0
+    return Attendance(joins_s, leaves_s, ((3600.0 * from_hour, 3600.0 * to_hour),))
+
+
+def attend(world: World, name: str, attendance: Attendance, join: Callable[[], object]) -> None:
+    """Let one device come and go: `join` adds it to the world, later it loses its link and returns as it was, at the end it is killed.
+
+    Each change schedules the next, so that an endless schedule costs one event at a time.
+    """
+    changes = attendance.changes()
+    gone = joined = False
+
+    def plan() -> None:
+        following = next(changes, None)
+        if following is not None:
+            world.at(following[0], lambda: change(following[1]))
+
+    def change(there: bool) -> None:
+        nonlocal joined
+        if gone:
+            return
+        if not there:
+            world.cut(name)
+        elif joined:
+            world.connect(name)
+        else:
+            joined = True
+            join()
+        plan()
+
+    def leave() -> None:
+        nonlocal gone
+        gone = True
+        if joined:
+            world.kill(name)
+
+    plan()
+    if attendance.leaves_s < math.inf:
+        world.at(attendance.leaves_s, leave)
+
+
+# ---- the papers ----------------------------------------------------------------------------------------------------------------------
+
+Heterogeneity = Literal["high", "medium", "low"]
+DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
+PERCENT: dict[Heterogeneity, tuple[int, ...]] = {"high": (10, 10, 10, 10, 60), "medium": (10, 10, 20, 30, 30), "low": (20, 20, 20, 20, 20)}
+
+MODEL_BYTES = 26_000_000  # the LEAF CNN that the papers' rates are stated for
+UP_BYTES_PER_S, DOWN_BYTES_PER_S = 5e6, 20e6  # of a device at density 1
+SERVER_UP_BYTES_PER_S, SERVER_DOWN_BYTES_PER_S = 10e6, 50e6
+SIGMA, SERVER_SIGMA = 0.3, 0.1
+
+
+def heterogeneity(kind: Heterogeneity, clients: int) -> list[float]:
+    """The density class of each client, the largest first.
+
+    Shares that are no whole numbers are rounded by largest remainder, equal ones in favour of the larger density.
+
+    Raises:
+        LocalError: another kind, or no client.
+
+    Source: FedGMR's classes for 10 clients (algorithms.md section 4).
+    """
+    if kind not in PERCENT:
+        raise LocalError(f"heterogeneity {kind!r}: choose one of {', '.join(PERCENT)}")
+    if clients < 1:
+        raise LocalError(f"heterogeneity: {clients} clients; at least 1 is needed")
+    shares = [divmod(percent * clients, 100) for percent in PERCENT[kind]]
+    lacking = clients - sum(whole for whole, _ in shares)
+    rounded_up = sorted(range(len(shares)), key=lambda index: (-shares[index][1], index))[:lacking]
+    return [DENSITIES[index] for index, (whole, _) in enumerate(shares) for _ in range(whole + (index in rounded_up))]
+
+
+def paper_links(name: str, density: float, model_bytes: int, *, seed: int, period_s: float) -> tuple[LogNormal, LogNormal]:
+    """(up, down) of a device of this density class, scaled to the model, so that every class sends its own sub-model in the same time.
+
+    Args:
+        model_bytes: of the full model; 26 MB gives the papers' own rates, any model takes 5.2 s up at density 1.
+        period_s: how long a rate holds, about one round.
+
+    Source: FedGMR: up 5 rho, down 20 rho model megabytes per second, sigma 0.3 (algorithms.md section 4).
+    """
+    if not 0.0 < density <= 1.0:
+        raise LocalError(f"links of {name}: density {density} is not in (0, 1]")
+    return _pair(name, density * UP_BYTES_PER_S, density * DOWN_BYTES_PER_S, SIGMA, model_bytes, seed, period_s)
+
+
+def paper_server_links(name: str, model_bytes: int, *, seed: int, period_s: float) -> tuple[LogNormal, LogNormal]:
+    """(up, down) of the coordinator, shared by everything that it sends and hears; 10 and 50 model megabytes per second, sigma 0.1."""
+    return _pair(name, SERVER_UP_BYTES_PER_S, SERVER_DOWN_BYTES_PER_S, SERVER_SIGMA, model_bytes, seed, period_s)
+
+
+def _pair(name: str, up: float, down: float, sigma: float, model_bytes: int, seed: int, period_s: float) -> tuple[LogNormal, LogNormal]:
+    scale = 8.0 * model_bytes / MODEL_BYTES
+    return (
+        LogNormal(scale * up, sigma, period_s, seed, f"{name}/up"),
+        LogNormal(scale * down, sigma, period_s, seed, f"{name}/down"),
+    )

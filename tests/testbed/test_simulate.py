@@ -1,0 +1,165 @@
+"""Simulated runs on a small synthetic image set: deterministic, and the commands over them."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from broker_server.runs import load_task
+from cli.main import main
+from export.models import reduced_cnn
+from export.task import save_model
+from regrow.errors import LocalError
+from testbed.compare import parse_settings, read_outcome, result_path, run_all, run_spec, specs_of
+from testbed.links import Constant, WithOutages
+from testbed.simulate import Simulation, Spec, links_of, task_of
+
+SHORT = Spec(
+    seconds=60.0,
+    points=3,
+    data="fashion-mnist",
+    split="dirichlet:0.5",
+    clients=5,
+    settings={"training.local_steps": 3, "trigger.interval_s": 0.5},
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files as Fashion-MNIST's: ten bright bars, one a class, in noise."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 400), ("t10k", 80)):
+        y = np.arange(count) % 10
+        x = rng.integers(0, 60, (count, 28, 28))
+        for index, label in enumerate(y):
+            x[index, 2 * label + 3 : 2 * label + 6] = 220
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + x.astype(np.uint8).tobytes(), 1))
+        labels = struct.pack(">II", 0x801, count) + y.astype(np.uint8).tobytes()
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels, 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks") / "bars"
+    folder.mkdir()
+    save_model(reduced_cnn(1), folder / "forward.onnx")
+    assert main(["task", "new", str(folder), "--model", str(folder / "forward.onnx")]) == 0
+    return folder
+
+
+def spec(images: Path, **changes: object) -> Spec:
+    return msgspec.structs.replace(SHORT, data_folder=str(images), **changes)
+
+
+def outcome_bytes(task: Path, spec: Spec) -> bytes:
+    folder = load_task(task)
+    return msgspec.json.encode(Simulation(folder, task_of(folder, {"name": "bars"}, spec), spec).run())
+
+
+def test_the_same_specification_gives_the_same_run_to_the_bit(task: Path, images: Path) -> None:
+    first = outcome_bytes(task, spec(images, method="fedgmr"))
+    assert first == outcome_bytes(task, spec(images, method="fedgmr"))
+    assert first != outcome_bytes(task, spec(images, method="fedgmr", seed=2))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedasync", "fedgmr", "fiarse+restore", "heterofl", "fedrolex+restore"])
+def test_methods_train_over_the_papers_links(task: Path, images: Path, method: str) -> None:
+    points: list[float] = []
+    folder = load_task(task)
+    run = spec(images, method=method, seconds=120.0)
+    outcome = Simulation(folder, task_of(folder, {"name": "bars"}, run), run).run(lambda point: points.append(point.time_s))
+    assert points == [40.0, 80.0]
+    assert outcome.reason == "120 s have passed"
+    last = outcome.points[-1]
+    assert last.updates == sum(outcome.updates.values()) > 5
+    assert last.bytes_up > 0 < last.bytes_down
+    assert outcome.rejected == 0
+    assert len(outcome.per_class) == 10
+    first_densities = sorted(first for first, _ in outcome.densities.values())
+    full = method in ("fedavg", "fedasync")
+    assert first_densities == [1.0] * 5 if full else first_densities[0] <= 0.1
+    if method not in ("fedavg", "heterofl"):  # which may still wait for their slowest device
+        assert outcome.final_accuracy > 0.3
+
+
+def test_settings_stand_above_the_method_and_mistakes_are_named(task: Path, images: Path) -> None:
+    folder = load_task(task)
+    assert parse_settings(["method.mixing=0.25", "wire.up='float32'"]) == {"method.mixing": 0.25, "wire.up": "float32"}
+    settings = {"method.mixing": 0.25}
+    assert task_of(folder, {"name": "bars"}, spec(images, method="fedasync", settings=settings)).method.mixing == 0.25
+    own = {"name": "bars", "method": {"name": "fedasync", "mixing": 0.1}}
+    assert task_of(folder, own, spec(images)).method.mixing == 0.1
+    assert task_of(folder, own, spec(images, method="fedasync")).method.mixing == 0.6
+    for wrong in ("nonsense", "a=", "=3"):
+        with pytest.raises(LocalError, match="KEY=VALUE"):
+            parse_settings([wrong])
+    with pytest.raises(LocalError, match="mixin"):
+        task_of(folder, {"name": "bars"}, spec(images, settings={"method.mixin": 1}))
+    with pytest.raises(LocalError, match="known are fedgmr"):
+        task_of(folder, {"name": "bars"}, spec(images, method="fedsgd"))
+
+
+def test_links_by_name_by_rate_and_by_trace(tmp_path: Path) -> None:
+    rates = links_of(Spec(clients=4, links="8000,4000"), 1000)
+    assert [up for up, _ in rates] == [Constant(8000.0), Constant(8000.0), Constant(4000.0), Constant(4000.0)]
+    (tmp_path / "a.csv").write_text("seconds,bits_per_second\n0,1000\n10,2000\n")
+    assert len(links_of(Spec(clients=3, links=f"trace:{tmp_path}"), 1000)) == 3
+    shaky = links_of(Spec(clients=1, links="8000", outages=(30.0, 5.0)), 1000)
+    assert isinstance(shaky[0][0], WithOutages)
+    for wrong in ("fast", f"trace:{tmp_path / 'none'}"):
+        with pytest.raises(LocalError, match="links"):
+            links_of(Spec(links=wrong), 1000)
+
+
+def test_a_comparison_runs_what_is_missing_only(task: Path, images: Path, tmp_path: Path) -> None:
+    specs = specs_of(spec(images), ["fedgmr", "fedasync"], 2)
+    assert [(s.method, s.seed) for s in specs] == [("fedgmr", 1), ("fedasync", 1), ("fedgmr", 2), ("fedasync", 2)]
+    for one in specs:
+        run_spec(task, one, tmp_path)
+    assert [one for one, _ in run_all(task, specs, tmp_path, processes=1)] == specs
+    broken = result_path(tmp_path, task, specs[0])
+    broken.write_text("{")
+    with pytest.raises(LocalError, match="delete it"):
+        read_outcome(broken)
+    broken.unlink()
+    assert {one.method for one, _ in run_all(task, specs, tmp_path, processes=1)} == {"fedgmr", "fedasync"}
+    assert read_outcome(broken) is not None
+
+
+def test_the_commands(task: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = [
+        str(task),
+        "--data-folder",
+        str(images),
+        "--clients",
+        "3",
+        "--seconds",
+        "30",
+        "--points",
+        "2",
+        "--set",
+        "training.local_steps=2",
+    ]
+    out = ["--out", str(tmp_path / "one")]
+    assert main(["simulate", *scenario, *out, "--method", "fedbuff", "--method", "fedfix"]) == 0
+    assert len(list((tmp_path / "one").glob("fed*.json"))) == 2
+    assert "accuracy" in capsys.readouterr().out
+    out = ["--out", str(tmp_path / "many"), "--processes", "1", "--seeds", "2"]
+    assert main(["compare", *scenario, *out, "--methods", "fedgmr,fedasync"]) == 0
+    report = msgspec.json.decode((tmp_path / "many" / "summary.json").read_bytes())
+    assert set(report["methods"]) == {"fedgmr", "fedasync"}
+    assert report["methods"]["fedasync"]["seeds"] == 2
+    assert (tmp_path / "many" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "against fedgmr" in (tmp_path / "many" / "report.html").read_text()
+    assert main(["compare", *scenario, *out, "--methods", "fedsgd"]) == 1
+    assert "fedsgd" in capsys.readouterr().err
+    assert main(["simulate", *scenario, "--split", "random"]) == 1
+    assert main(["simulate", *scenario, "--outages", "soon"]) == 1
