@@ -23,6 +23,7 @@ def job(number: int, fetched: Fetched) -> Train:
         batch=assignment.batch,
         learning_rate=assignment.learning_rate,
         seed=assignment.seed,
+        input_noise=assignment.input_noise,
     )
 
 
