@@ -96,7 +96,7 @@ def _demo(commands: Commands) -> None:
         "Everything runs on this machine: a broker, the gateway and ten agents. Ctrl-C ends it with a report of what there is.",
     )
     _runs_option(demo)
-    demo.add_argument("--seconds", type=_positive, default=172.0, help="how long the fleet trains")
+    demo.add_argument("--seconds", type=_positive, default=175.0, help="how long the fleet trains")
     demo.add_argument("--seed", type=int, default=1, metavar="N", help="of the first weights and of the batches")
     demo.add_argument("--broker", choices=["auto", "mosquitto", "amqtt"], default="auto", help="auto: mosquitto where it is installed")
     demo.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the smartwatch data is kept")

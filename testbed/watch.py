@@ -4,8 +4,8 @@ Six channels (accelerometer, gyroscope) at 50 Hz, 7 shoulder exercises, 10 weare
 the package seglearn 1.2.5, which pip fetches and nobody imports. It is a pickled dict; instead of unpickling it, the
 few opcodes that describe lists, dicts and arrays are walked as data (`_walk`), after its SHA-256 was checked.
 
-Each recording is cut in time: 64 % training, 16 % validation, 20 % test. Windows of 100 samples every 50 are built inside
-each part, so no window, and no raw sample, is in two parts. Source of the data: seglearn (BSD-3-Clause), watch_dataset.
+Each recording is cut in time: 64 % training, 16 % validation, 20 % test. Windows of 100 samples are built inside each part,
+every 50 for validation and test and every 10 for training, so no window, and no raw sample, is in two parts. Source of the data: seglearn (BSD-3-Clause), watch_dataset.
 
     python -m testbed.watch data/watch            # ten wearer-XX.npz for devices, test.npz kept apart
 """
@@ -36,6 +36,8 @@ MEMBER = "seglearn/data/watch_dataset.npy"
 NPY_SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
 CLASSES = ("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")
 WINDOW_SAMPLES, STEP_SAMPLES = 100, 50
+TRAIN_STEP_SAMPLES = 10  # an exercise does not start when a window does: shifted windows teach that
+STEPS = (TRAIN_STEP_SAMPLES, STEP_SAMPLES, STEP_SAMPLES)  # of the training, validation and test windows
 TRAIN_FRACTION, VALIDATION_FRACTION = 0.64, 0.16  # and the rest is test
 # Per channel over the training parts of all wearers (`training_statistics`), fixed here: nothing of the test part, and
 # nothing of the other devices' data, is needed to standardise a sample.
@@ -222,12 +224,12 @@ def cuts(length: int) -> tuple[int, int]:
     return int(length * TRAIN_FRACTION), int(length * (TRAIN_FRACTION + VALIDATION_FRACTION))
 
 
-def windows(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """All whole windows of samples [time, channels], every 50: [N, channels, 100], a copy."""
+def windows(samples: NDArray[np.float32], step: int = STEP_SAMPLES) -> NDArray[np.float32]:
+    """All whole windows of samples [time, channels], one every `step`: [N, channels, 100], a copy."""
     if len(samples) < WINDOW_SAMPLES:
         return np.zeros((0, samples.shape[1], WINDOW_SAMPLES), np.float32)
     view = np.lib.stride_tricks.sliding_window_view(samples, WINDOW_SAMPLES, axis=0)
-    return view[::STEP_SAMPLES].copy()
+    return view[::step].copy()
 
 
 def standardise(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -248,8 +250,8 @@ def split(wearer: int, recordings: list[Recording]) -> Wearer:
     parts: list[list[NDArray[np.float32]]] = [[], [], []]
     for recording in recordings:
         samples = standardise(recording.samples)
-        for part, piece in zip(parts, np.split(samples, cuts(len(samples))), strict=True):
-            part.append(windows(piece))
+        for part, piece, step in zip(parts, np.split(samples, cuts(len(samples))), STEPS, strict=True):
+            part.append(windows(piece, step))
     labels = [recording.label for recording in recordings]
 
     def together(pieces: list[NDArray[np.float32]]) -> Windows:

@@ -41,16 +41,16 @@ def test_no_raw_sample_is_in_two_parts_and_time_only_goes_forward(length: int) -
     train, validation, test = (times(part, 1) for part in (person.train, person.validation, person.test))
     assert train.max() < int(length * 0.64) == validation.min()
     assert validation.max() < int(length * 0.8) == test.min()
-    for part in (train, validation, test):
+    for part, step in ((train, 10), (validation, 50), (test, 50)):
         assert (np.diff(part, axis=1) == 1).all()
-        assert (np.diff(part[:, 0]) == 50).all()
-    assert len(train) == (int(length * 0.64) - 100) // 50 + 1
+        assert (np.diff(part[:, 0]) == step).all()
+    assert len(train) == (int(length * 0.64) - 100) // 10 + 1
     assert set(person.train.y.tolist()) == {4}
 
 
 def test_a_part_shorter_than_a_window_gives_none() -> None:
     person = watch.split(3, [clock(200)])
-    assert [len(part.y) for part in (person.train, person.validation, person.test)] == [1, 0, 0]
+    assert [len(part.y) for part in (person.train, person.validation, person.test)] == [3, 0, 0]
     assert person.test.x.shape == (0, 6, 100)
 
 
@@ -58,7 +58,7 @@ def test_the_real_data_has_these_counts(real: Path) -> None:
     people = watch.wearers(real)
     assert [person.id for person in people] == list(range(1, 11))
     assert sum(len(r.samples) for r in watch.load_recordings(real)) == 244_102
-    assert sum(len(person.train.y) for person in people) == 2911
+    assert sum(len(person.train.y) for person in people) == 14_297
     assert sum(len(person.validation.y) for person in people) == 573
     assert sum(len(person.test.y) for person in people) == 770
     for person in people:
