@@ -52,6 +52,7 @@ seed = {seed}
 name = "fedgmr"
 refresh_every = 50
 staleness_a = 0.3
+eta_g = 1.5
 
 [training]
 local_steps = 60
