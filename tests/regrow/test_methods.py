@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from regrow.errors import LocalError
 from regrow.ledger import densities_of
 from regrow.methods import ABLATIONS, METHODS, named
 from regrow.task import Task, parse_task
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="the gateway reads task.toml, and it runs on Python 3.11 and newer")
 
 
 def parsed(text: str) -> Task:

@@ -77,7 +77,7 @@ def test_a_damaged_fashion_mnist_is_named(tmp_path: Path) -> None:
     refused("fashion-mnist", tmp_path, "train-images-idx3-ubyte.gz", "[30, 1, 27, 27]", "dataset-fashion-mnist")
 
 
-@pytest.mark.skipif(not datasets.FASHION_FOLDER.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+@pytest.mark.network  # needs Debian's dataset-fashion-mnist
 def test_the_real_fashion_mnist_has_these_statistics() -> None:
     loaded = load("fashion-mnist")
     assert (loaded.train.x.shape, loaded.test.x.shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
