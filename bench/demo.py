@@ -11,11 +11,11 @@ import argparse
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import tomllib
 from machine import write_result
 
 RESULT = Path(__file__).parent / "results" / "demo.json"

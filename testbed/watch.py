@@ -5,7 +5,8 @@ the package seglearn 1.2.5, which pip fetches and nobody imports. It is a pickle
 few opcodes that describe lists, dicts and arrays are walked as data (`_walk`), after its SHA-256 was checked.
 
 Each recording is cut in time: 64 % training, 16 % validation, 20 % test. Windows of 100 samples are built inside each part,
-every 50 for validation and test and every 10 for training, so no window, and no raw sample, is in two parts. Source of the data: seglearn (BSD-3-Clause), watch_dataset.
+every 50 for validation and test and every 10 for training, so no window, and no raw sample, is in two parts. Source of the
+data: seglearn (BSD-3-Clause), watch_dataset.
 
     python -m testbed.watch data/watch            # ten wearer-XX.npz for devices, test.npz kept apart
 """
