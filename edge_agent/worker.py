@@ -6,13 +6,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Batch, Trainer
+from edge_agent.trainer import Trainer
 from regrow import wire
 from regrow.errors import PeerError, RegrowError
 from regrow.machine import Train, Trained, TrainingFailed
@@ -82,26 +82,10 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
     vector = trainers.vector(job, job.level, job.length)
     kept = trainers.kept(job)
     started = clock()
-    batches = with_noise(source.batches(np.random.default_rng(job.seed), job.batch, job.steps), job.input_noise, job.seed)
+    batches = source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
     result = trainers.at(job.level).train(vector, kept, batches, job.learning_rate)
     seconds = clock() - started
     return Trained(job.number, trainers.values(job, result.vector), result.examples, result.loss, seconds, tuple(scores))
-
-
-def with_noise(batches: Iterable[Batch], deviation: float, seed: int) -> Iterator[Batch]:
-    """The batches with fresh Gaussian noise on every feature, so that a device with little data learns less of it by heart.
-
-    Args:
-        batches: (x float32 [b, ...], y int64 [b]).
-        deviation: of the noise, in the units of x; 0 leaves the batches as they are.
-        seed: of the noise.
-
-    Source: Bishop, "Training with noise is equivalent to Tikhonov regularization", 1995; "jittering" of sensor windows in Um et al.
-        (arXiv 1706.00527).
-    """
-    rng = np.random.default_rng([seed, 1])
-    for x, y in batches:
-        yield (x + np.float32(deviation) * rng.standard_normal(x.shape, np.float32) if deviation else x), y
 
 
 class LevelTrainers:

@@ -84,7 +84,6 @@ class Broadcast:
             chunk_bytes=chunk_bytes(device.uplink_bps),
             deadline_s=lease.deadline_s,
             evaluate_level=lease.evaluate_level,
-            input_noise=task.training.input_noise,
         )
         self._retain(self.names.assignment(who), wire.encode(message))
 

@@ -84,7 +84,6 @@ class Train:
         coordinates: uint32 [longest], their flat coordinates.
         length: positions that are trained.
         evaluate: prefix lengths to score on validation data, by level.
-        input_noise: standard deviation of the noise that is added to every training example.
     """
 
     number: int
@@ -98,7 +97,6 @@ class Train:
     batch: int
     learning_rate: float
     seed: int
-    input_noise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -57,7 +57,6 @@ class Training(Section, frozen=True, kw_only=True):
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20
     batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 0.05
-    input_noise: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0.0
     max_steps_factor: Annotated[float, msgspec.Meta(ge=1, le=100)] = 1.0
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None
 

@@ -23,7 +23,6 @@ def job(number: int, fetched: Fetched) -> Train:
         batch=assignment.batch,
         learning_rate=assignment.learning_rate,
         seed=assignment.seed,
-        input_noise=assignment.input_noise,
     )
 
 

@@ -131,7 +131,6 @@ class Assignment(Message, frozen=True, kw_only=True, omit_defaults=True):
     chunk_bytes: Annotated[int, msgspec.Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)]
     deadline_s: Rate
     evaluate_level: Count | None = None
-    input_noise: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0.0
 
 
 class Score(msgspec.Struct, frozen=True, array_like=True):
@@ -273,7 +272,7 @@ def assert_finite(message: Message) -> None:
     if isinstance(message, (Hello, Telemetry)):
         numbers = [("uplink_bps", message.uplink_bps), ("step_s", message.step_s)]
     elif isinstance(message, Assignment):
-        numbers = [("learning_rate", message.learning_rate), ("input_noise", message.input_noise), ("deadline_s", message.deadline_s)]
+        numbers = [("learning_rate", message.learning_rate), ("deadline_s", message.deadline_s)]
     elif isinstance(message, UpdateChunk) and message.head is not None:
         head = message.head
         numbers = [("seconds", head.seconds), ("loss", head.loss)]

@@ -32,7 +32,6 @@ from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.view import FleetView, watch
 from edge_agent.trainer import Trainer
-from edge_agent.worker import with_noise
 from export.models import watch_cnn
 from export.task import build_task, save_model, write_trained
 from regrow.coordinator import Coordinator
@@ -293,8 +292,7 @@ def _train_centrally(
             order = rng.permutation(len(y))
             rounds = min(len(y) // task.batch, (examples - done) // task.batch)
             batches = [order[i * task.batch : (i + 1) * task.batch] for i in range(rounds)]
-            noisy = with_noise(((x[b], y[b]) for b in batches), task.input_noise, folder.task.seed + done)
-            vector = trainer.train(vector, None, noisy, task.learning_rate).vector
+            vector = trainer.train(vector, None, ((x[b], y[b]) for b in batches), task.learning_rate).vector
             done += rounds * task.batch
             progress.update(bar, completed=done)
     return vector

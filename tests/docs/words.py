@@ -49,7 +49,6 @@ WIRE = {
     "Assignment.dtype": "How the update's values must travel.",
     "Assignment.chunk_bytes": "Size of the update's chunks.",
     "Assignment.deadline_s": "Lease duration, seconds from the sending. The coordinator enforces it; for the device it is information.",
-    "Assignment.input_noise": "Standard deviation of Gaussian noise that the device adds to every training example; finite.",
     "Assignment.evaluate_level": "Fetch up to this level too and score it.",
     "Score.level": "Level of the prefix.",
     "Score.loss": "Mean cross-entropy; finite.",
@@ -149,10 +148,6 @@ TASK = {
     "training.local_steps": ("SGD steps of one round.", _OURS),
     "training.batch": ("Examples per step.", _G),
     "training.learning_rate": ("Of plain SGD.", _OURS),
-    "training.input_noise": (
-        "Standard deviation of Gaussian noise on every training example, in its units; helps where devices have little data. 0: none.",
-        "Bishop 1995; arXiv 1706.00527",
-    ),
     "training.max_steps_factor": (
         "A device whose transfers take longer than the quickest one's does up to this many times `local_steps` meanwhile; 1: all alike.",
         _OURS,

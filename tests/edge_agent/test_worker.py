@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_agent.data.source import DataSource
-from edge_agent.worker import LevelTrainers, Worker, train_job, with_noise
+from edge_agent.worker import Worker
 from export.models import digits_mlp
 from export.programs import build_programs, initial_vector
 from regrow.machine import Train, Trained, TrainingFailed
@@ -128,25 +128,3 @@ def test_close_ends_the_thread(results: Results) -> None:
     worker.close()
     worker._thread.join(WAIT_S)
     assert not worker._thread.is_alive()
-
-
-def test_noise_is_fresh_and_repeatable_and_leaves_labels_alone() -> None:
-    batches = [(np.full((20, 6, 100), 3.0, np.float32), np.arange(20)) for _ in range(3)]
-    noisy, again = list(with_noise(batches, 0.25, 7)), list(with_noise(batches, 0.25, 7))
-    for (x, y), (same, _) in zip(noisy, again, strict=True):
-        assert x.dtype == np.float32
-        np.testing.assert_array_equal(x, same)
-        np.testing.assert_array_equal(y, np.arange(20))
-        assert abs(float(np.std(x)) - 0.25) < 0.01
-        assert abs(float(np.mean(x)) - 3.0) < 0.01
-    assert not np.array_equal(noisy[0][0], noisy[1][0])
-    assert not np.array_equal(noisy[0][0], next(iter(with_noise(batches, 0.25, 8)))[0])
-    assert batches[0][0].min() == 3.0
-    assert next(iter(with_noise(batches, 0.0, 7)))[0] is batches[0][0]
-
-
-def test_a_job_is_trained_with_its_noise(job: Train) -> None:
-    data = source()
-    plain, noisy = (train_job(LevelTrainers(job.programs), data, replace(job, input_noise=noise)) for noise in (0.0, 0.5))
-    assert not np.array_equal(plain.values, noisy.values)
-    assert plain.scores == noisy.scores  # validation data is scored as it is

@@ -23,15 +23,13 @@ from regrow.machine import (
     Note,
     Received,
     SetTimer,
-    Train,
-    Trained,
     TrainingFailed,
     Woken,
 )
 from regrow.methods import ABLATIONS, METHODS
 from regrow.task import Task
 from testbed.memory import COORDINATOR
-from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, task, train
+from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, task
 from tests.regrow.harness import NAMES, TWO, Tape, begin, check_run, leftovers, phase_reached, restart_coordinator, snapshot
 
 PAIR = task(fleet={"min_devices": 2}, stop={"aggregations": 4})
@@ -290,18 +288,6 @@ def test_every_named_method_runs_to_its_end_and_matches_the_reference(name: str)
     assert not world.notes_of("rejected")
     check_run(world, settings)
     assert leftovers(world) == []
-
-
-def test_devices_are_told_how_to_train() -> None:
-    jobs: list[Train] = []
-
-    def trainer(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
-        jobs.append(job)
-        return train(name, job)
-
-    settings = task(fleet={"min_devices": 2}, stop={"aggregations": 2}, training={"local_steps": 7, "batch": 3, "input_noise": 0.25})
-    begin(settings, TWO, trainer).finish()
-    assert {(job.steps, job.batch, job.input_noise) for job in jobs} == {(7, 3, 0.25)}
 
 
 def test_restoration_ends_the_run_when_nothing_else_does() -> None:

@@ -113,7 +113,6 @@ FLOATS = [
     ("telemetry", "step_s"),
     ("tasks", "heartbeat_s"),
     ("assignment", "learning_rate"),
-    ("assignment", "input_noise"),
     ("assignment", "deadline_s"),
 ]
 
