@@ -97,7 +97,7 @@ def _demo(commands: Commands) -> None:
     )
     _runs_option(demo)
     demo.add_argument("--seconds", type=_positive, default=175.0, help="how long the fleet trains")
-    demo.add_argument("--seed", type=int, default=1, metavar="N", help="of the first weights and of the batches")
+    demo.add_argument("--seed", type=_seed, default=1, metavar="N", help="of the first weights and of the batches")
     demo.add_argument("--broker", choices=["auto", "mosquitto", "amqtt"], default="auto", help="auto: mosquitto where it is installed")
     demo.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="where the smartwatch data is kept")
     demo.add_argument("--plain", action="store_true", help="the table every ten seconds instead of a live one")
@@ -243,7 +243,7 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     command.add_argument("--slowdown", type=_positive, default=1.0, metavar="X", help="how many times slower the devices are than that")
     command.add_argument("--seconds", type=_positive, default=600.0, metavar="S", help="virtual seconds")
     command.add_argument("--points", type=_count, default=60, metavar="N", help="points of the curve")
-    command.add_argument("--seed", type=int, default=1, metavar="N", help="of the split, the links, the batches (compare: the first one)")
+    command.add_argument("--seed", type=_seed, default=1, metavar="N", help="of the split, the links, the batches (compare: the first one)")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of task.toml, such as training.local_steps=5"
     )
@@ -252,6 +252,12 @@ def _scenario(command: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 10**9):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2147483647")
     return int(text)
 
 

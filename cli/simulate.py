@@ -83,7 +83,13 @@ def compare(options: argparse.Namespace) -> int:
     """All methods and seeds, then the report; after Ctrl-C the same command goes on with what is missing."""
     console = Console()
     folder = built(options.task)
-    methods = [method for text in options.methods for method in text.split(",") if method]
+    methods = list(dict.fromkeys(method for text in options.methods for method in text.split(",") if method))
+    if not methods:
+        raise LocalError("--methods names none; give some, for example --methods fedgmr,fedasync")
+    if options.reference not in (*methods, "fedgmr"):
+        raise LocalError(f"--reference {options.reference}: it is not among --methods {','.join(methods)}")
+    if options.target is not None and options.target > 1:
+        raise LocalError(f"--target {options.target:g}: an accuracy is at most 1")
     specs = specs_of(_spec(options), methods, options.seeds)
     tables = tomllib.loads((folder.path / "task.toml").read_text())
     for spec in specs:
@@ -117,7 +123,7 @@ def compare(options: argparse.Namespace) -> int:
     table = Table(*head)
     for line in lines:
         table.add_row(*line)
-    Console(width=None if console.is_terminal else 200).print(table)
+    Console(width=max(console.width, 160)).print(table)  # a cell that is cut says nothing; a wide line can be scrolled
     console.print(f"{options.out / 'report.html'}, curves.png and summary.json say more")
     return 0
 

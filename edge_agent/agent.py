@@ -76,7 +76,8 @@ def read_bundle(path: Path) -> Bundle:
     except OSError as error:
         raise LocalError(f"{path}: {error.strerror}; make it on the gateway with `regrow device add NAME`") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise LocalError(f"{path}: not a device bundle ({error!r}); make it with `regrow device add NAME`") from error
+        what = f"{error} is missing" if isinstance(error, KeyError) else "it is not JSON of that form"  # its content may be secret
+        raise LocalError(f"{path}: not a device bundle, {what}; make it with `regrow device add NAME`") from error
     if not all(isinstance(value, str) for value in (bundle.device, bundle.broker, bundle.password)):
         raise LocalError(f"{path}: device, broker and password must be strings; make it with `regrow device add NAME`")
     topics.check_name(bundle.device, "device")

@@ -15,7 +15,7 @@ from regrow.errors import PeerError
 from regrow.ledger import Ledger
 
 ENOUGH_NORMS = 3
-SMALLEST_CHANGE = 1e-4  # of the base: a level that stands still must still be allowed to move
+SMALLEST_CHANGE = 1e-2  # of the base: what hardly moved for a while, or for one device with hardly any data, may move again
 
 
 class TooLateError(PeerError):
@@ -140,7 +140,9 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
     )
     trained, base = ledger.reconstruct(entry, payload)
     norm = _norm(trained - base)
-    bound = norm_bound(ledger, head.level, _norm(base))
+    # A level of biases that are all 0 must be allowed to move too: as far as weights of the usual size would.
+    usual = _norm(ledger.weights) * (length / order.size) ** 0.5
+    bound = norm_bound(ledger, head.level, max(_norm(base), usual))
     if not norm <= bound:
         raise PeerError(f"norm {norm:.3g} of its change exceeds {bound:.3g}, {ledger.task.fleet.norm_bound:g} times what is usual")
     return msgspec.structs.replace(entry, norm=norm)

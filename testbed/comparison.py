@@ -64,7 +64,7 @@ def rows_of(outcomes: Outcomes, target: float, reference: str) -> dict[str, Row]
             worst_decile_mean=mean(run.worst_decile for run in runs),
             worst_class_mean=mean(min(run.per_class) for run in runs),
             updates_mean=mean(sum(run.updates.values()) for run in runs),
-            mean_density=mean(mean(point.mean_density for point in run.points) for run in runs),
+            mean_density=mean(_mean_density(run) for run in runs),
             minimum_coverage=mean(min(point.coverage for point in run.points) for run in runs),
             difference=mean(paired) if paired and method != reference else None,
             difference_interval=_half_interval(paired) if method != reference else None,
@@ -187,6 +187,11 @@ def _page(rows: Mapping[str, Row], picture: bytes, target: float, reference: str
         f'<p>{html.escape(notes)}</p><img alt="accuracy over time and bytes, density over time" style="max-width:100%" '
         f'src="data:image/png;base64,{image}"></html>\n'
     )
+
+
+def _mean_density(run: Outcome) -> float:
+    """Over the points at which somebody had joined."""
+    return mean([point.mean_density for point in run.points if point.mean_density > 0] or [0.0])
 
 
 def _seconds(point: Point) -> float:

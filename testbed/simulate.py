@@ -108,7 +108,7 @@ def task_of(folder: TaskFolder, tables: Mapping[str, Any], spec: Spec) -> Task:
     restoration = merged.get("restoration", {})
     if restoration.get("trigger") in ("fixed", "mixed"):
         merged["restoration"] = {"planned_s": spec.seconds, **restoration}
-    return task_from_tables(merged, f"{folder.path / 'task.toml'} with --method {spec.method} and --set")
+    return task_from_tables(merged, f"{folder.path / 'task.toml'} with this command's options")
 
 
 class Simulation:

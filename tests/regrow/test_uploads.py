@@ -200,6 +200,9 @@ def test_the_norm_bound_follows_the_level_then_all_levels_then_the_base() -> Non
     assert uploads.norm_bound(ledger, 0, 2.0) == factor * 2.0
     ledger.norms = {4: [1.0, 2.0, 3.0]}
     assert uploads.norm_bound(ledger, 4, 9.0) == factor * 2.0
+    ledger.norms[4] = [1e-6] * 32  # a device with hardly any data came first
+    assert uploads.norm_bound(ledger, 4, 9.0) == pytest.approx(factor * 0.09)
+    ledger.norms = {4: [1.0, 2.0, 3.0]}
     lengths = ledger.order.lengths
     assert uploads.norm_bound(ledger, 0, 9.0) == pytest.approx(factor * 2.0 * (lengths[0] / lengths[4]) ** 0.5)
 

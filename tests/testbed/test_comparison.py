@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from testbed.comparison import default_target, reach, rows_of, table_lines, write_report
@@ -69,6 +70,12 @@ def test_rows_count_those_that_never_reach_it() -> None:
     assert rows["fedasync"].difference_interval == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert rows["fedgmr"].worst_class_mean == pytest.approx(0.3)
     assert rows["fedgmr"].updates_mean == 7
+
+
+def test_density_counts_from_when_somebody_had_joined() -> None:
+    one = run(1, 0.5, 0.6)
+    late = msgspec.structs.replace(one, points=[msgspec.structs.replace(one.points[0], mean_density=0.0), one.points[1]])
+    assert rows_of({"fedgmr": [late]}, 0.7, "fedgmr")["fedgmr"].mean_density == 0.5
 
 
 def test_without_fedasync_there_is_no_speedup() -> None:

@@ -161,5 +161,10 @@ def test_the_commands(task: Path, images: Path, tmp_path: Path, capsys: pytest.C
     assert "against fedgmr" in (tmp_path / "many" / "report.html").read_text()
     assert main(["compare", *scenario, *out, "--methods", "fedsgd"]) == 1
     assert "fedsgd" in capsys.readouterr().err
+    for wrong in (["--methods", ","], ["--methods", "fedgmr", "--target", "2"], ["--methods", "fedavg", "--reference", "fedbuff"]):
+        assert main(["compare", *scenario, *out, *wrong]) == 1
+    assert main(["compare", *scenario, *out, "--methods", "fedgmr", "fedgmr,fedasync"]) == 0
+    again = msgspec.json.decode((tmp_path / "many" / "summary.json").read_bytes())
+    assert again["methods"]["fedgmr"]["seeds"] == 2
     assert main(["simulate", *scenario, "--split", "random"]) == 1
     assert main(["simulate", *scenario, "--outages", "soon"]) == 1
