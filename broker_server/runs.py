@@ -67,7 +67,7 @@ def load_task(folder: Path) -> TaskFolder:
         layout = Layout.from_json(programs["layout"])
         units_json = programs.pop(UNITS, None)
         units = None if units_json is None else Units.from_json(units_json, layout)
-        missing = {"train", "evaluate", "train_masked" if units is None else "train:0"} - programs.keys()
+        missing = {"train", "evaluate", *(() if units is not None else ("train_masked",))} - programs.keys()
     except (OSError, ValueError, KeyError, PeerError) as error:
         raise LocalError(f"{build}: {error}; run `regrow task build {folder}`") from error
     if missing:

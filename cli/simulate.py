@@ -112,8 +112,7 @@ def compare(options: argparse.Namespace) -> int:
                     console.print(f"{spec.method} seed {spec.seed}: accuracy {outcome.final_accuracy:.4f}")
     except KeyboardInterrupt:
         console.print("stopped; what is finished stays, and the same command goes on with the rest")
-        if not all(outcomes.values()):
-            return 130
+        return 130
     for runs in outcomes.values():
         runs.sort(key=lambda run: run.spec.seed)
     target = options.target or default_target(outcomes)

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow import aggregate, indexset, records, restoration, values
+from regrow import aggregate, indexset, moves, records, restoration, values
 from regrow.aggregate import Update
 from regrow.density import remember_round
 from regrow.errors import LocalError
@@ -279,13 +279,13 @@ def _mean(ledger: Ledger) -> NDArray[np.float32]:
     if method.aggregation == "mask":
         return aggregate.mask_fed_avg(ledger.weights, updates, weights, ledger.order.segments(), eta_g=method.eta_g)
     if method.aggregation == "mix":
-        return aggregate.mix(ledger.weights, updates, method.mixing * weights)
+        return moves.mix(ledger.weights, updates, method.mixing * weights)
     bases = [held.base for held in members if held.base is not None]
     if method.aggregation == "delta":
-        return aggregate.add_deltas(ledger.weights, updates, bases, method.eta_g / len(members) * weights)
+        return moves.add_deltas(ledger.weights, updates, bases, method.eta_g / len(members) * weights)
     if method.aggregation == "adaptive":
-        return aggregate.adaptive_steps(ledger.weights, updates, bases, method.eta_g)
-    return aggregate.gradient_average(ledger.weights, updates, bases, weights)
+        return moves.adaptive_steps(ledger.weights, updates, bases, method.eta_g)
+    return moves.gradient_average(ledger.weights, updates, bases, weights)
 
 
 def _refreshed(ledger: Ledger, entry: records.Refreshed, payload: Payload) -> None:

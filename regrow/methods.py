@@ -15,9 +15,19 @@ MethodName = Literal["fedgmr", "prfl", "fedavg", "fedasync", "fedfix", "fedbuff"
 NEVER = 1_000_000_000
 Defaults = Mapping[str, Mapping[str, Any]]
 
-_FULL_MODEL: Mapping[str, Any] = {"density": "full", "buffered": False}
-_SYNCHRONOUS: Mapping[str, Any] = {"buffered": False, "staleness": "constant"}
 _NO_RESTORATION: Mapping[str, Any] = {"trigger": "none"}
+
+
+def _full_model(trigger: Mapping[str, Any], **method: Any) -> Defaults:
+    """Everybody trains all of it, and only what arrives counts."""
+    return {"method": {"density": "full", "buffered": False, **method}, "trigger": trigger, "restoration": _NO_RESTORATION}
+
+
+def _sub_models(**method: Any) -> Defaults:
+    """Synchronous rounds of fixed classes."""
+    chosen = {"buffered": False, "staleness": "constant", **method}
+    return {"method": chosen, "trigger": {"kind": "all"}, "restoration": _NO_RESTORATION}
+
 
 METHODS: Mapping[str, Defaults] = {
     # FedGMR, arXiv 2512.05372: the defaults of every table.
@@ -25,49 +35,21 @@ METHODS: Mapping[str, Defaults] = {
     # PR-FL, arXiv 2403.15439: densities from round times, accumulated gradients, hinge, recovery by 0.2.
     "prfl": {"method": {"density": "relative", "importance": "g", "staleness": "hinge"}, "restoration": {"step": "fixed"}},
     # FedAvg, arXiv 1602.05629.
-    "fedavg": {
-        "method": {**_FULL_MODEL, "staleness": "constant", "weigh_by_examples": True},
-        "trigger": {"kind": "all"},
-        "restoration": _NO_RESTORATION,
-    },
+    "fedavg": _full_model({"kind": "all"}, staleness="constant", weigh_by_examples=True),
     # FedAsync, arXiv 1903.03934: alpha = 0.6, polynomial a = 0.5.
-    "fedasync": {
-        "method": {**_FULL_MODEL, "aggregation": "mix", "mixing": 0.6, "staleness_a": 0.5},
-        "trigger": {"kind": "arrival"},
-        "restoration": _NO_RESTORATION,
-    },
+    "fedasync": _full_model({"kind": "arrival"}, aggregation="mix", mixing=0.6, staleness_a=0.5),
     # FedFix, arXiv 2206.10189: whoever arrived in dt, weighted by staleness.
-    "fedfix": {"method": _FULL_MODEL, "trigger": {"kind": "interval", "interval_s": 5.0}, "restoration": _NO_RESTORATION},
+    "fedfix": _full_model({"kind": "interval", "interval_s": 5.0}),
     # FedBuff, arXiv 2106.06639: every K arrivals, 1 / sqrt(1 + tau).
-    "fedbuff": {
-        "method": {**_FULL_MODEL, "aggregation": "delta", "staleness_a": 0.5},
-        "trigger": {"kind": "count", "count": 3},
-        "restoration": _NO_RESTORATION,
-    },
+    "fedbuff": _full_model({"kind": "count", "count": 3}, aggregation="delta", staleness_a=0.5),
     # AsyncFedED, arXiv 2205.13797: a step that shrinks with the distance that the model has moved meanwhile.
-    "asyncfeded": {
-        "method": {**_FULL_MODEL, "aggregation": "adaptive", "staleness": "constant"},
-        "trigger": {"kind": "arrival"},
-        "restoration": _NO_RESTORATION,
-    },
+    "asyncfeded": _full_model({"kind": "arrival"}, aggregation="adaptive", staleness="constant"),
     # HeteroFL, arXiv 2010.01264: the first units of every layer, always the same.
-    "heterofl": {
-        "method": {**_SYNCHRONOUS, "granularity": "unit", "importance": "first", "refresh_every": NEVER},
-        "trigger": {"kind": "all"},
-        "restoration": _NO_RESTORATION,
-    },
+    "heterofl": _sub_models(granularity="unit", importance="first", refresh_every=NEVER),
     # FedRolex, arXiv 2212.01548: a window of units that moves by one each round.
-    "fedrolex": {
-        "method": {**_SYNCHRONOUS, "granularity": "unit", "importance": "rolling", "refresh_every": 1, "refresh_min_rounds": 0},
-        "trigger": {"kind": "all"},
-        "restoration": _NO_RESTORATION,
-    },
+    "fedrolex": _sub_models(granularity="unit", importance="rolling", refresh_every=1, refresh_min_rounds=0),
     # FIARSE, arXiv 2407.19389: every round, each client's capacity of the largest |w|.
-    "fiarse": {
-        "method": {**_SYNCHRONOUS, "importance": "w", "refresh_every": 1, "refresh_min_rounds": 0},
-        "trigger": {"kind": "all"},
-        "restoration": _NO_RESTORATION,
-    },
+    "fiarse": _sub_models(importance="w", refresh_every=1, refresh_min_rounds=0),
 }
 
 ASYNCHRONOUS: Defaults = {

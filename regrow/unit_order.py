@@ -23,27 +23,25 @@ def level_units(sizes: Sequence[int]) -> Kept:
     return {group: np.arange(size, dtype=np.int64) for group, size in enumerate(sizes)}
 
 
-def ranks_of(kind: str, layout: Layout, units: Units, importance: NDArray[np.float32] | None, epoch: int) -> list[NDArray[np.float64]]:
+def ranks_of(kind: str, layout: Layout, units: Units, importance: NDArray[np.float32], epoch: int) -> list[NDArray[np.float64]]:
     """How early each unit of each group comes: the largest first.
 
     Args:
         kind: `first`: by index (HeteroFL, FjORD); `rolling`: by index from the epoch's number on, wrapping around (FedRolex); anything
             else: by the importance of the parameters that a unit owns.
-        importance: float32 [n] by flat coordinate, for the latter.
+        importance: float32 [n] by flat coordinate; looked at for the latter only.
 
     Returns:
         float64 [size] per group.
 
     Raises:
-        LocalError: the importance is missing, or not this layout's.
+        LocalError: the importance is not this layout's.
 
     Source: HeteroFL (arXiv 2010.01264), FedRolex (arXiv 2212.01548: the window moves by one each round); by importance: ours.
     """
     if kind in ("first", "rolling"):
         shift = epoch if kind == "rolling" else 0
         return [-((np.arange(group.size) - shift) % group.size).astype(np.float64) for group in units.groups]
-    if importance is None:
-        raise LocalError(f"unit order by {kind!r}: needs the importance of every coordinate")
     return [values.astype(np.float64) for values in unit_importance(layout, units, importance)]
 
 

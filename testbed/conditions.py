@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Literal
 
 from regrow.errors import LocalError
 from testbed.links import LogNormal
@@ -125,9 +124,8 @@ def attend(world: World, name: str, attendance: Attendance, join: Callable[[], o
 
 # ---- the papers ----------------------------------------------------------------------------------------------------------------------
 
-Heterogeneity = Literal["high", "medium", "low"]
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
-PERCENT: dict[Heterogeneity, tuple[int, ...]] = {"high": (10, 10, 10, 10, 60), "medium": (10, 10, 20, 30, 30), "low": (20, 20, 20, 20, 20)}
+PERCENT = {"high": (10, 10, 10, 10, 60), "medium": (10, 10, 20, 30, 30), "low": (20, 20, 20, 20, 20)}
 
 MODEL_BYTES = 26_000_000  # the LEAF CNN that the papers' rates are stated for
 UP_BYTES_PER_S, DOWN_BYTES_PER_S = 5e6, 20e6  # of a device at density 1
@@ -135,7 +133,7 @@ SERVER_UP_BYTES_PER_S, SERVER_DOWN_BYTES_PER_S = 10e6, 50e6
 SIGMA, SERVER_SIGMA = 0.3, 0.1
 
 
-def heterogeneity(kind: Heterogeneity, clients: int) -> list[float]:
+def heterogeneity(kind: str, clients: int) -> list[float]:
     """The density class of each client, the largest first.
 
     Shares that are no whole numbers are rounded by largest remainder, equal ones in favour of the larger density.

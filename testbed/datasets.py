@@ -281,7 +281,7 @@ def _cifar_binary(content: bytes, place: str) -> _Batch:
 def _cifar_python(content: bytes, place: str) -> _Batch:
     """The dict of a batch: "data" uint8 [N, 3072] and "labels", a list of N; its other entries are not looked at."""
     try:
-        fields = watch._walk(_unicode_strings(content))
+        fields = watch.walk_pickle(_unicode_strings(content))
         function, arguments, state = fields["data"]
         _, shape, (dtype_name, (code, *_), _), column_major, text = state
         known = (function, arguments[0], dtype_name, code)

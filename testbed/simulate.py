@@ -30,7 +30,7 @@ from regrow.programs import UNITS
 from regrow.task import Task, task_from_tables
 from regrow.units import Units
 from testbed.compute import Compute, timed
-from testbed.conditions import Heterogeneity, heterogeneity, paper_links, paper_server_links
+from testbed.conditions import PERCENT, heterogeneity, paper_links, paper_server_links
 from testbed.datasets import Dataset, load
 from testbed.links import Constant, Link, WithOutages, read_trace
 from testbed.memory import COORDINATOR, World
@@ -137,7 +137,7 @@ class Simulation:
         self.world = World(timed(self._train, compute, layout.size), store_and_forward=True, keep_log=False, keep_published=False)
         self._ledger = Ledger.start(task, layout, folder.initial, units)
         up, down = paper_server_links(COORDINATOR, model_bytes, seed=spec.seed, period_s=RATE_PERIOD_S)
-        shaped = spec.links in _PAPER
+        shaped = spec.links in PERCENT
         coordinator = Coordinator(self._ledger, "simulated", programs, spec.seed + 1)
         self.world.add(COORDINATOR, coordinator, up=up if shaped else None, down=down if shaped else None)
         for name, (device_up, device_down) in zip(self.names, links_of(spec, model_bytes), strict=True):
@@ -216,18 +216,14 @@ def _programs(folder: TaskFolder, task: Task) -> tuple[dict[str, bytes], Units |
     return programs, None if units_json is None else Units.from_json(units_json, layout), layout
 
 
-_PAPER = ("high", "medium", "low")
-
-
 def links_of(spec: Spec, model_bytes: int) -> list[tuple[Link, Link]]:
     """(up, down) of every device: the papers' classes, `BPS,BPS,...` constant uplinks with four times as much down, or `trace:FOLDER`.
 
     Raises:
         LocalError: none of these.
     """
-    if spec.links in _PAPER:
-        kind: Heterogeneity = spec.links  # type: ignore[assignment]  # one of the three, as just tested
-        classes = heterogeneity(kind, spec.clients)
+    if spec.links in PERCENT:
+        classes = heterogeneity(spec.links, spec.clients)
         pairs: Iterable[tuple[Link, Link]] = (
             paper_links(f"device-{index}", density, model_bytes, seed=spec.seed, period_s=RATE_PERIOD_S)
             for index, density in enumerate(classes)

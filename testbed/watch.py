@@ -2,7 +2,7 @@
 
 Six channels (accelerometer, gyroscope) at 50 Hz, 7 shoulder exercises, 10 wearers x 14 recordings. The data comes inside
 the package seglearn 1.2.5, which pip fetches and nobody imports. It is a pickled dict; instead of unpickling it, the
-few opcodes that describe lists, dicts and arrays are walked as data (`_walk`), after its SHA-256 was checked.
+few opcodes that describe lists, dicts and arrays are walked as data (`walk_pickle`), after its SHA-256 was checked.
 
 Each recording is cut in time: 64 % training, 16 % validation, 20 % test. Windows of 100 samples are built inside each part,
 every 50 for validation and test and every 10 for training, so no window, and no raw sample, is in two parts. Source of the
@@ -144,7 +144,7 @@ def parse(content: bytes) -> list[Recording]:
         stream = io.BytesIO(content)
         np.lib.format.read_magic(stream)
         np.lib.format.read_array_header_1_0(stream)
-        (fields,) = _walk(stream.read())[2][4]
+        (fields,) = walk_pickle(stream.read())[2][4]
         labels, wearers = _array(fields["y"]).astype(int), _array(fields["subject"]).astype(int)
         samples = [_array(item).astype(np.float32) for item in fields["X"]]
         recordings = [Recording(*row) for row in zip(wearers.tolist(), labels.tolist(), samples, strict=True)]
@@ -153,7 +153,7 @@ def parse(content: bytes) -> list[Recording]:
     return sorted(recordings, key=lambda recording: (recording.wearer, recording.label))
 
 
-def _walk(pickled: bytes) -> Any:  # noqa: C901 - one flat table, a line or two per opcode
+def walk_pickle(pickled: bytes) -> Any:  # noqa: C901 - one flat table, a line or two per opcode
     """What the opcodes describe: plain values, and [name, arguments, state] where a pickle would call `name`."""
     stack: list[Any] = []
     marks: list[int] = []

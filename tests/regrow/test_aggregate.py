@@ -10,16 +10,13 @@ from regrow import reference
 from regrow.aggregate import (
     BLOCK,
     Update,
-    adaptive_steps,
-    add_deltas,
     fed_avg,
-    gradient_average,
     mask_fed_avg,
-    mix,
     reexpress,
     staleness,
 )
 from regrow.errors import LocalError
+from regrow.moves import adaptive_steps, add_deltas, gradient_average, mix
 from regrow.order import Order, build_order
 from regrow.parameters import Layout, Tensor
 

@@ -203,7 +203,7 @@ def test_a_file_that_is_no_text_or_not_there_is_named(tmp_path: Path) -> None:
         lambda: Attendance(windows_s=((10.0, 5.0),)),
         lambda: Attendance(windows_s=((0.0, DAY_S),)),
         lambda: nightly(25.0, 3.0),
-        lambda: heterogeneity("extreme", 10),  # type: ignore[arg-type]  # the value that a user might type
+        lambda: heterogeneity("extreme", 10),
         lambda: heterogeneity("low", 0),
         lambda: paper_links("d0", 0.0, 1, seed=0, period_s=1.0),
     ],
@@ -299,7 +299,7 @@ def test_changes_and_availability_agree(attendance: Attendance) -> None:
     ],
 )
 def test_the_classes_of_the_papers(kind: str, clients: int, counts: list[int]) -> None:
-    classes = heterogeneity(kind, clients)  # type: ignore[arg-type]  # parametrize knows plain strings only
+    classes = heterogeneity(kind, clients)
     assert [classes.count(density) for density in (1.0, 0.5, 0.2, 0.1, 0.05)] == counts
     assert classes == sorted(classes, reverse=True)
 
