@@ -38,11 +38,11 @@ class _Oracle:
 
     def accept(self, entry: records.Accepted, payload: bytes) -> None:
         """Take w_i on its mask; quantised uploads are deltas on the base that the log says was published."""
-        trained, base = self._ledger.reconstruct(entry, payload)
+        trained, base, presence = self._ledger.reconstruct(entry, payload)
         where = self._ledger.orders[entry.epoch].order.coordinates[: trained.size]
         n = self._ledger.layout.size
         mask, values, bases = np.zeros(n, np.bool_), np.zeros(n), np.zeros(n)
-        mask[where], values[where], bases[where] = True, trained, base
+        mask[where], values[where], bases[where] = True if presence is None else presence, trained, base
         self._buffer[entry.device] = (entry.version, entry.examples, mask, values, bases)
         self._arrived[entry.device] = None
 

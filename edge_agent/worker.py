@@ -6,15 +6,19 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Trainer
+from edge_agent.trainer import Batch, Trainer
 from regrow import wire
 from regrow.errors import PeerError, RegrowError
+from regrow.local_rules import drawn_levels
 from regrow.machine import Train, Trained, TrainingFailed
 
 NICE = 5
@@ -73,19 +77,74 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
         LocalError: there is no training data, or it does not fit the programs.
         PeerError: the programs are malformed or fail.
     """
+    first = job.values[: job.length].copy()
+    if job.kept is not None:
+        first[~job.kept] = 0
     x, y = source.validation()
     scores = []
     if len(y):
         for level, length in job.evaluate.items():
-            score = trainers.at(level).evaluate(trainers.vector(job, level, length), x, y)
+            place = trainers.place(job, level, length)
+            score = place.trainer.evaluate(place.vector(first if level == job.level else job.values), x, y)
             scores.append((level, score.loss, score.accuracy, score.examples))
-    vector = trainers.vector(job, job.level, job.length)
-    kept = trainers.kept(job)
+    widths = job.widths or {job.level: job.length}
+    drawn = drawn_levels(list(widths), job.steps, job.seed)
+    places = {level: trainers.place(job, level, widths[level]) for level in sorted(set(drawn))}
     started = clock()
     batches = source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
-    result = trainers.at(job.level).train(vector, kept, batches, job.learning_rate)
-    seconds = clock() - started
-    return Trained(job.number, trainers.values(job, result.vector), result.examples, result.loss, seconds, tuple(scores))
+    result = _train(job, zip(drawn, batches, strict=True), places, first)
+    return Trained(job.number, *result, clock() - started, tuple(scores))
+
+
+def _train(
+    job: Train, steps: Iterable[tuple[int, Batch]], places: Mapping[int, Place], values: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], int, float]:
+    """(values, examples, mean loss) after all steps, each on its level.
+
+    Neighbouring steps of one level are one call of its trainer; with a single level that is plain training, to the bit.
+
+    Args:
+        steps: (level, batch).
+        places: of these levels.
+        values: float32 [length], in position order; written to.
+    """
+    masks = {level: place.mask(job.kept) for level, place in places.items()}
+    loss, examples = 0.0, 0
+    for level, run in groupby(steps, key=itemgetter(0)):
+        place = places[level]
+        result = place.trainer.train(place.vector(values), masks[level], (batch for _, batch in run), job.learning_rate)
+        values[: place.slots.size] = result.vector[place.slots]
+        loss += result.loss * result.examples
+        examples += result.examples
+    return values, examples, loss / examples
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a level lies in the flat vector of the program that trains it.
+
+    Args:
+        trainer: of the level.
+        slots: uint32 [length], the vector's index of each position of the level.
+    """
+
+    trainer: Trainer
+    slots: NDArray[np.uint32]
+
+    def vector(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The program's vector of these values (float32 [>= length], in position order), 0 outside the level."""
+        vector = np.zeros(self.trainer.layout.size, np.float32)
+        vector[self.slots] = values[: self.slots.size]
+        return vector
+
+    def mask(self, kept: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """What the program may change, bool [its n]; None for all of it. kept: bool [length], a mask within the level."""
+        slots = self.slots if kept is None else self.slots[kept]
+        if slots.size == self.trainer.layout.size:
+            return None
+        mask = np.zeros(self.trainer.layout.size, np.bool_)
+        mask[slots] = True
+        return mask
 
 
 class LevelTrainers:
@@ -117,34 +176,18 @@ class LevelTrainers:
             self._small[level] = Trainer(own, threads=self._threads)
         return self._small[level]
 
-    def vector(self, job: Train, level: int, length: int) -> NDArray[np.float32]:
-        """The level's flat vector out of the downloaded values, float32 [size of its trainer's layout].
+    def place(self, job: Train, level: int, length: int) -> Place:
+        """Where the first `length` positions of the job lie in the level's vector; personal masks lie in the full model whatever the level.
 
         Raises:
             PeerError: the level's program is of another size than the level.
         """
-        where, size = job.coordinates[:length], self.at(level).layout.size
-        if self.at(level) is not self._full:
-            if size != length:
-                raise PeerError(f"level {level} has {length} coordinates, its program {size}")
-            return job.values[:length][np.argsort(where)]
-        vector = np.zeros(size, np.float32)
-        vector[where] = job.values[:length]
-        return vector
-
-    def kept(self, job: Train) -> NDArray[np.bool_] | None:
-        """The mask of a sub-model that is trained inside the full one."""
-        if self.at(job.level) is not self._full or job.length == self._full.layout.size:
-            return None
-        kept = np.zeros(self._full.layout.size, np.bool_)
-        kept[job.coordinates[: job.length]] = True
-        return kept
-
-    def values(self, job: Train, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The trained values in position order, float32 [length]."""
-        where = job.coordinates[: job.length]
-        if self.at(job.level) is self._full:
-            return vector[where]
-        values = np.empty_like(vector)
-        values[np.argsort(where)] = vector
-        return values
+        where = job.coordinates[:length]
+        trainer = self.at(level) if job.kept is None else self._full
+        if trainer is self._full:
+            return Place(trainer, where)
+        if trainer.layout.size != length:
+            raise PeerError(f"level {level} has {length} coordinates, its program {trainer.layout.size}")
+        slots = np.empty_like(where)
+        slots[np.argsort(where)] = np.arange(length, dtype=np.uint32)
+        return Place(trainer, slots)

@@ -50,7 +50,8 @@ class Broadcast:
             self._order(publication.order.epoch, coded)
         for index, chunk in enumerate(publication.chunks):
             self._retain(self.names.chunk(version, index), publication.chunk_data(chunk.start, chunk.stop))
-        self._retain(self.names.manifest(version), wire.encode(manifest(publication, coded, self.programs, self._term)))
+        message = manifest(publication, coded, self.programs, self._term, self.ledger.task.method.local)
+        self._retain(self.names.manifest(version), wire.encode(message))
         self.fetching[version] = set()
 
     def _order(self, epoch: int, coded: CodedOrder) -> None:

@@ -308,7 +308,7 @@ class Device:
         self._job += 1
         self._emit(Note("training", {"number": wanted.assignment.number}))
         self._telemetry()
-        self._emit(training.job(self._job, self._fetched))
+        self._emit(training.job(self._job, self._fetched, self.outgoing))
 
     def _take_trained(self, trained: Trained) -> None:
         if self._fetched is None or self.names is None or trained.number != self._job:

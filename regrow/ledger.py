@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow import aggregate, indexset, moves, records, restoration, values
+from regrow import aggregate, indexset, moves, personal, records, restoration, values
 from regrow.aggregate import Update
 from regrow.density import remember_round
 from regrow.errors import LocalError
@@ -130,6 +130,15 @@ class Ledger:
     def density_of(self, level: int) -> float:
         return densities_of(self.task)[level]
 
+    def reach(self, order: Order, level: int) -> int:
+        """How many positions a device of this level fetches and its update speaks of: all of them where masks are personal."""
+        return order.size if self.task.method.local == "personal_masks" else order.lengths[level]
+
+    def largest_update_bytes(self, order: Order, level: int, dtype: values.WireDtype) -> int:
+        """The bytes of this level's updates; with personal masks the most that they can have."""
+        mask_bytes = personal.bitmap_bytes(order.size) if self.task.method.local == "personal_masks" else 0
+        return mask_bytes + values.encoded_size(dtype, self.reach(order, level), order.always_kept)
+
     def apply(self, entry: records.Entry, payload: Payload = b"") -> None:
         """Take one durable fact in."""
         _APPLY[type(entry)](self, entry, payload)
@@ -137,18 +146,29 @@ class Ledger:
     def apply_record(self, record: Record) -> None:
         self.apply(records.from_record(record), record.payload)
 
-    def reconstruct(self, entry: records.Accepted, payload: Payload) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(w_i, base): float32 [length] each, in the position order of the update's epoch.
+    def reconstruct(
+        self, entry: records.Accepted, payload: Payload
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_] | None]:
+        """(w_i, base, presence): float32 [length] each, in the position order of the update's epoch.
+
+        presence: bool [length], None where all are present; w_i and base are 0 where nothing is.
 
         Raises:
             PeerError: the payload is not such an update.
         """
         publication = self.published[entry.version]
-        length = publication.order.lengths[entry.level]
-        base = publication.base(length)
-        sent = values.decode(payload, entry.dtype, length, publication.order.always_kept)
+        order = publication.order
+        base = publication.base(self.reach(order, entry.level))
+        presence = None
+        if self.task.method.local == "personal_masks":
+            presence, payload = personal.split(payload, order.size, order.always_kept, order.lengths[entry.level])
+            base = base[presence]
+        sent = values.decode(payload, entry.dtype, base.size, order.always_kept)
         # Quantised uploads carry w_i - base, but always-kept values travel as float32 and as deltas too, so one rule serves both.
-        return (base + sent if entry.dtype == "int8" else sent), base
+        trained = base + sent if entry.dtype == "int8" else sent
+        if presence is None or presence.all():
+            return trained, base, None
+        return personal.spread(trained, presence), personal.spread(base, presence), presence
 
 
 def densities_of(task: Task) -> tuple[float, ...]:
@@ -214,10 +234,10 @@ def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
 
 def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None:
     device = ledger.devices[entry.device]
-    trained, base = ledger.reconstruct(entry, payload)
+    trained, base, presence = ledger.reconstruct(entry, payload)
     old = ledger.orders[entry.epoch].order
     keeps_base = ledger.task.method.aggregation in MOVES
-    update, base_update = Update(trained), Update(base)
+    update, base_update = Update(trained, presence), Update(base, presence)
     if entry.epoch != ledger.order.epoch:
         update = aggregate.reexpress(update, old, ledger.order)
         base_update = aggregate.reexpress(base_update, old, ledger.order)

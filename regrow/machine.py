@@ -84,6 +84,8 @@ class Train:
         coordinates: uint32 [longest], their flat coordinates.
         length: positions that are trained.
         evaluate: prefix lengths to score on validation data, by level.
+        widths: prefix lengths to draw from in every step, by level (ordered dropout); empty: always `length`.
+        kept: bool [length], the device's own mask of the prefix (personal masks); None: all of it.
     """
 
     number: int
@@ -97,6 +99,8 @@ class Train:
     batch: int
     learning_rate: float
     seed: int
+    widths: Mapping[int, int] = field(default_factory=dict)
+    kept: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

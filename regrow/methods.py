@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from regrow.errors import LocalError
 
-MethodName = Literal["fedgmr", "prfl", "fedavg", "fedasync", "fedfix", "fedbuff", "asyncfeded", "heterofl", "fedrolex", "fiarse"]
+MethodName = Literal[
+    "fedgmr", "prfl", "fedavg", "fedasync", "fedfix", "fedbuff", "asyncfeded", "heterofl", "fedrolex", "fiarse", "fjord", "subfedavg"
+]
 NEVER = 1_000_000_000
 Defaults = Mapping[str, Mapping[str, Any]]
 
@@ -50,6 +52,10 @@ METHODS: Mapping[str, Defaults] = {
     "fedrolex": _sub_models(granularity="unit", importance="rolling", refresh_every=1, refresh_min_rounds=0),
     # FIARSE, arXiv 2407.19389: every round, each client's capacity of the largest |w|.
     "fiarse": _sub_models(importance="w", refresh_every=1, refresh_min_rounds=0),
+    # FjORD, arXiv 2102.13451: HeteroFL's nested widths, of which a device draws one in every local step. No self-distillation.
+    "fjord": _sub_models(granularity="unit", importance="first", refresh_every=NEVER, local="ordered_dropout"),
+    # Sub-FedAvg (Un), arXiv 2105.00562: each device prunes a mask of its own, the mean is over those that keep a weight.
+    "subfedavg": _sub_models(importance="w", refresh_every=NEVER, local="personal_masks"),
 }
 
 ASYNCHRONOUS: Defaults = {

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow import values, wire
+from regrow import personal, values, wire
 from regrow.errors import LocalError, PeerError
 
 
@@ -27,6 +27,7 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
     payload: bytes
     owed_where: bytes
     owed: bytes
+    mask: bytes = b""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class Outgoing:
         owed: float16 [n] by flat coordinate, what rounding has lost so far; None while nothing was ever rounded.
         sent: (uint32 coordinates, float32 values) of the delta, to be owed again if it is rejected; None after a reboot.
         closed: its receipt has come.
+        mask: the device's own mask as a bitmap by flat coordinate (regrow.personal); empty: it has none.
     """
 
     run: str
@@ -52,6 +54,7 @@ class Outgoing:
     owed: NDArray[np.float16] | None
     sent: tuple[NDArray[np.uint32], NDArray[np.float32]] | None = None
     closed: bool = False
+    mask: bytes = b""
 
     @property
     def count(self) -> int:
@@ -77,7 +80,7 @@ class Outgoing:
         where = np.flatnonzero(self.owed).astype("<u4") if self.owed is not None else np.empty(0, "<u4")
         owed = self.owed[where].astype("<f2") if self.owed is not None else np.empty(0, "<f2")
         fields = (self.run, self.sequence, self.chunk_bytes, self.closed, self.head, self.payload)
-        return msgspec.msgpack.encode(_File(*fields, _bitmap(where).tobytes(), owed.tobytes()))
+        return msgspec.msgpack.encode(_File(*fields, _bitmap(where).tobytes(), owed.tobytes(), self.mask))
 
     def rejected(self) -> Outgoing:
         """The same, closed, with the sent delta owed again: it came too late, what was learned is not lost."""
@@ -86,7 +89,7 @@ class Outgoing:
             where, delta = self.sent
             owed = owed.copy()
             owed[where] = to_float16(owed[where].astype(np.float32) + delta)
-        return Outgoing(self.run, self.sequence, self.head, b"", self.chunk_bytes, owed, None, closed=True)
+        return Outgoing(self.run, self.sequence, self.head, b"", self.chunk_bytes, owed, None, closed=True, mask=self.mask)
 
 
 def _bitmap(where: NDArray[np.uint32]) -> NDArray[np.uint8]:
@@ -116,7 +119,7 @@ def from_bytes(data: bytes, size: int | None) -> Outgoing:
     if where.size:
         owed = np.zeros(max(size or 0, int(where[-1]) + 1), np.float16)
         owed[where] = owed_values
-    return Outgoing(saved.run, saved.sequence, saved.head, saved.payload, saved.chunk_bytes, owed, None, saved.closed)
+    return Outgoing(saved.run, saved.sequence, saved.head, saved.payload, saved.chunk_bytes, owed, None, saved.closed, saved.mask)
 
 
 def make(
@@ -134,6 +137,7 @@ def make(
     loss: float,
     seconds: float,
     scores: list[wire.Score],
+    kept: NDArray[np.bool_] | None = None,
 ) -> Outgoing:
     """Turn trained values into an update.
 
@@ -145,6 +149,7 @@ def make(
         size: n.
         always_kept: how many positions travel as float32.
         owed: float16 [n] by flat coordinate, from the update before.
+        kept: bool [length], the personal mask: nothing else travels or is owed, and it is saved. Then length is n.
 
     Raises:
         PeerError: training gave a number that is not finite; such an update never leaves the device.
@@ -153,6 +158,9 @@ def make(
     """
     if not np.isfinite(trained).all() or not np.isfinite(loss):
         raise PeerError("training diverged: a value or the loss is not finite; lower learning_rate in task.toml")
+    mask = personal.to_flat(kept, coordinates) if kept is not None else b""
+    if kept is not None:
+        trained, base, coordinates = trained[kept], base[kept], coordinates[kept]
     sent = None
     if assignment.dtype == "int8":
         owed = _grown(owed, size)
@@ -164,6 +172,8 @@ def make(
         sent = (coordinates[always_kept:], delta[always_kept:])
     else:
         payload = values.encode(trained, assignment.dtype, always_kept)
+    if kept is not None:
+        payload = personal.bitmap(kept) + payload
     head = wire.UpdateHead(
         assignment=assignment.number,
         version=assignment.version,
@@ -177,7 +187,7 @@ def make(
         loss=loss,
         scores=[score for score in scores if math.isfinite(score.loss) and math.isfinite(score.accuracy)],
     )
-    return Outgoing(run, sequence, head, payload, assignment.chunk_bytes, owed, sent)
+    return Outgoing(run, sequence, head, payload, assignment.chunk_bytes, owed, sent, mask=mask)
 
 
 def _grown(owed: NDArray[np.float16] | None, size: int) -> NDArray[np.float16]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from regrow import density, records, restoration, values
+from regrow import density, records, restoration
 from regrow.broadcast import chunk_bytes
 from regrow.ledger import Device, Ledger, densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
@@ -279,10 +279,11 @@ class Planner:
     def _predicted_round_s(self, who: str, version: int, level: int) -> float:
         """Download, training and upload at this level; the downlink is taken to be no slower than the measured uplink."""
         ledger = self._ledger
-        publication = ledger.published[version]
-        length = publication.order.lengths[level]
-        down = publication.offset(length) + sum(len(data) for data in ledger.orders[publication.order.epoch].levels[: level + 1])
-        up = values.encoded_size(ledger.task.wire.up, length, publication.order.always_kept)
+        order = ledger.published[version].order
+        length = ledger.reach(order, level)
+        sets = ledger.orders[order.epoch].levels
+        down = ledger.published[version].offset(length) + sum(map(len, sets if length == order.size else sets[: level + 1]))
+        up = ledger.largest_update_bytes(order, level, ledger.task.wire.up)
         train_s = ledger.task.training.local_steps * self._coordinator.step_s.get(who, 0.1)
         return min(8 * (down + up) / ledger.devices[who].uplink_bps + train_s, MAX_ROUND_S)
 

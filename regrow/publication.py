@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow import indexset, values, wire
+from regrow.local_rules import LocalRule
 from regrow.order import Order
 from regrow.values import WireDtype
 
@@ -86,8 +87,10 @@ class CodedOrder:
         return [blob(str(level), data) for level, data in enumerate(self.levels)]
 
 
-def manifest(publication: Publication, coded: CodedOrder, programs: Mapping[str, bytes], term: int) -> wire.Manifest:
-    """Everything that a device needs to know in order to fetch and check this version."""
+def manifest(
+    publication: Publication, coded: CodedOrder, programs: Mapping[str, bytes], term: int, local: LocalRule = "plain"
+) -> wire.Manifest:
+    """Everything that a device needs to know in order to fetch, check and train this version."""
     return wire.Manifest(
         term=term,
         version=publication.version,
@@ -98,4 +101,5 @@ def manifest(publication: Publication, coded: CodedOrder, programs: Mapping[str,
         chunks=list(publication.chunks),
         levels=coded.blobs,
         programs=[blob(name, data) for name, data in sorted(programs.items())],
+        local=local,
     )

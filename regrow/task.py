@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from regrow.errors import LocalError
+from regrow.local_rules import LocalRule
 from regrow.methods import MethodName, defaults_of
 
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -49,6 +50,7 @@ class Method(Section, frozen=True, kw_only=True):
     mixing: Fraction = 0.6
     max_staleness: Whole = 0
     round_window: AtLeastOne = 5
+    local: LocalRule = "plain"
 
 
 class Training(Section, frozen=True, kw_only=True):
@@ -154,6 +156,8 @@ class Task(Section, frozen=True, kw_only=True):
             raise LocalError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
         if self.method.granularity == "unit" and (self.method.layer_floor or self.method.layer_costs):
             raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
+        if self.method.granularity == "unit" and self.method.local == "personal_masks":
+            raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
         if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         if self.training.final_learning_rate is not None and not planned_end:

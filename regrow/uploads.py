@@ -79,7 +79,7 @@ def add_chunk(
 
 def quota_bytes(ledger: Ledger) -> int:
     """The largest update that this run can have."""
-    return values.encoded_size("float32", ledger.layout.size, ledger.order.always_kept)
+    return ledger.largest_update_bytes(ledger.order, len(ledger.order.lengths) - 1, "float32")
 
 
 def whole_payload(assembly: Assembly) -> bytes | None:
@@ -117,9 +117,8 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
         raise PeerError(f"version {head.version} has epoch {order.epoch} and {len(order.lengths)} levels, not {head.epoch}, {head.level}")
     if head.dtype != ledger.task.wire.up:
         raise PeerError(f"values are {head.dtype}, this run takes {ledger.task.wire.up}")
-    length = order.lengths[head.level]
-    expected = values.encoded_size(head.dtype, length, order.always_kept)
-    if head.size != expected:
+    expected = ledger.largest_update_bytes(order, head.level, head.dtype)
+    if head.size != expected and ledger.task.method.local != "personal_masks":  # theirs are as long as their mask says: reconstruct sees
         raise PeerError(f"{head.size} bytes, level {head.level} has {expected} in {head.dtype}")
     full_bytes = values.encoded_size(head.dtype, order.size, order.always_kept)
     entry = records.Accepted(
@@ -138,10 +137,11 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
         uplink_bps=uplink_bps,
         scores=[score for score in head.scores if score.level < len(order.lengths)],
     )
-    trained, base = ledger.reconstruct(entry, payload)
+    trained, base, presence = ledger.reconstruct(entry, payload)
+    count = trained.size if presence is None else int(np.count_nonzero(presence))
     norm = _norm(trained - base)
     # A level of biases that are all 0 must be allowed to move too: as far as weights of the usual size would.
-    usual = _norm(ledger.weights) * (length / order.size) ** 0.5
+    usual = _norm(ledger.weights) * (count / order.size) ** 0.5
     bound = norm_bound(ledger, head.level, max(_norm(base), usual))
     if not norm <= bound:
         raise PeerError(f"norm {norm:.3g} of its change exceeds {bound:.3g}, {ledger.task.fleet.norm_bound:g} times what is usual")
@@ -164,6 +164,6 @@ def norm_bound(ledger: Ledger, level: int, base_norm: float) -> float:
     smallest = max(SMALLEST_CHANGE * base_norm, 1e-6)
     if len(recent) >= ENOUGH_NORMS:
         return factor * max(float(np.median(recent)), smallest)
-    lengths = ledger.order.lengths
+    lengths = [ledger.reach(ledger.order, each) for each in range(len(ledger.order.lengths))]
     scaled = [norm * (lengths[level] / lengths[other]) ** 0.5 for other, norms in ledger.norms.items() for norm in norms]
     return factor * (max(float(np.median(scaled)), smallest) if len(scaled) >= ENOUGH_NORMS else max(base_norm, 1e-3))

@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar, Union
 import msgspec
 
 from regrow.errors import LocalError, PeerError
+from regrow.local_rules import LocalRule
 from regrow.machine import Payload
 from regrow.values import WireDtype
 
@@ -113,6 +114,7 @@ class Manifest(Message, frozen=True, kw_only=True, omit_defaults=True):
     chunks: Annotated[list[Chunk], msgspec.Meta(min_length=1, max_length=MAX_CHUNKS)]
     levels: Annotated[list[Blob], msgspec.Meta(min_length=1, max_length=256)]
     programs: Annotated[list[Blob], msgspec.Meta(max_length=64)]
+    local: LocalRule = "plain"
 
 
 class Assignment(Message, frozen=True, kw_only=True, omit_defaults=True):

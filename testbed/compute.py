@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regrow.errors import LocalError
+from regrow.local_rules import drawn_levels
 from regrow.machine import Train, Trained, TrainingFailed
 from testbed.links import generator, read_rows
 from testbed.memory import Trainer
@@ -87,7 +88,8 @@ def timed(train: Trainer, fleet: Mapping[str, Compute], parameters: int) -> Trai
 
     def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
         _, result = train(name, job)
-        seconds = fleet[name].seconds(job.number, job.steps, job.length / parameters)
+        drawn = [job.widths[level] for level in drawn_levels(list(job.widths), job.steps, job.seed)] if job.widths else [job.length]
+        seconds = fleet[name].seconds(job.number, job.steps, sum(drawn) / len(drawn) / parameters)
         return seconds, replace(result, seconds=seconds) if isinstance(result, Trained) else result
 
     return run

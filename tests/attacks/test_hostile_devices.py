@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from bench.fuzz_wire import mutate
-from regrow import records, topics, uploads, values, wire
+from regrow import personal, records, topics, uploads, values, wire
+from regrow.local_rules import LocalRule
 from regrow.machine import Received
 from regrow.task import Trigger
 from regrow.values import WireDtype
@@ -28,11 +29,12 @@ ME = identity(EVIL)
 SETTINGS = task(fleet={"min_devices": 3, "max_rejections": 3, "heartbeat_s": 1000.0, "min_deadline_s": 50.0}, stop={"aggregations": 15})
 
 
-def attacked(up: WireDtype = "int8", trigger: str = "fastest") -> Tape:
+def attacked(up: WireDtype = "int8", trigger: str = "fastest", local: LocalRule = "plain") -> Tape:
     """A run in which the attacker has been assigned something; its process is gone, its voice is ours."""
     settings = msgspec.structs.replace(
         SETTINGS, wire=msgspec.structs.replace(SETTINGS.wire, up=up), trigger=msgspec.convert({"kind": trigger}, Trigger)
     )
+    settings = msgspec.structs.replace(settings, method=msgspec.structs.replace(settings.method, local=local))
     world = begin(settings, LINKS)
     world.run(30, stop=lambda: world.device(EVIL).phase.value == "training")
     world.kill(EVIL)
@@ -157,6 +159,41 @@ def test_a_head_that_is_not_what_was_assigned(fields: dict[str, Any], why: str) 
         assert why in said.reason
         assert world.coordinator().ledger.devices[EVIL].rejections == 1
     untouched(world)
+
+
+MASKS: dict[str, tuple[bytes, str]] = {
+    "no mask": (b"", "is left out"),
+    "a mask of nothing": (bytes(personal.bitmap_bytes(LAYOUT.size)), "is left out"),
+    "a mask of one position too few": (
+        personal.bitmap(np.arange(LAYOUT.size) != LAYOUT.size - 1),
+        "keeps 1519 positions, its level has 1520",
+    ),
+    "a mask one byte too long": (personal.bitmap(np.ones(LAYOUT.size + 8, np.bool_)), "bytes, 1520 values"),
+}
+
+
+@pytest.mark.parametrize("up", ["int8", "float16", "float32"])
+def test_personal_masks_that_no_device_has(up: WireDtype) -> None:
+    world = attacked(up, local="personal_masks")
+    assert LAYOUT.size % 8 == 0, "the padding is tried in tests/regrow/test_personal.py"
+    for sequence, (mask, why) in enumerate(MASKS.values()):
+        payload = mask + good_payload(world)
+        send(world, sequence, payload)
+        said = outcome(world, sequence)
+        assert (said.outcome, said.blame) == ("rejected", True)
+        assert why in said.reason
+        world.coordinator().ledger.devices[EVIL].rejections = 0  # so that it gets work again, for the next attack
+        world.run(world.now + 1.0)
+    world.finish()
+    assert EVIL not in world.coordinator().ledger.buffer
+    assert np.isfinite(world.coordinator().ledger.flat_weights).all()
+
+
+def test_an_honest_personal_mask_is_accepted() -> None:
+    """Otherwise the masks above would be refused for the wrong reason."""
+    world = attacked(local="personal_masks")
+    send(world, 0, personal.bitmap(np.ones(LAYOUT.size, np.bool_)) + good_payload(world))
+    assert outcome(world, 0).outcome == "accepted"
 
 
 def test_an_older_assignment_with_a_version_that_never_was() -> None:

@@ -10,7 +10,7 @@ from broker_server.runs import create_run, load_task, recover
 from broker_server.store import Store
 from export.models import digits_mlp
 from export.task import build_task, save_model
-from regrow import checkpoint, records, values
+from regrow import checkpoint, personal, records, values
 from regrow.ledger import Ledger
 from regrow.records import Entry, to_record
 
@@ -46,7 +46,8 @@ def play(run: Path, versions: int, *, snapshot: bool = True) -> Ledger:
             take(records.Joined(device="d1", install=INSTALL, uplink_bps=1e6, density=1.0))
         for _ in range(versions):
             version = ledger.version
-            number, epoch, level = ledger.devices["d1"].number + 1, ledger.order.epoch, len(ledger.order.lengths) - 1
+            number, epoch = ledger.devices["d1"].number + 1, ledger.order.epoch
+            level = 0 if ledger.task.method.local == "personal_masks" else len(ledger.order.lengths) - 1
             take(records.Published(version=version, chunk_bytes=16384))
             take(records.Assigned(device="d1", number=number, version=version, epoch=epoch, level=level, deadline_s=30.0))
             entry, payload = update(ledger, version, level)
@@ -59,9 +60,9 @@ def play(run: Path, versions: int, *, snapshot: bool = True) -> Ledger:
 
 
 def update(ledger: Ledger, version: int, level: int) -> tuple[records.Accepted, bytes]:
-    """What d1 sends for a published version: its base, moved a little."""
+    """What d1 sends for a published version: its base, moved a little; with personal masks about half of it."""
     publication = ledger.published[version]
-    length = publication.order.lengths[level]
+    length = ledger.reach(publication.order, level)
     moved = publication.base(length) + np.random.default_rng(version).normal(0, 0.01, length).astype(np.float32)
     entry = records.Accepted(
         device="d1",
@@ -79,4 +80,9 @@ def update(ledger: Ledger, version: int, level: int) -> tuple[records.Accepted, 
         uplink_bps=1e6,
         scores=[],
     )
-    return entry, bytes(values.encode(moved, "float32", publication.order.always_kept))
+    mask = b""
+    if ledger.task.method.local == "personal_masks":
+        kept = np.random.default_rng(1000 + version).random(length) < 0.5
+        kept[: publication.order.always_kept] = True
+        mask, moved = personal.bitmap(kept), moved[kept]
+    return entry, mask + values.encode(moved, "float32", publication.order.always_kept)

@@ -36,6 +36,17 @@ def test_a_long_run_of_gradients_does_not_drift_out_of_tolerance(tmp_path: Path)
     assert audit(run).worst <= 1.0
 
 
+def test_personal_masks_check_out(tmp_path: Path) -> None:
+    task = make_task(tmp_path / "task", TASK + '\n[method]\nname = "subfedavg"\n')
+    run = create_run(tmp_path / "runs", load_task(task), "one")
+    held = play(run, 4).buffer["d1"].update
+    assert held.presence is not None
+    assert 0.4 < held.presence.mean() < 0.6
+    outcome = audit(run)
+    assert (outcome.updates, outcome.aggregations) == (4, 4)
+    assert outcome.worst <= 1.0
+
+
 def test_a_wrong_mean_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(tmp_path)
     play(run, 2, snapshot=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from regrow import indexset, topics, values, wire
+from regrow import indexset, personal, topics, values, wire
 from regrow.order import Order
 from tests.docs.generate import ROOT
 
@@ -39,7 +39,7 @@ def floats(*numbers: float) -> NDArray[np.float32]:
 
 
 def test_golden_blocks_are_these_and_no_others() -> None:
-    assert golden().keys() == {*MESSAGES, "float32", "float16", "int8", "index-set"}
+    assert golden().keys() == {*MESSAGES, "float32", "float16", "int8", "index-set", "personal-mask"}
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -61,6 +61,14 @@ def test_index_set() -> None:
     assert indexset.encode_levels(ORDER) == [golden()["index-set"], b""]
     coordinates = indexset.decode_prefix(10, ORDER.coordinates[:1], ORDER.lengths, [golden()["index-set"]])
     assert coordinates.tolist() == [0, 2, 5]
+
+
+def test_personal_mask() -> None:
+    kept = np.array([True, False, True])
+    assert personal.bitmap(kept) + values.encode(PREFIX[kept], "float16", 1) == golden()["personal-mask"]
+    mask, rest = personal.split(golden()["personal-mask"], 3, 1, 2)
+    assert mask.tolist() == kept.tolist()
+    assert values.decode(rest, "float16", 2, 1).tolist() == [1.0, -2.0]
 
 
 def test_digest_and_topic_examples() -> None:

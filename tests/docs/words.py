@@ -37,6 +37,7 @@ WIRE = {
     "Manifest.chunks": "They cover [0, n) once, in order, and never cross a level's length.",
     "Manifest.levels": "One coded index set per level; size 0 where it needs no bytes (the last level never does).",
     "Manifest.programs": "`layout` (JSON) and the ONNX programs `train`, `train_masked`, `evaluate`.",
+    "Manifest.local": "What the device does in a round, see [Local training](#local-training). One that it does not know it MUST refuse.",
     "Assignment.term": "Term of its sender.",
     "Assignment.number": "Grows with every assignment of the device, for the life of the run.",
     "Assignment.version": "Base version to fetch.",
@@ -57,7 +58,7 @@ WIRE = {
     "UpdateHead.assignment": "Number of the assignment that it answers.",
     "UpdateHead.version": "Base version.",
     "UpdateHead.epoch": "Order epoch of the base version.",
-    "UpdateHead.level": "Level that was trained; its length gives the number of values.",
+    "UpdateHead.level": "Level that was trained; its length gives the number of values, except with personal masks.",
     "UpdateHead.dtype": "Encoding of the values.",
     "UpdateHead.examples": "N_i: examples trained on.",
     "UpdateHead.size": "Bytes of the whole payload, over all chunks.",
@@ -145,6 +146,11 @@ TASK = {
     "method.mixing": ("alpha of `mix`.", "FedAsync"),
     "method.max_staleness": ("Updates older than this many aggregations leave the buffer; 0: never.", _OURS),
     "method.round_window": ("Round times remembered per device, for `relative`.", _P),
+    "method.local": (
+        "`plain`: the device's sub-model in every step. `ordered_dropout`: in every step one of the levels up to its own, at random. "
+        "`personal_masks`: single weights that each device chooses for itself, down to the density of its level.",
+        "FjORD, Sub-FedAvg",
+    ),
     "training.local_steps": ("SGD steps of one round.", _OURS),
     "training.batch": ("Examples per step.", _G),
     "training.learning_rate": ("Of plain SGD.", _OURS),

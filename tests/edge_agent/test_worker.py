@@ -8,12 +8,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from edge_agent.worker import Worker
+from edge_agent.trainer import Trainer
+from edge_agent.worker import LevelTrainers, Worker, train_job
 from export.models import digits_mlp
 from export.programs import build_programs, initial_vector
+from export.unit_programs import build_unit_programs
+from export.units import find_units
+from regrow.local_rules import drawn_levels
 from regrow.machine import Train, Trained, TrainingFailed
+from regrow.order import Order
+from regrow.parameters import Layout
+from regrow.unit_order import build_unit_order, ranks_of
+from regrow.units import Units
 
 WAIT_S = 20.0
 
@@ -128,3 +137,121 @@ def test_close_ends_the_thread(results: Results) -> None:
     worker.close()
     worker._thread.join(WAIT_S)
     assert not worker._thread.is_alive()
+
+
+# ---- ordered dropout -----------------------------------------------------------------------------------------------------------------
+
+LADDER = (0.1, 0.4, 1.0)
+
+
+@pytest.fixture(scope="module")
+def widths() -> tuple[Train, Order]:
+    """A job of the whole model that may draw any of three nested widths, each with programs of its own."""
+    model = digits_mlp(1)
+    programs, vector = build_unit_programs(model, LADDER), initial_vector(model)
+    layout = Layout.from_json(programs["layout"])
+    units = Units.from_json(programs["units"], layout)
+    order = build_unit_order(layout, units, ranks_of("first", layout, units, np.abs(vector), 0), LADDER, 0)
+    lengths = dict(enumerate(order.lengths))
+    return Train(
+        number=1, level=2, programs=programs, values=vector[order.coordinates], coordinates=order.coordinates, length=vector.size,
+        evaluate={}, steps=9, batch=10, learning_rate=0.1, seed=5, widths=lengths,
+    ), order  # fmt: skip
+
+
+def directly(job: Train, kept: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+    """Plain training of the whole model on the job's batches, in position order."""
+    vector = np.empty_like(job.values)
+    vector[job.coordinates] = job.values
+    batches = source().batches(np.random.default_rng(job.seed), job.batch, job.steps)
+    return Trainer(job.programs).train(vector, kept, batches, job.learning_rate).vector[job.coordinates]
+
+
+@pytest.mark.parametrize("how", ["plain", "one width", "a mask of everything"])
+def test_one_width_or_a_full_mask_is_plain_training_to_the_bit(job: Train, how: str) -> None:
+    changed = {
+        "plain": job,
+        "one width": replace(job, widths={4: job.length}),
+        "a mask of everything": replace(job, kept=np.ones(job.length, np.bool_)),
+    }[how]
+    changed = replace(changed, steps=11, batch=7)  # the last batch of an epoch is shorter
+    result = train_job(LevelTrainers(job.programs), source(), changed)
+    np.testing.assert_array_equal(result.values, directly(changed, None))
+
+
+@pytest.mark.parametrize("granularity", ["unit", "weight"])
+def test_every_step_trains_the_width_that_is_drawn_for_it(widths: tuple[Train, Order], granularity: str) -> None:
+    """Against the full graph with a mask per step, one call each."""
+    job, order = widths
+    model = digits_mlp(1)
+    masked = build_programs(model, find_units(model))
+    if granularity == "weight":
+        job = replace(job, programs=masked)
+    result = train_job(LevelTrainers(job.programs), source(), job)
+    drawn = drawn_levels([0, 1, 2], job.steps, job.seed)
+    assert set(drawn) == {0, 1, 2}
+    full, vector = Trainer(masked), np.empty_like(job.values)
+    vector[job.coordinates] = job.values
+    for level, batch in zip(drawn, source().batches(np.random.default_rng(job.seed), job.batch, job.steps), strict=True):
+        where = order.coordinates[: order.lengths[level]]
+        kept = np.zeros(vector.size, np.bool_)
+        kept[where] = True
+        step = full.train(np.where(kept, vector, np.float32(0)), kept, [batch], job.learning_rate)
+        vector[where] = step.vector[where]
+    np.testing.assert_allclose(result.values, vector[job.coordinates], rtol=1e-3, atol=2e-6)
+    assert result.examples == 88, "nine batches of ten, but the last of an epoch of 48 has eight"
+    assert np.abs(result.values - job.values).max() > 1e-3
+
+
+def test_a_step_changes_its_width_only_and_narrow_widths_are_trained_more_often(widths: tuple[Train, Order]) -> None:
+    job, order = widths
+    trainers = LevelTrainers(job.programs)
+    changes, draws = np.zeros(job.length, np.int64), np.zeros(3, np.int64)
+    for seed in range(30):
+        one = replace(job, steps=1, seed=seed)
+        changed = train_job(trainers, source(), one).values != job.values
+        (level,) = drawn_levels([0, 1, 2], 1, seed)
+        assert not changed[order.lengths[level] :].any()
+        assert changed[: order.lengths[level]].any()
+        changes += changed
+        draws[: level + 1] += 1
+    assert 30 == draws[0] > draws[1] > draws[2] > 0
+    starts = [0, *order.lengths[:-1]]
+    most = [int(changes[start:stop].max()) for start, stop in zip(starts, order.lengths, strict=True)]
+    assert most == draws.tolist(), "the narrowest in every step, the widest only when it was drawn"
+
+
+def test_levels_above_its_own_are_never_drawn(widths: tuple[Train, Order]) -> None:
+    job, order = widths
+    length = order.lengths[1]
+    narrow = replace(job, level=1, length=length, widths={0: order.lengths[0], 1: length}, values=job.values[:length])
+    result = train_job(LevelTrainers(job.programs), source(), replace(narrow, coordinates=job.coordinates[:length]))
+    assert result.values.size == length
+
+
+def test_draws_are_uniform_repeat_and_leave_the_batches_alone() -> None:
+    drawn = drawn_levels([0, 1, 2, 3], 8000, 7)
+    assert drawn == drawn_levels([0, 1, 2, 3], 8000, 7)
+    assert drawn != drawn_levels([0, 1, 2, 3], 8000, 8)
+    assert all(1850 < drawn.count(level) < 2150 for level in range(4))
+    assert drawn[:8] != np.random.default_rng(7).integers(4, size=8).tolist(), "the batches have a stream of their own"
+
+
+# ---- personal masks ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_personal_mask_is_trained_and_scored_inside_the_full_model(job: Train) -> None:
+    order = np.random.default_rng(2).permutation(job.length).astype(np.uint32)
+    bias = Layout.from_json(job.programs["layout"]).always_kept_coordinates
+    flat = np.random.default_rng(3).random(job.length) < 0.3
+    flat[bias] = True
+    own = replace(job, level=0, coordinates=order, values=job.values[order], kept=flat[order], evaluate={0: job.length, 4: job.length})
+    result = train_job(LevelTrainers(job.programs), source(), own)
+    inside = np.where(flat, job.values, np.float32(0))
+    expected = directly(replace(own, values=inside[order]), flat)
+    np.testing.assert_array_equal(result.values, expected)
+    assert not result.values[~flat[order]].any()
+    assert (result.values[flat[order]] != own.values[flat[order]]).mean() > 0.5
+    x, y = source().validation()
+    scores = [Trainer(job.programs).evaluate(vector, x, y).loss for vector in (inside, job.values)]
+    assert [score[1] for score in result.scores] == scores

@@ -45,6 +45,21 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         ),
         b"",
     ),
+    "manifest-local": (
+        wire.Manifest(
+            term=9,
+            version=1,
+            epoch=0,
+            dtype="float32",
+            always_kept=0,
+            lengths=[5],
+            chunks=[wire.Chunk(0, 5, DIGEST)],
+            levels=[wire.Blob("0", 0, BOOT, [BOOT])],
+            programs=[],
+            local="personal_masks",
+        ),
+        b"",
+    ),
     "assignment": (
         wire.Assignment(
             term=2**31 + 7,

@@ -139,10 +139,10 @@ def worst_difference(log: Sequence[Record], settings: Task) -> float:
     for record in log:
         entry = records.from_record(record)
         if isinstance(entry, records.Accepted):
-            trained, base = ledger.reconstruct(entry, record.payload)
+            trained, base, presence = ledger.reconstruct(entry, record.payload)
             where = ledger.orders[entry.epoch].order.coordinates[: trained.size]
             mask, dense, bases = np.zeros(LAYOUT.size, np.bool_), np.zeros(LAYOUT.size), np.zeros(LAYOUT.size)
-            mask[where], dense[where], bases[where] = True, trained, base
+            mask[where], dense[where], bases[where] = True if presence is None else presence, trained, base
             held[entry.device] = (entry.version, entry.examples, mask, dense, bases)
             arrived[entry.device] = None
         if not isinstance(entry, records.Aggregated):

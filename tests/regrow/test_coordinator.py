@@ -252,6 +252,8 @@ def test_a_device_that_was_told_but_never_joined_is_told_the_end() -> None:
         {"wire": {"up": "float32", "down": "float32"}},
         {"wire": {"up": "float16", "down": "float16"}},
         {"wire": {"up": "int8", "down": "float32"}},
+        {"method": {"local": "personal_masks", "aggregation": "gradient"}, "wire": {"up": "float32"}},
+        {"method": {"local": "personal_masks"}, "wire": {"up": "float16"}},
         {"restoration": {"every": 1, "patience": 1, "min_delta": 0.5, "full_model_every": 2}},
         {"restoration": {"trigger": "mixed", "planned_s": 10.0, "every": 1}},
     ],
@@ -271,7 +273,9 @@ def test_every_method_runs_to_its_end_and_matches_the_reference(sections: dict[s
 
 NAMES_TO_RUN = [
     *METHODS,
-    *(f"{name}+restore" for name in ("fiarse", "fedasync", "heterofl", "fedrolex")),
+    *(f"{name}+restore" for name in ("fiarse", "fedasync", "heterofl", "fedrolex", "fjord", "subfedavg")),
+    "fjord+async",
+    "subfedavg+async",
     *(f"fedgmr-{part}" for part in ABLATIONS),
 ]
 

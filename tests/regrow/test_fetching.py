@@ -48,6 +48,15 @@ def fetched(wanted: Shopping) -> dict[bytes, bytes]:
     return {digest: broker[topic] for digest, topic in wanted.parts.items()}
 
 
+def test_with_personal_masks_every_level_fetches_everything() -> None:
+    manifest_of_masks = manifest(VERSION, LEDGER.coded, PROGRAMS, 9, "personal_masks")
+    wanted = shopping(assignment(0), manifest_of_masks, NAMES)
+    assert wanted.parts == shopping(assignment(4), MANIFEST, NAMES).parts
+    assert assemble(wanted, fetched(wanted)).base.size == LAYOUT.size
+    with pytest.raises(PeerError, match="level 5"):
+        shopping(assignment(5), manifest_of_masks, NAMES)
+
+
 @pytest.mark.parametrize("level", range(5))
 def test_a_level_gets_its_prefix_and_nothing_more(level: int) -> None:
     wanted = shopping(assignment(level), MANIFEST, NAMES)

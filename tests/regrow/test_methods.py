@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import msgspec
 import pytest
 
 from regrow.errors import LocalError
@@ -37,6 +38,11 @@ def test_what_the_table_of_algorithms_says() -> None:
     prfl = parsed('[method]\nname = "prfl"\n')
     assert (prfl.method.importance, prfl.method.staleness, prfl.restoration.step) == ("g", "hinge", "fixed")
     assert len(densities_of(prfl)) == 64
+    fjord, heterofl = (parsed(f'[method]\nname = "{name}"\n') for name in ("fjord", "heterofl"))
+    assert fjord.method == msgspec.structs.replace(heterofl.method, name="fjord", local="ordered_dropout")
+    subfedavg = parsed('[method]\nname = "subfedavg"\n')
+    assert (subfedavg.method.local, subfedavg.method.aggregation, subfedavg.method.buffered) == ("personal_masks", "mask", False)
+    assert (fjord.trigger.kind, subfedavg.trigger.kind, subfedavg.restoration.trigger) == ("all", "all", "none")
 
 
 def test_what_the_task_says_stands_above_the_name() -> None:

@@ -159,6 +159,8 @@ def test_a_value_of_another_type(section: str) -> None:
         ('[restoration]\ntrigger = "fixed"', "planned_s", 3),
         ("[wire]\nversions_held = 3\nversions_on_broker = 5", "at least versions_on_broker", 3),
         ('[method]\nname = "fedavgg"', "fedavgg", 3),
+        ('[method]\ngranularity = "unit"\nlocal = "personal_masks"', "single weights", 4),
+        ('[method]\nlocal = "dropout"', "dropout", 3),
     ],
 )
 def test_what_does_not_fit_together(table: str, why: str, line: int) -> None:
