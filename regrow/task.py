@@ -39,7 +39,8 @@ class Method(Section, frozen=True, kw_only=True):
     refresh_every: AtLeastOne = 25
     refresh_min_rounds: Whole = 2
     full_density_bps: AboveZero | None = None
-    aggregation: Literal["mask", "gradient", "plain", "mix", "delta", "adaptive"] = "mask"
+    aggregation: Literal["mask", "gradient", "plain", "mix", "delta", "adaptive", "recombine"] = "mask"
+    recombine_after: Whole = 10
     buffered: bool = True
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
     staleness_a: NotNegative = 0.6
@@ -154,8 +155,11 @@ class Task(Section, frozen=True, kw_only=True):
             raise LocalError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
         if self.method.granularity == "unit" and (self.method.layer_floor or self.method.layer_costs):
             raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
-        if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive"):
+        if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive", "recombine"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
+        rounds_of_full_models = self.method.density == "full" and not self.method.buffered and self.trigger.kind == "all"
+        if self.method.aggregation == "recombine" and not rounds_of_full_models:
+            raise LocalError('aggregation at $.method: "recombine" needs density = "full", buffered = false and kind = "all" in [trigger]')
         if self.training.final_learning_rate is not None and not planned_end:
             raise LocalError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
         if self.wire.versions_held < self.wire.versions_on_broker:

@@ -159,6 +159,9 @@ def test_a_value_of_another_type(section: str) -> None:
         ('[restoration]\ntrigger = "fixed"', "planned_s", 3),
         ("[wire]\nversions_held = 3\nversions_on_broker = 5", "at least versions_on_broker", 3),
         ('[method]\nname = "fedavgg"', "fedavgg", 3),
+        ('[method]\naggregation = "recombine"', 'density = "full"', 3),
+        ('[method]\nname = "fedmr"\naggregation = "recombine"\n[trigger]\nkind = "arrival"', 'kind = "all"', 4),
+        ('[method]\nname = "fedmr"\nweigh_by_examples = true', "weigh_by_examples", 4),
     ],
 )
 def test_what_does_not_fit_together(table: str, why: str, line: int) -> None:
