@@ -188,6 +188,33 @@ def test_a_model_whose_training_failed_goes_out_again() -> None:
     assert leftovers(world) == []
 
 
+@pytest.mark.parametrize("on_broker", [1, 2])
+def test_one_device_that_never_delivers_holds_nobody_up(on_broker: int) -> None:
+    """Its old model stays leased into later rounds; with one place on the broker the others meanwhile train what is there."""
+
+    def lazy(name: str, job: Any) -> Any:
+        seconds, result = apart(name, job)
+        return (1e9 if name == "d2" and job.number >= 4 else seconds), result
+
+    settings = fedmr(aggregations=8, fleet={"min_devices": 3, "min_deadline_s": 5.0}, wire={"versions_on_broker": on_broker})
+    world = begin(settings, THREE, lazy)
+    world.finish()
+    assert any(fields["reason"] == "deadline passed" for fields in world.notes_of("released"))
+    late = {entry.version for entry in assigned_in(world.log) if entry.device != "d2" and version_of(entry.version) >= 5}
+    assert {slot_of(number) for number in late} == ({0, 1} if on_broker > 1 else set()), "two clients, two models, where there is room"
+    check_run(world, settings)
+    assert leftovers(world) == []
+
+
+def test_a_broker_that_forgets_everything_is_told_every_model_again() -> None:
+    world = begin(fedmr(), THREE, apart)
+    in_round(world, 3)
+    world.restart_broker()
+    world.finish()
+    check_run(world, fedmr())
+    assert leftovers(world) == []
+
+
 # ---- durable ---------------------------------------------------------------------------------------------------------------------------
 
 
