@@ -122,6 +122,10 @@ def test_each_recombined_model_is_trained_by_one_device(limits: dict[str, int]) 
     fetched = [topic.rsplit("/", 1)[1] for _, who, topic, payload in world.sent if who == COORDINATOR and payload and "/manifest/" in topic]
     assert sorted(map(int, fetched)) == sorted(given), "each model leaves the coordinator once"
     assert Counter(fields["version"] for fields in world.notes_of("fetching")) == Counter(dict.fromkeys(range(5), 3))
+    version = 0
+    for entry in map(records.from_record, world.log):
+        version = entry.version if isinstance(entry, records.Aggregated) else version
+        assert not isinstance(entry, records.Retired) or version_of(entry.version) < version, "given up while somebody may still ask for it"
     assert {fields["staleness"] for fields in world.notes_of("update")} == {0}
     assert {fields["version"] for fields in world.notes_of("update")} == set(range(5))
     check_run(world, settings)
