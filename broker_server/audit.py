@@ -13,6 +13,8 @@ from broker_server.store import Store
 from regrow import aggregate, records, reference
 from regrow.errors import LocalError
 from regrow.ledger import MEANS, Ledger
+from regrow.publication import version_of
+from regrow.recombination import shuffles
 
 TOLERANCE = 1e-6
 
@@ -34,6 +36,7 @@ class _Oracle:
         self.weights: NDArray[np.float64] = ledger.flat_weights.astype(np.float64)
         self._buffer: dict[str, tuple[int, int, NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]] = {}
         self._arrived: dict[str, None] = {}
+        self._trained: list[NDArray[np.float64]] = []
         self.worst = 0.0
 
     def accept(self, entry: records.Accepted, payload: bytes) -> None:
@@ -43,7 +46,7 @@ class _Oracle:
         n = self._ledger.layout.size
         mask, values, bases = np.zeros(n, np.bool_), np.zeros(n), np.zeros(n)
         mask[where], values[where], bases[where] = True if presence is None else presence, trained, base
-        self._buffer[entry.device] = (entry.version, entry.examples, mask, values, bases)
+        self._buffer[entry.device] = (version_of(entry.version), entry.examples, mask, values, bases)
         self._arrived[entry.device] = None
 
     def aggregate(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -57,12 +60,23 @@ class _Oracle:
             reference.DenseUpdate(mask, values, decay(k - version) * (examples if method.weigh_by_examples else 1), base)
             for who, (version, examples, mask, values, base) in self._members(everyone)
         ]
+        self._trained = [self._buffer[who][3] for who in sorted(self._arrived) if who in self._buffer]
         self._arrived.clear()
         scale = reference.magnitude(self.weights, members, with_bases=method.aggregation not in MEANS)
         return reference.next_model(method.aggregation, self.weights, members, method.eta_g, method.mixing), scale
 
     def _members(self, everyone: bool) -> list[tuple[str, tuple[int, int, NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]]]:
         return sorted(self._buffer.items()) if everyone else [(who, self._buffer[who]) for who in self._arrived if who in self._buffer]
+
+    def differs_when_recombined(self) -> bool:
+        """Whether the models handed out next are others than the reference's; nothing is calculated there, so every bit counts."""
+        ledger = self._ledger
+        if not ledger.recombined:
+            return False
+        chosen = shuffles(ledger.layout, ledger.task.seed, ledger.version, len(self._trained))
+        wanted = reference.recombine(self._trained, ledger.layout, list(chosen.values()))
+        coordinates = ledger.order.coordinates
+        return not all(np.array_equal(model, dense[coordinates]) for model, dense in zip(ledger.recombined, wanted, strict=True))
 
     def reset(self, flat: NDArray[np.float32]) -> None:
         """After a rollback the model is the snapshot's and the buffer is empty."""
@@ -102,7 +116,7 @@ def audit(run: Path) -> Outcome:
                 aggregations += 1
                 difference = np.abs(ledger.flat_weights - wanted)
                 allowed = TOLERANCE * scale
-                oracle.worst = max(oracle.worst, _ratio(difference, allowed))
+                oracle.worst = max(oracle.worst, _ratio(difference, allowed), np.inf if oracle.differs_when_recombined() else 0.0)
             elif isinstance(entry, records.RolledBack):
                 oracle.reset(ledger.flat_weights)
             _compare_snapshot(store, log_id, ledger)

@@ -47,6 +47,7 @@ class _Meta(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_s: float
     devices: dict[str, Device]
     arrived: list[str]
+    recombined: int = 0
     buffer: list[_BufferedMeta]
     orders: list[_OrderMeta]
     published: list[_PublishedMeta]
@@ -70,6 +71,7 @@ def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
         elapsed_s=ledger.elapsed_s,
         devices=ledger.devices,
         arrived=list(ledger.arrived),
+        recombined=len(ledger.recombined),
         buffer=[_BufferedMeta(who, held.version, held.examples) for who, held in ledger.buffer.items()],
         orders=[_OrderMeta(epoch, list(coded.order.lengths), coded.order.always_kept) for epoch, coded in ledger.orders.items()],
         published=[_PublishedMeta(version, item.order.epoch, item.dtype, item.chunk_bytes) for version, item in ledger.published.items()],
@@ -89,6 +91,8 @@ def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
         "squares": ledger.squares,
         "flat_weights": ledger.flat_weights,
     }
+    for slot, model in enumerate(ledger.recombined):
+        arrays[f"recombined.{slot}"] = model
     for epoch, coded in ledger.orders.items():
         arrays[f"order.{epoch}"] = coded.order.coordinates
     for who, held in ledger.buffer.items():
@@ -130,6 +134,7 @@ def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDAr
             coded=orders[meta.epoch],
             anchor=arrays["anchor"],
             squares=arrays["squares"],
+            recombined=[arrays[f"recombined.{slot}"] for slot in range(meta.recombined)],
             version=meta.version,
             since_refresh=meta.since_refresh,
             elapsed_s=meta.elapsed_s,

@@ -33,6 +33,7 @@ from regrow.machine import (
 )
 from regrow.outbox import Outbox
 from regrow.planning import Planner
+from regrow.publication import version_of
 from regrow.receipts import missing_of, receipt
 from regrow.records import Entry, Joined, Led, Rejected, Released, to_record
 from regrow.trigger import due_s, has_quorum
@@ -291,8 +292,9 @@ class Coordinator:
         self._advance()
 
     def _note_arrival(self, who: str, head: wire.UpdateHead) -> None:
-        staleness = self.ledger.version - head.version
-        fields = {"device": who, "version": head.version, "staleness": staleness, "level": head.level, "bytes": head.size}
+        version = version_of(head.version)
+        staleness = self.ledger.version - version
+        fields = {"device": who, "version": version, "staleness": staleness, "level": head.level, "bytes": head.size}
         self.emit(Note("update", {**fields, "loss": head.loss, "seconds": head.seconds, "examples": head.examples}))
 
     def _uplink_bps(self, who: str) -> float:

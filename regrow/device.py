@@ -34,6 +34,7 @@ from regrow.machine import (
     Woken,
 )
 from regrow.presence import HELLO_AGAIN_S, Identity, Presence
+from regrow.publication import version_of
 from regrow.sending import Sending
 
 OUTGOING = "outgoing"
@@ -265,7 +266,7 @@ class Device:
             return
         fetching.wanted = wanted = shopping(self.assignment, manifest, self.names)
         counts = {"parts": len(wanted.parts), "lacking": len(fetching.lacking())}
-        self._emit(Note("fetching", {"number": self.assignment.number, "version": manifest.version, **counts}))
+        self._emit(Note("fetching", {"number": self.assignment.number, "version": version_of(manifest.version), **counts}))
         self._emit(fetching.got(self.names.manifest(manifest.version), self.now))
         self._effects += fetching.drop_unwanted()
         self._fetch_on()

@@ -20,19 +20,22 @@ from regrow.errors import LocalError
 from regrow.machine import Payload, Record
 from regrow.order import Order, build_order, importance
 from regrow.parameters import Layout
-from regrow.publication import CodedOrder, Publication
+from regrow.publication import CodedOrder, Publication, slot_of, version_of
+from regrow.recombination import recombine, shuffles
 from regrow.task import Task
 from regrow.unit_order import build_unit_order, ranks_of
 from regrow.units import Units
 from regrow.wire import Score
 
 RETIRED_REMEMBERED = 32
-MEANS = ("mask", "plain")  # the new model is a mean of models: everybody's latest may count
+MEANS = ("mask", "plain", "recombine")  # the new model is a mean of models: everybody's latest may count
 MOVES = ("gradient", "delta", "adaptive")  # it is the old one moved by changes: each counts once, and needs the base it started from
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
+    """`version`: the number of the published model, as in records.Assigned."""
+
     number: int
     version: int
     epoch: int
@@ -65,7 +68,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Buffered:
-    """The latest update of a device; `base` only where gradient averaging needs it."""
+    """The latest update of a device; `version` as in records.Accepted; `base` only where gradient averaging needs it."""
 
     update: Update
     version: int
@@ -75,7 +78,10 @@ class Buffered:
 
 @dataclass
 class Ledger:
-    """The durable state of a run. Vectors are float32 [n] in the position order of the current epoch."""
+    """The durable state of a run. Vectors are float32 [n] in the position order of the current epoch.
+
+    `published` goes by number (publication.number_of); `recombined` are this version's models by slot, empty unless it has several.
+    """
 
     task: Task
     layout: Layout
@@ -83,6 +89,7 @@ class Ledger:
     coded: CodedOrder
     anchor: NDArray[np.float32]
     squares: NDArray[np.float32]
+    recombined: list[NDArray[np.float32]] = field(default_factory=list)
     version: int = 0
     since_refresh: int = 0
     elapsed_s: float = 0.0
@@ -274,13 +281,23 @@ def _released(ledger: Ledger, entry: records.Released, _: Payload) -> None:
 def _aggregated(ledger: Ledger, entry: records.Aggregated, _: Payload) -> None:
     limit = ledger.task.method.max_staleness
     if limit:
-        ledger.buffer = {who: held for who, held in ledger.buffer.items() if ledger.version - held.version <= limit}
+        ledger.buffer = {who: held for who, held in ledger.buffer.items() if ledger.version - version_of(held.version) <= limit}
     previous = ledger.weights
     ledger.weights = _mean(ledger)
+    ledger.recombined = _recombined(ledger, entry.version)
     ledger.squares = ledger.squares + np.square(ledger.weights - previous)
     ledger.version, ledger.elapsed_s = entry.version, entry.elapsed_s
     ledger.since_refresh += 1
     ledger.arrived = {}
+
+
+def _recombined(ledger: Ledger, version: int) -> list[NDArray[np.float32]]:
+    """The models that devices train on next, where that is not the mean itself."""
+    task = ledger.task
+    if task.method.aggregation != "recombine" or version <= task.method.recombine_after:
+        return []
+    models = [ledger.buffer[who].update.values for who in sorted(ledger.arrived) if who in ledger.buffer]
+    return recombine(models, ledger.layout, ledger.order, shuffles(ledger.layout, task.seed, version, len(models)))
 
 
 def _mean(ledger: Ledger) -> NDArray[np.float32]:
@@ -292,11 +309,12 @@ def _mean(ledger: Ledger) -> NDArray[np.float32]:
     if not members:
         return ledger.weights.copy()
     decay = aggregate.staleness(method.staleness, a=method.staleness_a, b=method.staleness_b)
-    weights = np.array([decay(ledger.version - held.version) * (held.examples if method.weigh_by_examples else 1) for held in members])
+    betas = [decay(ledger.version - version_of(held.version)) * (held.examples if method.weigh_by_examples else 1) for held in members]
+    weights = np.array(betas)
     updates = [held.update for held in members]
     if method.aggregation == "plain":
         return aggregate.fed_avg(ledger.weights, updates, weights)
-    if method.aggregation == "mask":
+    if method.aggregation in ("mask", "recombine"):
         return aggregate.mask_fed_avg(ledger.weights, updates, weights, ledger.order.segments(), eta_g=method.eta_g)
     if method.aggregation == "mix":
         return moves.mix(ledger.weights, updates, method.mixing * weights)
@@ -355,15 +373,18 @@ def _restored(ledger: Ledger, entry: records.Restored, _: Payload) -> None:
 
 
 def _published(ledger: Ledger, entry: records.Published, _: Payload) -> None:
-    if entry.version != ledger.version:
+    models = ledger.recombined or [ledger.weights]
+    slot = slot_of(entry.version)
+    if version_of(entry.version) != ledger.version or slot >= len(models):
         raise LocalError(f"store: version {entry.version} published while the model is {ledger.version}; the log is out of order")
     dtype = ledger.task.wire.down
-    ledger.published[entry.version] = Publication.of(entry.version, ledger.order, ledger.weights, dtype, entry.chunk_bytes)
+    ledger.published[entry.version] = Publication.of(entry.version, ledger.order, models[slot], dtype, entry.chunk_bytes)
 
 
 def _retired(ledger: Ledger, entry: records.Retired, _: Payload) -> None:
     gone = ledger.published.pop(entry.version)
-    ledger.retired = [*ledger.retired, (entry.version, len(gone.chunks))][-RETIRED_REMEMBERED:]
+    remembered = max(RETIRED_REMEMBERED, 2 * len(ledger.recombined))  # a round's models go all at once
+    ledger.retired = [*ledger.retired, (entry.version, len(gone.chunks))][-remembered:]
     _forget_orders(ledger)
 
 
@@ -382,6 +403,7 @@ def _rolled_back(ledger: Ledger, entry: records.RolledBack, payload: Payload) ->
     ledger.restoration = restoration.RestorationState()
     for version in sorted(ledger.published):
         _retired(ledger, records.Retired(version=version), b"")
+    ledger.recombined = []
     for device in ledger.devices.values():
         device.lease, device.rejections, device.reports = None, 0, {}
 

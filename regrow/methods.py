@@ -12,7 +12,19 @@ from typing import Any, Literal
 from regrow.errors import LocalError
 
 MethodName = Literal[
-    "fedgmr", "prfl", "fedavg", "fedasync", "fedfix", "fedbuff", "asyncfeded", "heterofl", "fedrolex", "fiarse", "fjord", "subfedavg"
+    "fedgmr",
+    "prfl",
+    "fedavg",
+    "fedasync",
+    "fedfix",
+    "fedbuff",
+    "asyncfeded",
+    "heterofl",
+    "fedrolex",
+    "fiarse",
+    "fjord",
+    "subfedavg",
+    "fedmr",
 ]
 NEVER = 1_000_000_000
 Defaults = Mapping[str, Mapping[str, Any]]
@@ -46,6 +58,8 @@ METHODS: Mapping[str, Defaults] = {
     "fedbuff": _full_model({"kind": "count", "count": 3}, aggregation="delta", staleness_a=0.5),
     # AsyncFedED, arXiv 2205.13797: a step that shrinks with the distance that the model has moved meanwhile.
     "asyncfeded": _full_model({"kind": "arrival"}, aggregation="adaptive", staleness="constant"),
+    # FedMR, arXiv 2208.07677: FedAvg first, then layers shuffled among the clients; no client counts more than another.
+    "fedmr": _full_model({"kind": "all"}, aggregation="recombine", staleness="constant"),
     # HeteroFL, arXiv 2010.01264: the first units of every layer, always the same.
     "heterofl": _sub_models(granularity="unit", importance="first", refresh_every=NEVER),
     # FedRolex, arXiv 2212.01548: a window of units that moves by one each round.

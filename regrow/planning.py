@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,7 +13,7 @@ from regrow.broadcast import chunk_bytes
 from regrow.ledger import Device, Ledger, densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.order import importance
-from regrow.publication import CodedOrder
+from regrow.publication import CodedOrder, number_of, version_of
 from regrow.task import Task
 
 SLOW_DOWNLOAD = 4.0
@@ -204,9 +204,11 @@ class Planner:
         if idle:
             version = self._version_to_hand_out()
             if version is not None:
-                older = max((v for v in self._coordinator.broadcast.on_broker() if v != version), default=None)
+                on_broker = self._coordinator.broadcast.on_broker()
+                older = max((v for v in on_broker if version_of(v) != version_of(version)), key=version_of, default=None)
+                untrained = self._untrained(version)
                 for who in idle:
-                    self._assign(who, older if older is not None and self._would_pin(who) else version)
+                    self._assign(who, older if older is not None and self._would_pin(who) else next(untrained, version))
         self._retire(self._ledger.published)
         self._coordinator.broadcast.tidy(self._ledger.version)
 
@@ -221,7 +223,7 @@ class Planner:
         Slow devices then share an older version that is there anyway, so that the fast ones always get fresh ones.
         """
         ledger = self._ledger
-        if len(self._coordinator.broadcast.on_broker()) < ledger.task.wire.versions_on_broker:
+        if _versions(self._coordinator.broadcast.on_broker()) < ledger.task.wire.versions_on_broker:
             return False
         seconds = {other: known.density / known.uplink_bps for other, known in ledger.devices.items() if self._coordinator.live(other)}
         return seconds.get(who, 0.0) > SLOW_DOWNLOAD * min(seconds.values(), default=0.0)
@@ -233,16 +235,35 @@ class Planner:
         on_broker = broadcast.on_broker()
         if ledger.version in on_broker:
             return ledger.version
-        room = len(on_broker) < ledger.task.wire.versions_on_broker and len(ledger.published) < ledger.task.wire.versions_held
-        if ledger.version in ledger.published:
-            broadcast.version(ledger.version)
-        elif room or not ledger.published:
-            slowest = min(device.uplink_bps for device in ledger.devices.values())
-            self._coordinator.commit(records.Published(version=ledger.version, chunk_bytes=chunk_bytes(slowest)))
-            broadcast.version(ledger.version)
-        else:
-            return max(on_broker, default=None)
+        room = _versions(on_broker) < ledger.task.wire.versions_on_broker and _versions(ledger.published) < ledger.task.wire.versions_held
+        if ledger.version not in ledger.published and ledger.published and not room:
+            return max(on_broker, key=version_of, default=None)
+        self._offer(ledger.version)
         return ledger.version
+
+    def _offer(self, number: int) -> None:
+        """Publish one model of the newest version; again, if it had left the broker."""
+        ledger = self._ledger
+        if number not in ledger.published:
+            slowest = min(device.uplink_bps for device in ledger.devices.values())
+            self._coordinator.commit(records.Published(version=number, chunk_bytes=chunk_bytes(slowest)))
+        self._coordinator.broadcast.version(number)
+
+    def _untrained(self, version: int) -> Iterator[int]:
+        """Numbers of the newest version's recombined models that no device has in this round, each published when it is asked for.
+
+        Whoever comes when there are none left shares the first.
+        """
+        ledger = self._ledger
+        if version != ledger.version:
+            return
+        taken = {device.lease.version for device in ledger.devices.values() if device.lease is not None}
+        taken |= {ledger.buffer[who].version for who in ledger.arrived}
+        for number in (number_of(version, slot) for slot in range(len(ledger.recombined))):
+            if number not in taken:
+                if number not in self._coordinator.broadcast.fetching:
+                    self._offer(number)
+                yield number
 
     def _assign(self, who: str, version: int) -> None:
         ledger = self._ledger
@@ -267,7 +288,7 @@ class Planner:
         lease = device.lease
         if lease is not None:
             self._coordinator.broadcast.assignment(who, lease)
-            self._coordinator.emit(Note("assigned", {"device": who, "version": version, "density": ledger.density_of(level)}))
+            self._coordinator.emit(Note("assigned", {"device": who, "version": version_of(version), "density": ledger.density_of(level)}))
 
     def _density_now(self, who: str, device: Device) -> float:
         """FedGMR: what restoration has come to. PR-FL: the rule on normalised round times, never below restoration's floor."""
@@ -288,12 +309,17 @@ class Planner:
         return min(8 * (down + up) / ledger.devices[who].uplink_bps + train_s, MAX_ROUND_S)
 
     def _retire(self, versions: Iterable[int]) -> None:
-        """Give up every version that nobody leases, except the newest: that one the next device will ask for."""
+        """Give up every model that nobody leases, except those of the newest version: the next device will ask for one."""
         leased = {device.lease.version for device in self._ledger.devices.values() if device.lease is not None}
-        for version in [v for v in versions if v not in leased and v != self._ledger.version]:
+        for version in [v for v in versions if v not in leased and version_of(v) != self._ledger.version]:
             chunks = len(self._ledger.published[version].chunks)
             self._coordinator.commit(records.Retired(version=version))
             self._coordinator.broadcast.gone(version, chunks)
+
+
+def _versions(numbers: Iterable[int]) -> int:
+    """How many versions these published models are of: the limits of [wire] speak of versions."""
+    return len({version_of(number) for number in numbers})
 
 
 def restoration_config(task: Task) -> restoration.RestorationConfig:

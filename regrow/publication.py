@@ -15,7 +15,23 @@ from regrow.order import Order
 from regrow.values import WireDtype
 
 _ITEM_BYTES = {"float32": 4, "float16": 2}
+_SLOT = 10**9  # more versions than any run has; slot 2 of version 17 reads 2000000017 in topics and records
 PIECE_BYTES = 64 * 1024
+
+
+def number_of(version: int, slot: int) -> int:
+    """The number by which a published model is known: the version itself, unless the version has several (FedMR)."""
+    return slot * _SLOT + version
+
+
+def version_of(number: int) -> int:
+    """k of a published model."""
+    return number % _SLOT
+
+
+def slot_of(number: int) -> int:
+    """Which of its version's models this is; 0 where there is only one."""
+    return number // _SLOT
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +39,7 @@ class Publication:
     """A published version: exactly the bytes that devices receive, and therefore the base of their deltas.
 
     Args:
-        version: k.
+        version: its number: k, or `number_of`.
         order: the order of its epoch.
         dtype: of the pruned part; always-kept values are float32.
         data: values.encode of all n positions.

@@ -36,7 +36,10 @@ class Joined(Entry, frozen=True, kw_only=True):
 
 
 class Assigned(Entry, frozen=True, kw_only=True):
-    """A device leases a version: its base stays until the update, the deadline or expiry."""
+    """A device leases a version: its base stays until the update, the deadline or expiry.
+
+    `version`, here and in Accepted, Published and Retired, is the number of a model (publication.number_of): k, unless k has several.
+    """
 
     device: str
     number: int

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow.errors import LocalError
+from regrow.parameters import Layout
 
 Floats = NDArray[np.float64]
 
@@ -101,6 +102,7 @@ def next_model(aggregation: str, W_previous: Floats, B: Sequence[DenseUpdate], e
     """W_k by the named aggregation of a task; beta of B is s(tau), times N_i where examples weigh."""
     rules = {
         "mask": lambda: buff_mask_fed_avg(W_previous, B, eta_g),
+        "recombine": lambda: buff_mask_fed_avg(W_previous, B, eta_g),
         "plain": lambda: zero_filled_fed_avg(W_previous, B),
         "gradient": lambda: gradient_average(W_previous, B),
         "mix": lambda: fed_async(W_previous, [replace(i, beta=mixing * i.beta) for i in B]),
@@ -108,6 +110,28 @@ def next_model(aggregation: str, W_previous: Floats, B: Sequence[DenseUpdate], e
         "adaptive": lambda: async_fed_ed(W_previous, B, eta_g),
     }
     return rules[aggregation]()
+
+
+def recombine(w: Sequence[Floats], layout: Layout, chosen: Sequence[NDArray[np.intp]]) -> list[Floats]:
+    """FedMR's models: number s has layer l of client chosen[l][s]. `w`: the clients' models; `chosen`: a permutation for each layer.
+
+    The layers are the parts of tensor names before the last dot, in the order in which they first occur.
+    """
+    layers: list[str] = []
+    layer_of_tensor = []
+    for tensor in layout.tensors:
+        layer = tensor.name[: tensor.name.rindex(".")] if "." in tensor.name else tensor.name
+        if layer not in layers:
+            layers.append(layer)
+        layer_of_tensor.append(layers.index(layer))
+    layer_of = np.repeat(layer_of_tensor, [tensor.size for tensor in layout.tensors])
+    recombined = []
+    for s in range(len(w)):
+        W_s = np.zeros(layout.size)
+        for layer_number in range(len(layers)):
+            W_s = np.where(layer_of == layer_number, w[chosen[layer_number][s]], W_s)
+        recombined.append(W_s)
+    return recombined
 
 
 def magnitude(W_previous: Floats, B: Sequence[DenseUpdate], *, with_bases: bool) -> Floats:

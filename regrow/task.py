@@ -40,7 +40,8 @@ class Method(Section, frozen=True, kw_only=True):
     refresh_every: AtLeastOne = 25
     refresh_min_rounds: Whole = 2
     full_density_bps: AboveZero | None = None
-    aggregation: Literal["mask", "gradient", "plain", "mix", "delta", "adaptive"] = "mask"
+    aggregation: Literal["mask", "gradient", "plain", "mix", "delta", "adaptive", "recombine"] = "mask"
+    recombine_after: Whole = 10
     buffered: bool = True
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
     staleness_a: NotNegative = 0.6
@@ -158,8 +159,11 @@ class Task(Section, frozen=True, kw_only=True):
             raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
         if self.method.granularity == "unit" and self.method.local == "personal_masks":
             raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
-        if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive"):
+        if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive", "recombine"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
+        rounds_of_full_models = self.method.density == "full" and not self.method.buffered and self.trigger.kind == "all"
+        if self.method.aggregation == "recombine" and not rounds_of_full_models:
+            raise LocalError('aggregation at $.method: "recombine" needs density = "full", buffered = false and kind = "all" in [trigger]')
         if self.training.final_learning_rate is not None and not planned_end:
             raise LocalError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
         if self.wire.versions_held < self.wire.versions_on_broker:

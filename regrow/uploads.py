@@ -13,6 +13,7 @@ from regrow import records, values, wire
 from regrow.density import full_density_round_s
 from regrow.errors import PeerError
 from regrow.ledger import Ledger
+from regrow.publication import version_of
 
 ENOUGH_NORMS = 3
 SMALLEST_CHANGE = 1e-2  # of the base: what hardly moved for a while, or for one device with hardly any data, may move again
@@ -108,7 +109,7 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
     elif head.assignment > known.number:
         raise PeerError(f"assignment {head.assignment} was never given")
     if head.version not in ledger.published:
-        if head.version > ledger.version:
+        if version_of(head.version) > ledger.version:
             raise PeerError(f"version {head.version} was never given")
         raise TooLateError(f"version {head.version} is no longer held: the update came after its deadline")
     publication = ledger.published[head.version]

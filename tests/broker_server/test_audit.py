@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from broker_server.runs import create_run, load_task, recover, rollback
 from broker_server.store import Store
 from regrow import aggregate, checkpoint, records
 from regrow.errors import LocalError, RegrowError
+from regrow.publication import number_of
+from regrow.recombination import recombine
 from regrow.records import to_record
 from tests.broker_server.histories import TASK, make_task, new_run, play, update
 
@@ -59,6 +62,40 @@ def test_a_wrong_mean_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(aggregate, "mask_fed_avg", wrong)
     assert audit(run).worst > 50
+
+
+def play_shuffled(run: Path, versions: int) -> None:
+    """Three devices train every version's models, which FedMR shuffles."""
+    devices = ("d1", "d2", "d3")
+    with Store.open(run) as store:
+        ledger = recover(store, load_task(run / "task"))
+
+        def take(entry: records.Entry, payload: bytes = b"") -> None:
+            ledger.apply(entry, payload)
+            store.append([to_record(entry, payload)])
+
+        for who in devices:
+            take(records.Joined(device=who, install="00" * 16, uplink_bps=1e6, density=1.0))
+        for version in range(versions):
+            numbers = [number_of(version, slot if version else 0) for slot in range(len(devices))]
+            for number in sorted(set(numbers)):
+                take(records.Published(version=number, chunk_bytes=16384))
+            for sequence, (who, number) in enumerate(zip(devices, numbers, strict=True)):
+                take(records.Assigned(device=who, number=version + 1, version=number, epoch=0, level=0, deadline_s=30.0))
+                entry, payload = update(ledger, number, 0)
+                take(msgspec.structs.replace(entry, device=who, sequence=sequence), payload)
+            take(records.Aggregated(version=version + 1, elapsed_s=float(version + 1)))
+
+
+def test_shuffled_layers_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(tmp_path / "task", TASK + '\n[method]\nname = "fedmr"\nrecombine_after = 0\n')
+    run = create_run(tmp_path / "runs", load_task(task), "one")
+    play_shuffled(run, 4)
+    outcome = audit(run)
+    assert (outcome.updates, outcome.aggregations) == (12, 4)
+    assert outcome.worst <= 1.0
+    monkeypatch.setattr("regrow.ledger.recombine", lambda *arguments: recombine(*arguments)[::-1])
+    assert audit(run).worst == np.inf
 
 
 def test_a_snapshot_that_is_not_of_this_log_is_found(tmp_path: Path) -> None:

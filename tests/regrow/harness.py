@@ -13,6 +13,8 @@ from regrow.coordinator import Coordinator
 from regrow.device import Device
 from regrow.ledger import MEANS, Ledger
 from regrow.machine import Effect, Event, Persist, Publish, Received, Record
+from regrow.publication import version_of
+from regrow.recombination import shuffles
 from regrow.task import Task
 from testbed.memory import COORDINATOR, Client, World, saved_of
 from tests.regrow.fleet import LAYOUT, LINKS, UNITS, identity, new_coordinator, programs_of, start_ledger, train
@@ -143,13 +145,14 @@ def worst_difference(log: Sequence[Record], settings: Task) -> float:
             where = ledger.orders[entry.epoch].order.coordinates[: trained.size]
             mask, dense, bases = np.zeros(LAYOUT.size, np.bool_), np.zeros(LAYOUT.size), np.zeros(LAYOUT.size)
             mask[where], dense[where], bases[where] = True if presence is None else presence, trained, base
-            held[entry.device] = (entry.version, entry.examples, mask, dense, bases)
+            held[entry.device] = (version_of(entry.version), entry.examples, mask, dense, bases)
             arrived[entry.device] = None
         if not isinstance(entry, records.Aggregated):
             ledger.apply(entry, record.payload)
             continue
         wanted, scale = _oracle(ledger, settings, weights, held, arrived)
         ledger.apply(entry, record.payload)
+        _check_recombined(ledger, [held[who][3] for who in sorted(arrived)])
         arrived.clear()
         difference = np.abs(ledger.flat_weights - wanted)
         worst = max(worst, float((difference / np.maximum(TOLERANCE * scale, 1e-300)).max()))
@@ -171,6 +174,16 @@ def _oracle(
     ]
     scale = reference.magnitude(weights, members, with_bases=method.aggregation not in MEANS)
     return reference.next_model(method.aggregation, weights, members, method.eta_g, method.mixing), scale
+
+
+def _check_recombined(ledger: Ledger, clients: Sequence[NDArray[np.float64]]) -> None:
+    """Nothing is calculated when layers are shuffled, so the reference's models are met to the bit."""
+    if not ledger.recombined:
+        return
+    chosen = shuffles(ledger.layout, ledger.task.seed, ledger.version, len(clients))
+    wanted = reference.recombine(clients, ledger.layout, list(chosen.values()))
+    for model, dense in zip(ledger.recombined, wanted, strict=True):
+        assert np.array_equal(model, dense[ledger.order.coordinates])
 
 
 def receipts(world: Tape) -> list[tuple[str, wire.Receipt]]:

@@ -161,6 +161,9 @@ def test_a_value_of_another_type(section: str) -> None:
         ('[method]\nname = "fedavgg"', "fedavgg", 3),
         ('[method]\ngranularity = "unit"\nlocal = "personal_masks"', "single weights", 4),
         ('[method]\nlocal = "dropout"', "dropout", 3),
+        ('[method]\naggregation = "recombine"', 'density = "full"', 3),
+        ('[method]\nname = "fedmr"\naggregation = "recombine"\n[trigger]\nkind = "arrival"', 'kind = "all"', 4),
+        ('[method]\nname = "fedmr"\nweigh_by_examples = true', "weigh_by_examples", 4),
     ],
 )
 def test_what_does_not_fit_together(table: str, why: str, line: int) -> None:
