@@ -148,7 +148,7 @@ class Ledger:
         base = publication.base(length)
         sent = values.decode(payload, entry.dtype, length, publication.order.always_kept)
         # Quantised uploads carry w_i - base, but always-kept values travel as float32 and as deltas too, so one rule serves both.
-        return (base + sent if entry.dtype == "int8" else sent), base
+        return (base + sent if entry.dtype in values.DELTA_DTYPES else sent), base
 
 
 def densities_of(task: Task) -> tuple[float, ...]:
