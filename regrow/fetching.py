@@ -73,7 +73,7 @@ def _check(manifest: wire.Manifest, highest: int) -> None:
     lengths = manifest.lengths
     if highest >= len(lengths) or len(manifest.levels) != len(lengths) or sorted(lengths) != lengths:
         raise PeerError(f"manifest {manifest.version}: {len(lengths)} lengths, {len(manifest.levels)} level sets, level {highest}")
-    if manifest.dtype == "int8" or not manifest.always_kept <= lengths[0]:
+    if manifest.dtype in values.DELTA_DTYPES or not manifest.always_kept <= lengths[0]:
         raise PeerError(f"manifest {manifest.version}: {manifest.dtype} values, {manifest.always_kept} of {lengths[0]} always kept")
     stops = [0, *(chunk.stop for chunk in manifest.chunks)]
     if [chunk.start for chunk in manifest.chunks] != stops[:-1] or stops != sorted(set(stops)) or stops[-1] != lengths[-1]:

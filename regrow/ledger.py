@@ -172,7 +172,7 @@ class Ledger:
             base = base[presence]
         sent = values.decode(payload, entry.dtype, base.size, order.always_kept)
         # Quantised uploads carry w_i - base, but always-kept values travel as float32 and as deltas too, so one rule serves both.
-        trained = base + sent if entry.dtype == "int8" else sent
+        trained = base + sent if entry.dtype in values.DELTA_DTYPES else sent
         if presence is None or presence.all():
             return trained, base, None
         return personal.spread(trained, presence), personal.spread(base, presence), presence

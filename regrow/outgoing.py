@@ -162,10 +162,10 @@ def make(
     if kept is not None:
         trained, base, coordinates = trained[kept], base[kept], coordinates[kept]
     sent = None
-    if assignment.dtype == "int8":
+    if assignment.dtype in values.DELTA_DTYPES:
         owed = _grown(owed, size)
         residual = owed[coordinates].astype(np.float32)
-        payload, delta, left = values.quantise_with_feedback(trained - base, residual, "int8", always_kept)
+        payload, delta, left = values.quantise_with_feedback(trained - base, residual, assignment.dtype, always_kept)
         owed = owed.copy()
         owed[coordinates] = to_float16(left)
         owed[coordinates[:always_kept]] = 0  # they travel as float32: the last bit of a sum is not a debt

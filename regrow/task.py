@@ -11,6 +11,7 @@ import msgspec
 from regrow.errors import LocalError
 from regrow.local_rules import LocalRule
 from regrow.methods import MethodName, defaults_of
+from regrow.values import WireDtype
 
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
 # Bounded above too: TOML knows inf, and nothing that is computed from a setting may become it.
@@ -88,7 +89,7 @@ class Restoration(Section, frozen=True, kw_only=True):
 class Wire(Section, frozen=True, kw_only=True):
     """What the values travel as, and how many versions are kept for devices that still need them."""
 
-    up: Literal["float32", "float16", "int8"] = "int8"
+    up: WireDtype = "int8"
     down: Literal["float32", "float16"] = "float16"
     versions_on_broker: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     versions_held: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16

@@ -58,6 +58,7 @@ BAD: dict[str, dict[str, Any]] = {
     "giant lengths": {"lengths": [2**31 - 1]},
     "giant blob": {"programs": [wire.Blob("layout", 2**31 - 1, bytes(16), [bytes(16)])]},
     "int8 base": {"dtype": "int8"},
+    "int4 base": {"dtype": "int4"},
     "no programs": {"programs": []},
     "level beyond": {"lengths": [1, 2, 3], "levels": [wire.Blob("0", 0, bytes(16), [])] * 3},
 }

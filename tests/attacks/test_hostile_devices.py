@@ -54,7 +54,7 @@ def good_payload(world: Tape, scale: float = 0.01) -> bytes:
     up = world.coordinator().ledger.task.wire.up
     base = publication.base(length)
     change = np.full(length, scale, np.float32)
-    return values.encode(change if up == "int8" else base + change, up, publication.order.always_kept)
+    return values.encode(change if up in values.DELTA_DTYPES else base + change, up, publication.order.always_kept)
 
 
 def head_of(world: Tape, payload: bytes, **fields: Any) -> wire.UpdateHead:
@@ -95,7 +95,7 @@ def untouched(world: Tape) -> None:
 
 def test_the_attackers_tools_work_when_it_is_honest() -> None:
     """Otherwise every attack below would be refused for the wrong reason."""
-    for up in ("int8", "float16", "float32"):
+    for up in ("int8", "int4", "float16", "float32"):
         world = attacked(up)
         send(world, 0, good_payload(world))
         assert outcome(world, 0).outcome == "accepted"
@@ -110,7 +110,7 @@ def not_finite(world: Tape, number: float) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("up", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("up", ["int8", "int4", "float16", "float32"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite(up: WireDtype, number: float) -> None:
     world = attacked(up)
@@ -122,7 +122,7 @@ def test_values_that_are_not_finite(up: WireDtype, number: float) -> None:
     untouched(world)
 
 
-@pytest.mark.parametrize("up", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("up", ["int8", "int4", "float16", "float32"])
 def test_an_update_a_hundred_times_too_large(up: WireDtype) -> None:
     world = attacked(up)
     honest = [norm for norms in world.coordinator().ledger.norms.values() for norm in norms]
@@ -144,6 +144,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"epoch": 1}, "not what was assigned"),
     ({"assignment": 2**53}, "never given"),
     ({"dtype": "float32"}, "takes int8"),
+    ({"dtype": "int4"}, "takes int8"),
 ]
 
 

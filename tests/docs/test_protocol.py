@@ -39,7 +39,7 @@ def floats(*numbers: float) -> NDArray[np.float32]:
 
 
 def test_golden_blocks_are_these_and_no_others() -> None:
-    assert golden().keys() == {*MESSAGES, "float32", "float16", "int8", "index-set", "personal-mask"}
+    assert golden().keys() == {*MESSAGES, "float32", "float16", "int8", "int4", "index-set", "personal-mask"}
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -50,11 +50,11 @@ def test_messages(name: str) -> None:
     assert (decoded, bytes(rest)) == (message, payload)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int4"])
 def test_values(dtype: values.WireDtype) -> None:
     assert values.encode(PREFIX, dtype, 1) == golden()[dtype]
     decoded = values.decode(golden()[dtype], dtype, 3, 1)
-    np.testing.assert_allclose(decoded, PREFIX, rtol=1 / 64 if dtype == "int8" else 0)
+    np.testing.assert_allclose(decoded, PREFIX, rtol=0, atol={"int8": 1 / 128, "int4": 1 / 7}.get(dtype, 0))
 
 
 def test_index_set() -> None:

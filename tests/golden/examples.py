@@ -101,5 +101,31 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         ),
         b"",
     ),
+    "assignment-int4": (
+        wire.Assignment(
+            term=9,
+            number=4,
+            version=13,
+            epoch=2,
+            level=0,
+            steps=5,
+            batch=20,
+            learning_rate=0.125,
+            seed=7,
+            dtype="int4",
+            chunk_bytes=16_384,
+            deadline_s=30.0,
+        ),
+        b"",
+    ),
+    "update-int4": (
+        wire.UpdateChunk(
+            install=INSTALL,
+            count=1,
+            chunk_bytes=16_384,
+            head=wire.UpdateHead(assignment=4, version=13, epoch=2, level=0, dtype="int4", examples=100, size=8, digest=DIGEST),
+        ),
+        bytes.fromhex("0000c03f003c7e0f"),
+    ),
     "signed": (wire.Claim(run="r1", term=1, signature=b"\x01" * 64, key_id="k1"), b""),
 }

@@ -254,6 +254,9 @@ def test_a_device_that_was_told_but_never_joined_is_told_the_end() -> None:
         {"wire": {"up": "int8", "down": "float32"}},
         {"method": {"local": "personal_masks", "aggregation": "gradient"}, "wire": {"up": "float32"}},
         {"method": {"local": "personal_masks"}, "wire": {"up": "float16"}},
+        {"wire": {"up": "int4", "down": "float32"}},
+        {"wire": {"up": "int4"}, "method": {"aggregation": "plain", "ladder": (0.5, 1.0)}},
+        {"wire": {"up": "int4"}, "method": {"granularity": "unit"}},
         {"restoration": {"every": 1, "patience": 1, "min_delta": 0.5, "full_model_every": 2}},
         {"restoration": {"trigger": "mixed", "planned_s": 10.0, "every": 1}},
     ],
@@ -280,9 +283,16 @@ NAMES_TO_RUN = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES_TO_RUN)
-def test_every_named_method_runs_to_its_end_and_matches_the_reference(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "up"),
+    [
+        *((name, "int8") for name in NAMES_TO_RUN),
+        *((name, "int4") for name in ("fedgmr", "prfl", "heterofl", "fedavg", "fedasync", "fedbuff", "asyncfeded", "fedgmr-ga")),
+    ],
+)
+def test_every_named_method_runs_to_its_end_and_matches_the_reference(name: str, up: str) -> None:
     tables = methods.named(name)
+    tables["wire"] = {"up": up}
     if tables.get("restoration", {}).get("trigger") == "fixed":
         tables["restoration"]["planned_s"] = 20.0
     tables.setdefault("trigger", {}).setdefault("interval_s", 1.0)

@@ -95,6 +95,7 @@ LENGTHS = MANIFEST.lengths
         (changed(levels=MANIFEST.levels[:-1]), 0, "level sets"),
         (changed(lengths=LENGTHS[::-1]), 0, "lengths"),
         (changed(dtype="int8"), 0, "int8"),
+        (changed(dtype="int4"), 0, "int4"),
         (changed(always_kept=LENGTHS[0] + 1), 0, "always kept"),
         (changed(chunks=CHUNKS[1:]), 0, "cover"),
         (changed(chunks=CHUNKS[:-1]), 0, "cover"),

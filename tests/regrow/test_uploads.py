@@ -129,9 +129,9 @@ def test_bytes_that_are_not_what_the_digest_promised_are_no_update() -> None:
 UP = 1_000_000.0
 
 
-def leased() -> Ledger:
+def leased(up: str = "float32") -> Ledger:
     """One device with a lease on version 0, level 4 (the whole model)."""
-    ledger = Ledger.start(task(wire={"up": "float32"}), LAYOUT, INITIAL)
+    ledger = Ledger.start(task(wire={"up": up}), LAYOUT, INITIAL)
     ledger.apply(Joined(device="d0", install=INSTALL.hex(), uplink_bps=UP, density=1.0))
     ledger.apply(Published(version=0, chunk_bytes=CHUNK))
     ledger.apply(Assigned(device="d0", number=1, version=0, epoch=0, level=4, deadline_s=30.0))
@@ -162,6 +162,7 @@ def test_a_good_update_is_accepted() -> None:
         ({"level": 0}, "not what was assigned"),
         ({"assignment": 2}, "never given"),
         ({"dtype": "int8"}, "takes float32"),
+        ({"dtype": "int4"}, "takes float32"),
         ({"size": 12}, "12 bytes"),
     ],
 )
@@ -170,6 +171,25 @@ def test_an_update_that_is_not_what_was_assigned_is_refused(fields: dict[str, An
     with pytest.raises(PeerError, match=why) as caught:
         uploads.checked(ledger, "d0", *assembled(ledger, **fields), UP)
     assert not isinstance(caught.value, uploads.TooLateError)
+
+
+@pytest.mark.parametrize("up", values.DELTA_DTYPES)
+def test_a_delta_is_checked_as_the_values_that_it_makes(up: values.WireDtype) -> None:
+    ledger = leased(up)
+    delta = np.full(LAYOUT.size, 0.01, np.float32)
+    payload = values.encode(delta, up, 40)
+    entry = uploads.checked(ledger, "d0", *assembled(ledger, payload, dtype=up), UP)
+    assert entry.norm == pytest.approx(0.01 * LAYOUT.size**0.5, rel=1e-3)
+    trained, base = ledger.reconstruct(entry, payload)
+    np.testing.assert_allclose(trained - base, delta, rtol=1e-3)
+    for wrong, why in (
+        (values.encode(delta * np.float32(1e4), up, 40), "norm"),
+        (payload[:-1], "bytes"),
+        (payload[:-1] + b"\x80", "-8" if up == "int4" else "-128"),
+        (payload[:160] + np.float16(np.nan).tobytes() + payload[162:], "not finite"),
+    ):
+        with pytest.raises(PeerError, match=why):
+            uploads.checked(ledger, "d0", *assembled(ledger, wrong, dtype=up), UP)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])

@@ -208,7 +208,7 @@ def test_an_array_that_claims_four_billion_items_takes_no_memory(claim: bytes) -
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int4"])
 @pytest.mark.parametrize("chunk_bytes", [wire.MIN_CHUNK_BYTES, 60_000, wire.MAX_CHUNK_BYTES])
 def test_an_update_costs_at_most_a_hundredth_and_300_bytes_a_chunk_more_than_its_values(dtype: WireDtype, chunk_bytes: int) -> None:
     n, always_kept = 300_000, 2_000
