@@ -2,8 +2,9 @@
 
     python bench/simulate.py
 
-Share outside training: everything but edge_agent.worker.train_job, that is the state machines, the links, and scoring the curve. Inside it,
-SGD steps and the scoring of a device's validation data are told apart.
+Seconds are the process's own (its CPU time), so that other work on the machine does not count; on an idle one they are wall time.
+Share outside training: everything but edge_agent.worker.train_job, that is the two state machines, the world around them, and scoring the
+curve on test data, where the end of the run scores all of it. Inside training, SGD steps and a device's validation data are told apart.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,15 +28,24 @@ import testbed.simulate
 from broker_server.runs import load_task
 from cli.main import main as regrow
 from edge_agent.trainer import Trainer
+from regrow.coordinator import Coordinator
+from regrow.device import Device
 from testbed.simulate import Simulation, Spec, task_of
 
 RESULT = Path(__file__).parent / "results" / "simulate.json"
 METHODS = ("fedgmr", "fedasync")
+PLACES: tuple[tuple[Any, str, str], ...] = (
+    (Trainer, "train", "sgd"),
+    (Trainer, "evaluate", "validation"),
+    (testbed.simulate, "train_job", "training"),
+    (Coordinator, "step", "coordinator"),
+    (Device, "step", "devices"),
+)
 SETTINGS = {"training.local_steps": 5, "training.batch": 20, "wire.up": "float32", "wire.down": "float32"}
 
 
 class Stopwatch:
-    """Wall time spent inside wrapped functions, by name; `inside` tells evaluation within a job from that of the curve."""
+    """Seconds spent inside wrapped functions, by name; `inside` tells evaluation within a job from that of the curve."""
 
     def __init__(self) -> None:
         self.spent_s: dict[str, float] = {}
@@ -45,9 +57,9 @@ class Stopwatch:
         def run(*arguments: Any, **options: Any) -> Any:
             label = "curve" if name == "validation" and not self.inside else name
             self.inside |= job
-            started = time.perf_counter()
+            started = time.process_time()
             result = function(*arguments, **options)
-            self.spent_s[label] = self.spent_s.get(label, 0.0) + time.perf_counter() - started
+            self.spent_s[label] = self.spent_s.get(label, 0.0) + time.process_time() - started
             if job:
                 self.inside = False
             return result
@@ -60,36 +72,36 @@ def measure(task: Path, method: str, seconds: float) -> dict[str, Any]:
     folder = load_task(task)
     spec = Spec(method=method, settings=SETTINGS, data="fashion-mnist", split="dirichlet:0.3", links="high", seconds=seconds, points=10)
     watch = Stopwatch()
-    kept = Trainer.train, Trainer.evaluate, testbed.simulate.train_job
-    Trainer.train = watch.wrap("sgd", kept[0])  # type: ignore[method-assign]  # timed for this run only
-    Trainer.evaluate = watch.wrap("validation", kept[1])  # type: ignore[method-assign]
-    testbed.simulate.train_job = watch.wrap("training", kept[2], job=True)
-    try:
-        started = time.perf_counter()
+    with ExitStack() as stack:
+        for owner, name, label in PLACES:
+            timed = watch.wrap(label, getattr(owner, name), job=label == "training")
+            stack.enter_context(patch.object(owner, name, timed))
+        begun = time.perf_counter()
         simulation = Simulation(folder, task_of(folder, {"name": "bench"}, spec), spec)
-        loaded = time.perf_counter()
         watch.spent_s.clear()
+        started, started_wall = time.process_time(), time.perf_counter()
         outcome = simulation.run()
-        wall_s = time.perf_counter() - loaded
-    finally:
-        Trainer.train, Trainer.evaluate, testbed.simulate.train_job = kept  # type: ignore[method-assign]
+        run_s, wall_s = time.process_time() - started, time.perf_counter() - started_wall
     last, spent = outcome.points[-1], watch.spent_s
-    machinery_s = wall_s - spent["training"] - spent["curve"]
+    machinery_s = run_s - spent["training"] - spent["curve"]
     return {
         "virtual_seconds": last.time_s,
-        "wall_s": wall_s,
-        "loading_s": loaded - started,
+        "loading_wall_s": started_wall - begun,
+        "run_wall_s": wall_s,
+        "run_s": run_s,
         "training_s": spent["training"],
         "sgd_s": spent["sgd"],
         "validation_s": spent["validation"],
         "curve_s": spent["curve"],
-        "machinery_s": machinery_s,
-        "share_outside_training": 1 - spent["training"] / wall_s,
-        "share_machinery": machinery_s / wall_s,
+        "coordinator_s": spent["coordinator"],
+        "devices_s": spent["devices"],
+        "world_s": machinery_s - spent["coordinator"] - spent["devices"],
+        "share_outside_training": 1 - spent["training"] / run_s,
+        "share_outside_training_and_scoring": machinery_s / run_s,
         "aggregations": last.version,
         "updates": last.updates,
-        "aggregations_per_s": last.version / wall_s,
-        "updates_per_s": last.updates / wall_s,
+        "aggregations_per_s": last.version / run_s,
+        "updates_per_s": last.updates / run_s,
         "final_accuracy": outcome.final_accuracy,
     }
 

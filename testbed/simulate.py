@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -350,12 +350,31 @@ def attendances_of(spec: Spec) -> dict[str, Attendance]:
     return {} if spec.attend is UNSET else attendances(spec.attend, [f"device-{index:04d}" for index in range(spec.clients)])
 
 
+class _Still(DataSource):
+    """A source that nothing comes to any more, so that its parts are copied once and not for every job."""
+
+    @cached_property
+    def _held_out(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        return super().validation()
+
+    @cached_property
+    def _of_part(self) -> dict[int, NDArray[np.int64]]:
+        return {part: super(_Still, self)._numbers(part) for part in (data_source.TRAIN, data_source.VALIDATION)}
+
+    def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The same arrays each time; nobody writes to them."""
+        return self._held_out
+
+    def _numbers(self, part: int) -> NDArray[np.int64]:
+        return self._of_part[part]
+
+
 def _sources(data: Dataset, spec: Spec) -> list[DataSource]:
     """Each client's share in a device's own data source, training and validation apart."""
     shares = split(data, spec.clients, spec.split, spec.seed)
-    sources = []
+    sources: list[DataSource] = []
     for training, validation in train_validation(shares, 0.2, spec.seed, data.part):
-        source = DataSource(capacity=len(training) + len(validation))
+        source = _Still(capacity=len(training) + len(validation))
         where = np.concatenate([training, validation])
         part = np.repeat([0, 1], [len(training), len(validation)])
         source.append(data.x[where], data.y[where], part=part)

@@ -16,7 +16,6 @@ from regrow.machine import Train, Trained, TrainingFailed
 from testbed.simulate import Point, Simulation, Spec, open_journal, task_of, write_outcome
 from tests.testbed.bars import spec
 
-
 BRISK = {"links": "2000000,2000000,500000,500000,100000", "step_s": 0.5, "seconds": 24.0}
 
 
