@@ -13,10 +13,11 @@ import pytest
 from broker_server.runs import load_task
 from cli.main import main
 from regrow.machine import Train, Trained, TrainingFailed
+from testbed.compare import run_spec
 from testbed.simulate import Point, Simulation, Spec, open_journal, task_of, write_outcome
 from tests.testbed.bars import spec
 
-BRISK = {"links": "2000000,2000000,500000,500000,100000", "step_s": 0.5, "seconds": 24.0}
+BRISK = {"links": "2000000,2000000,500000,500000,100000", "step_s": 1.0, "seconds": 24.0}
 
 
 class Counted(Simulation):
@@ -151,3 +152,26 @@ def test_ctrl_c_says_how_to_go_on(
     assert calls[4] == calls[5], "the first job that is trained again is the one that was interrupted"
     assert not list(out.glob("*.part.json"))
     assert "links 4000000" in capsys.readouterr().out
+
+
+def test_a_comparison_goes_on_inside_a_run(task: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = spec(images, method="fedbuff", **(BRISK | {"seconds": 8.0}))
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    whole = run_spec(task, run, tmp_path / "whole")
+    train = Simulation._train
+    calls: list[str] = []
+
+    def interrupted(self: Simulation, name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
+        calls.append(name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(self, name, job)
+
+    monkeypatch.setattr(Simulation, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_spec(task, run, tmp_path / "parts", 10**8)
+    assert len(list((tmp_path / "parts").glob("*.journal"))) == 1
+    assert run_spec(task, run, tmp_path / "parts", 10**8).read_bytes() == whole.read_bytes()
+    assert calls[3] == calls[4]
+    assert not list((tmp_path / "parts").glob("*.journal"))

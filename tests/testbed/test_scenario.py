@@ -99,7 +99,7 @@ def test_attendance_for_all_by_file_and_by_pattern(tmp_path: Path) -> None:
 def test_devices_come_late_leave_and_are_slow(task: Path, images: Path, tmp_path: Path) -> None:
     who = tmp_path / "who.csv"
     who.write_text("device,joins_s,leaves_s\n0,20,\n1,,15\n2,1000,\n")
-    brisk = {"links": "2000000", "step_s": 0.3, "seconds": 40.0}
+    brisk = {"links": "2000000", "step_s": 0.5, "seconds": 40.0}
     run = spec(images, method="fedasync", attend=str(who), latency=(0.2, 0.1), slowdown=(1.0, 50.0), step_sigma=0.3, **brisk)
     folder = load_task(task)
     present: list[tuple[float, int]] = []
