@@ -17,6 +17,7 @@ import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -63,11 +64,13 @@ class Journal:
         self.path, self._limit_bytes, self._full = path, limit_bytes, False
         if not resume:
             path.unlink(missing_ok=True)
-        self._file = path.open("r+b" if path.exists() else "w+b")
         self._places: dict[bytes, int] = {}
-        self._unused: set[bytes] = set()
         self._told = False
-        self._end = self._scan()
+        self._end = len(MAGIC)
+        self._file: BinaryIO | None = None  # made with the first entry: a run that cannot begin leaves none
+        if path.exists():
+            self._file = path.open("r+b")
+            self._scan(self._file)
         self._unused = set(self._places)
 
     @property
@@ -78,7 +81,7 @@ class Journal:
     def recall(self, key: bytes) -> tuple[bytes, bytes] | None:
         """(header, payload) of an entry from before the interruption, or None."""
         place = self._places.get(key)
-        entry = None if place is None else self._read(place)
+        entry = None if place is None or self._file is None else _read(self._file, place)
         if entry is not None:
             self._unused.discard(key)
         elif self._unused and not self._told:
@@ -98,6 +101,9 @@ class Journal:
             return
         frame = _FRAME.pack(key, len(header), len(payload))
         try:
+            if self._file is None:
+                self._file = self.path.open("w+b")
+                self._file.write(MAGIC)
             self._file.seek(self._end)
             for part in (frame, header, payload, _checksum(frame, header, payload)):
                 self._file.write(part)
@@ -109,11 +115,12 @@ class Journal:
 
     def close(self) -> None:
         """The file stays, for the next process."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def delete(self) -> None:
         """Nobody needs it any more."""
-        self._file.close()
+        self.close()
         self.path.unlink(missing_ok=True)
 
     def _fill(self, why: str) -> None:
@@ -122,40 +129,35 @@ class Journal:
             _log.warning("%s grows no further: %s. The run goes on; --resume would repeat what is trained from here", self.path, why)
 
     def _start_over(self) -> None:
+        self.close()
+        self._file, self._end = None, len(MAGIC)
         self._places, self._unused = {}, set()
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(MAGIC)
-        self._end = len(MAGIC)
 
-    def _scan(self) -> int:
-        """Find every whole entry and cut off what follows; returns the length of what remains."""
-        size = self._file.seek(0, 2)
-        self._file.seek(0)
-        if self._file.read(len(MAGIC)) != MAGIC:
-            if size:
-                _log.warning("%s is no journal of this version: starting over", self.path)
+    def _scan(self, file: BinaryIO) -> None:
+        """Find every whole entry, and cut off what follows them."""
+        size = file.seek(0, 2)
+        file.seek(0)
+        if file.read(len(MAGIC)) != MAGIC:
+            _log.warning("%s is no journal of this version: starting over", self.path)
             self._start_over()
-            return self._end
-        end = len(MAGIC)
-        while len(frame := self._file.read(_FRAME.size)) == _FRAME.size:
+            return
+        while len(frame := file.read(_FRAME.size)) == _FRAME.size:
             key, header_bytes, payload_bytes = _FRAME.unpack(frame)
-            following = end + _FRAME.size + header_bytes + payload_bytes + _CHECKSUM_BYTES
+            following = self._end + _FRAME.size + header_bytes + payload_bytes + _CHECKSUM_BYTES
             if following > size:
                 break
-            self._places[key] = end
-            end = self._file.seek(following)
-        self._file.seek(end)
-        self._file.truncate()
-        return end
+            self._places[key] = self._end
+            self._end = file.seek(following)
+        file.truncate(self._end)
 
-    def _read(self, place: int) -> tuple[bytes, bytes] | None:
-        self._file.seek(place)
-        frame = self._file.read(_FRAME.size)
-        _, header_bytes, payload_bytes = _FRAME.unpack(frame)
-        header, payload = self._file.read(header_bytes), self._file.read(payload_bytes)
-        whole = self._file.read(_CHECKSUM_BYTES) == _checksum(frame, header, payload)
-        return (header, payload) if whole else None
+
+def _read(file: BinaryIO, place: int) -> tuple[bytes, bytes] | None:
+    """(header, payload) of the entry at `place`, or None where it was altered."""
+    file.seek(place)
+    frame = file.read(_FRAME.size)
+    _, header_bytes, payload_bytes = _FRAME.unpack(frame)
+    header, payload = file.read(header_bytes), file.read(payload_bytes)
+    return (header, payload) if file.read(_CHECKSUM_BYTES) == _checksum(frame, header, payload) else None
 
 
 def _checksum(*parts: bytes | memoryview) -> bytes:
