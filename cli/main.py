@@ -211,7 +211,7 @@ def _simulate(commands: Commands) -> None:
     _scenario(one)
     one.add_argument("--method", action="append", metavar="M", help="method by name, once for each run (default: what task.toml says)")
     one.add_argument("--out", type=Path, default=Path("simulated"), metavar="DIR", help="where outcomes are written")
-    one.add_argument("--resume", action="store_true", help="keep what is finished already")
+    one.add_argument("--resume", action="store_true", help="keep what is finished, and go on with what was interrupted")
     many = _command(
         commands,
         "compare",
@@ -236,14 +236,28 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-folder", type=Path, metavar="DIR", help="where its published files lie")
     command.add_argument("--split", default="dirichlet:0.3", metavar="S", help="iid, dirichlet:ALPHA, user or shards:COUNT")
     command.add_argument("--clients", type=_count, default=10, metavar="N", help="devices")
-    links = "high, medium or low (the papers' classes), trace:FOLDER of CSV files, or uplinks in bit/s such as 4000000,800000"
+    links = "high, medium or low (the papers' classes), trace:FOLDER of CSV files, or bit/s UP or UP/DOWN such as 4000000/16000000,800000"
     command.add_argument("--links", default="high", metavar="L", help=links)
     command.add_argument("--outages", metavar="UP,DOWN", help="mean seconds with and without a link, for example 300,20")
+    command.add_argument(
+        "--latency", metavar="S[,JITTER]", help="one-way seconds to the broker, and the mean of a random extra (default: 0.01)"
+    )
+    presence = "who is there when: nightly:22-6, or a TOML or CSV file of joins_s, leaves_s and hours (default: all, always)"
+    command.add_argument("--attend", metavar="A", help=presence)
     command.add_argument("--step-s", type=_positive, default=0.01, metavar="S", help="seconds of one training step on the quickest device")
-    command.add_argument("--slowdown", type=_positive, default=1.0, metavar="X", help="how many times slower the devices are than that")
+    command.add_argument(
+        "--steps-trace", type=Path, metavar="DIR", help="recorded step times instead: CSV files with a line of seconds a step"
+    )
+    slowdown = "how many times slower the devices are than that; several, such as 1,1,4, are spread over them"
+    command.add_argument("--slowdown", default="1", metavar="X,...", help=slowdown)
+    command.add_argument("--step-sigma", type=_positive, metavar="X", help="log-normal jitter of a job's time: sigma of its logarithm")
+    by_density = "a step's time by density, measured, such as 0.05=0.2,1=1 (default: units by their multiply-adds, weights all alike)"
+    command.add_argument("--step-by-density", metavar="D=X,...", help=by_density)
     command.add_argument("--seconds", type=_positive, default=600.0, metavar="S", help="virtual seconds")
     command.add_argument("--points", type=_count, default=60, metavar="N", help="points of the curve")
     command.add_argument("--seed", type=_seed, default=1, metavar="N", help="of the split, the links, the batches (compare: the first one)")
+    gb = "size of a run's journal, from which an interrupted one goes on; 0: none"
+    command.add_argument("--journal-gb", type=_not_negative, default=4.0, metavar="X", help=gb)
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of task.toml, such as training.local_steps=5"
     )
@@ -259,6 +273,10 @@ def _seed(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 2**31):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2147483647")
     return int(text)
+
+
+def _not_negative(text: str) -> float:
+    return 0.0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> float:

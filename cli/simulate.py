@@ -15,17 +15,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from cli.gateway import built
+from cli.scenario import spec_of
 from regrow.errors import LocalError
-from testbed.compare import parse_settings, read_outcome, result_path, run_all, specs_of
+from testbed.compare import read_outcome, result_path, run_all, specs_of
 from testbed.comparison import default_target, rows_of, table_lines, write_report
-from testbed.simulate import Outcome, Point, Simulation, Spec, task_of
+from testbed.journal import Journal
+from testbed.simulate import Outcome, Point, Simulation, open_journal, task_of, write_outcome
 
 
 def simulate(options: argparse.Namespace) -> int:
-    """One run per method, in this process; the curve so far stays after Ctrl-C."""
+    """One run per method, in this process; after Ctrl-C the same command with --resume goes on."""
     console = Console()
     folder = built(options.task)
-    base = _spec(options)
+    base = spec_of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     tables = tomllib.loads((folder.path / "task.toml").read_text())
     for method in options.method or [None]:
@@ -33,16 +35,22 @@ def simulate(options: argparse.Namespace) -> int:
         path = result_path(options.out, folder.path, spec)
         outcome = read_outcome(path) if options.resume else None
         if outcome is None:
-            simulation = Simulation(folder, task_of(folder, tables, spec), spec)
-            outcome = _watched(console, simulation, path)
+            task = task_of(folder, tables, spec)
+            journal = open_journal(path, journal_bytes(options), resume=options.resume)
+            outcome = _watched(console, Simulation(folder, task, spec, journal), path, journal)
         if outcome is None:
             return 130
         _tell(console, outcome, path)
     return 0
 
 
-def _watched(console: Console, simulation: Simulation, path: Path) -> Outcome | None:
-    """Run with a bar; None after Ctrl-C, which leaves the curve so far beside the place of the outcome."""
+def journal_bytes(options: argparse.Namespace) -> int:
+    """How large the journal of one run may become."""
+    return int(options.journal_gb * 1e9)
+
+
+def _watched(console: Console, simulation: Simulation, path: Path, journal: Journal | None) -> Outcome | None:
+    """Run with a bar; None after Ctrl-C, which leaves the curve so far and the journal beside the place of the outcome."""
     points: list[Point] = []
     spec = simulation.spec
     columns = (
@@ -57,7 +65,8 @@ def _watched(console: Console, simulation: Simulation, path: Path) -> Outcome | 
 
         def on_point(point: Point) -> None:
             points.append(point)
-            state = f"accuracy {point.accuracy:.3f}  version {point.version}  density {point.mean_density:.2f}"
+            again = "replaying  " if journal is not None and journal.replaying else ""
+            state = f"{again}accuracy {point.accuracy:.3f}  version {point.version}  density {point.mean_density:.2f}"
             progress.update(bar, completed=point.time_s, state=state)
 
         try:
@@ -66,15 +75,20 @@ def _watched(console: Console, simulation: Simulation, path: Path) -> Outcome | 
             part = path.with_suffix(".part.json")
             part.write_bytes(msgspec.json.format(msgspec.json.encode(points), indent=1))
             console.print(f"stopped after {simulation.world.now:.0f} of {spec.seconds:.0f} virtual seconds; the curve so far is in {part}")
+            console.print(f"to go on: {_command('--resume')}", soft_wrap=True, highlight=False)
+            if journal is not None:
+                journal.close()
             return None
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(outcome), indent=1))
+    write_outcome(path, outcome, journal)
+    path.with_suffix(".part.json").unlink(missing_ok=True)
     return outcome
 
 
 def _tell(console: Console, outcome: Outcome, path: Path) -> None:
-    last = outcome.points[-1]
+    last, spec = outcome.points[-1], outcome.spec
     console.print(
-        f"{outcome.spec.method or 'task'}: accuracy {outcome.final_accuracy:.4f} after {last.time_s:.0f} virtual seconds, "
+        f"{spec.method or 'task'} on {spec.data}, {spec.split} over {spec.clients} devices, links {spec.links}: "
+        f"accuracy {outcome.final_accuracy:.4f} after {last.time_s:.0f} virtual seconds, "
         f"{last.version} aggregations of {last.updates} updates, {(last.bytes_up + last.bytes_down) / 1e6:.1f} MB; {path}"
     )
 
@@ -90,7 +104,7 @@ def compare(options: argparse.Namespace) -> int:
         raise LocalError(f"--reference {options.reference}: it is not among --methods {','.join(methods)}")
     if options.target is not None and options.target > 1:
         raise LocalError(f"--target {options.target:g}: an accuracy is at most 1")
-    specs = specs_of(_spec(options), methods, options.seeds)
+    specs = specs_of(spec_of(options), methods, options.seeds)
     tables = tomllib.loads((folder.path / "task.toml").read_text())
     for spec in specs:
         task_of(folder, tables, spec)  # every method's name and setting is checked before the first run
@@ -105,13 +119,13 @@ def compare(options: argparse.Namespace) -> int:
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("runs", total=len(specs))
-            for spec, outcome in run_all(folder.path, specs, options.out, options.processes or _cores()):
+            for spec, outcome in run_all(folder.path, specs, options.out, options.processes or _cores(), journal_bytes(options)):
                 outcomes[spec.method or ""].append(outcome)
                 progress.advance(bar)
                 if not console.is_terminal:
                     console.print(f"{spec.method} seed {spec.seed}: accuracy {outcome.final_accuracy:.4f}")
     except KeyboardInterrupt:
-        console.print("stopped; what is finished stays, and the same command goes on with the rest")
+        console.print(f"stopped; what is finished stays. To go on: {_command()}", soft_wrap=True, highlight=False)
         return 130
     for runs in outcomes.values():
         runs.sort(key=lambda run: run.spec.seed)
@@ -127,35 +141,8 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _spec(options: argparse.Namespace) -> Spec:
-    return Spec(
-        settings=parse_settings(options.set),
-        seed=options.seed,
-        data=options.data,
-        data_folder=None if options.data_folder is None else str(options.data_folder),
-        split=options.split,
-        clients=options.clients,
-        links=options.links,
-        outages=_outages(options.outages),
-        step_s=options.step_s,
-        slowdown=options.slowdown,
-        seconds=options.seconds,
-        points=options.points,
-    )
-
-
-def _outages(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        up_s, down_s = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise LocalError(f"--outages {text!r}: give mean seconds up and down, for example 300,20") from error
-    return up_s, down_s
-
-
-def _command() -> str:
-    return shlex.join(["regrow", *sys.argv[1:]])
+def _command(*more: str) -> str:
+    return shlex.join(["regrow", *sys.argv[1:], *(option for option in more if option not in sys.argv)])
 
 
 def _cores() -> int:

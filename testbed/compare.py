@@ -19,7 +19,7 @@ import tomllib
 
 from broker_server.runs import load_task
 from regrow.errors import LocalError
-from testbed.simulate import Outcome, Simulation, Spec, task_of
+from testbed.simulate import Outcome, Simulation, Spec, open_journal, task_of, write_outcome
 
 
 def specs_of(base: Spec, methods: Sequence[str], seeds: int) -> list[Spec]:
@@ -47,20 +47,18 @@ def read_outcome(path: Path) -> Outcome | None:
         raise LocalError(f"{path}: {error}; delete it, and it will be run again") from error
 
 
-def run_spec(folder_path: Path, spec: Spec, out: Path) -> Path:
-    """Run one specification, unless its outcome is there; returns where it is."""
+def run_spec(folder_path: Path, spec: Spec, out: Path, journal_bytes: int = 0) -> Path:
+    """Run one specification, unless its outcome is there; returns where it is. With a journal, an interrupted run goes on where it was."""
     path = result_path(out, folder_path, spec)
     if read_outcome(path) is None:
         folder = load_task(folder_path)
         tables = tomllib.loads((folder_path / "task.toml").read_text())
-        outcome = Simulation(folder, task_of(folder, tables, spec), spec).run()
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(outcome), indent=1))
-        temporary.replace(path)
+        journal = open_journal(path, journal_bytes, resume=True)
+        write_outcome(path, Simulation(folder, task_of(folder, tables, spec), spec, journal).run(), journal)
     return path
 
 
-def run_all(folder: Path, specs: Sequence[Spec], out: Path, processes: int) -> Iterator[tuple[Spec, Outcome]]:
+def run_all(folder: Path, specs: Sequence[Spec], out: Path, processes: int, journal_bytes: int = 0) -> Iterator[tuple[Spec, Outcome]]:
     """Run what is missing; yields every outcome as it is there, those that were there first.
 
     Leaving early (Ctrl-C, or closing the iterator) ends the processes; what is finished stays.
@@ -74,14 +72,14 @@ def run_all(folder: Path, specs: Sequence[Spec], out: Path, processes: int) -> I
         else:
             yield spec, outcome
     if missing:
-        yield from _in_processes(folder, missing, out, processes)
+        yield from _in_processes(folder, missing, out, processes, journal_bytes)
 
 
-def _in_processes(folder: Path, specs: Iterable[Spec], out: Path, processes: int) -> Iterator[tuple[Spec, Outcome]]:
+def _in_processes(folder: Path, specs: Iterable[Spec], out: Path, processes: int, journal_bytes: int) -> Iterator[tuple[Spec, Outcome]]:
     # Fresh interpreters: onnxruntime's threads do not survive a fork.
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
     try:
-        futures: dict[Future[Path], Spec] = {pool.submit(run_spec, folder, spec, out): spec for spec in specs}
+        futures: dict[Future[Path], Spec] = {pool.submit(run_spec, folder, spec, out, journal_bytes): spec for spec in specs}
         for future in as_completed(futures):
             outcome = read_outcome(future.result())
             if outcome is None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
 
 from regrow.errors import LocalError
 from testbed.links import LogNormal
@@ -83,6 +88,83 @@ def nightly(from_hour: float, to_hour: float, *, joins_s: float = 0.0, leaves_s:
         raise LocalError(f"attendance: from {from_hour} h to {to_hour} h; hours of the day are 0..24")
     to_hour += 24.0 if to_hour <= from_hour else 0.0
     return Attendance(joins_s, leaves_s, ((3600.0 * from_hour, 3600.0 * to_hour),))
+
+
+def attendances(text: str, names: Sequence[str]) -> dict[str, Attendance]:
+    """Who is there when, of the devices that this names; the others always are.
+
+    Args:
+        text: `nightly:FROM-TO` for all, in hours of the day; or a file. TOML: a table for each device or pattern with any of joins_s,
+            leaves_s (seconds) and hours ("22-6", several with spaces between). CSV: a header with `device` and any of these, a line each.
+            A device is its name, its number from 0, or a pattern such as "device-00*"; what comes later in the file wins.
+        names: of all devices, in their order.
+
+    Raises:
+        LocalError: with the place, for anything else.
+    """
+    if text.startswith("nightly:"):
+        always = _attendance(f"--attend {text}", {"hours": text.removeprefix("nightly:")})
+        return dict.fromkeys(names, always)
+    path = Path(text)
+    found: dict[str, Attendance] = {}
+    for place, who, values in _toml_rows(path) if path.suffix == ".toml" else _csv_rows(path):
+        matching = [name for index, name in enumerate(names) if fnmatchcase(name, who) or who == str(index)]
+        if not matching:
+            raise LocalError(f"{place}: no device {who!r}; give 0 to {len(names) - 1}, a name such as {names[-1]} or a pattern with *")
+        found |= dict.fromkeys(matching, _attendance(place, values))
+    return found
+
+
+def _attendance(place: str, values: Mapping[str, Any]) -> Attendance:
+    unknown = sorted(set(values) - {"joins_s", "leaves_s", "hours"})
+    if unknown:
+        raise LocalError(f"{place}: {unknown[0]!r} is none of joins_s, leaves_s, hours")
+    try:
+        joins_s, leaves_s = float(values.get("joins_s", 0.0)), float(values.get("leaves_s", math.inf))
+        windows = sorted(_window(part) for part in str(values.get("hours", "")).split())
+        return Attendance(joins_s, leaves_s, tuple(windows))
+    except (TypeError, ValueError) as error:
+        raise LocalError(f"{place}: joins_s and leaves_s are seconds, hours are such as 22-6 or 8-12 13.5-17") from error
+    except LocalError as error:
+        raise LocalError(f"{place}: {error}") from error
+
+
+def _window(text: str) -> tuple[float, float]:
+    start, _, end = text.partition("-")
+    return nightly(float(start), float(end)).windows_s[0]
+
+
+def _toml_rows(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    if sys.version_info < (3, 11):
+        raise LocalError(f"{path}: reading TOML needs Python 3.11 or newer; a CSV file does not")
+    import tomllib
+
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise LocalError(f"{path}: not readable as TOML of attendances: {error}") from error
+    for who, values in tables.items():
+        if not isinstance(values, dict):
+            raise LocalError(f'{path}: {who} is no table; write ["{who}"] and below it hours = "22-6"')
+        yield f"{path}, [{who}]", who, values
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalError(f"{path}: not readable as a file of attendances: {error}; give a .toml or .csv, or nightly:22-6") from error
+    rows = csv.reader(lines)
+    header = [cell.strip() for cell in next(rows, [])]
+    if "device" not in header:
+        raise LocalError(f"{path}:1: expected a header such as device,joins_s,leaves_s,hours, got {','.join(header)!r}")
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise LocalError(f"{path}:{rows.line_num}: {len(row)} cells under {len(header)} columns")
+        cells = {name: cell.strip() for name, cell in zip(header, row, strict=True) if cell.strip()}
+        yield f"{path}:{rows.line_num}", cells.pop("device", ""), cells
 
 
 def attend(world: World, name: str, attendance: Attendance, join: Callable[[], object]) -> None:

@@ -1,23 +1,31 @@
 """`regrow simulate`: the gateway's and the devices' own state machines in virtual time, with real training on a data set's split.
 
-Only the clock and the links are simulated. One process, one thread: the same specification gives the same run, to the bit.
+Only the clock and the links are simulated. One process, one thread: the same specification gives the same run, to the bit. With a journal
+an interrupted run does not train again what it has trained; the outcome is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import platform
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from broker_server.runs import TaskFolder
+from edge_agent import trainer, worker
+from edge_agent.data import source as data_source
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Score, Trainer
 from edge_agent.worker import LevelTrainers, train_job
 from export.task import programs_of, read_model
+from export.work import relative_work
 from regrow.coordinator import Coordinator
 from regrow.device import Device
 from regrow.errors import LocalError
@@ -29,19 +37,39 @@ from regrow.presence import Identity
 from regrow.programs import UNITS
 from regrow.task import Task, task_from_tables
 from regrow.units import Units
-from testbed.compute import Compute, timed
-from testbed.conditions import PERCENT, heterogeneity, paper_links, paper_server_links
-from testbed.datasets import Dataset, load
-from testbed.links import Constant, Link, WithOutages, read_trace
+from testbed.compute import timed
+from testbed.conditions import PERCENT, Attendance, attend, attendances, paper_server_links
+from testbed.datasets import Dataset, Loaded, load
+from testbed.journal import Journal, digest, remembered, remembered_score
+from testbed.links import Latency
 from testbed.memory import COORDINATOR, World
+from testbed.memory import Trainer as JobTrainer
+from testbed.scenario import RATE_PERIOD_S, Pair, latencies, link_pairs, speeds
 from testbed.splits import split, train_validation
 
 CURVE_EXAMPLES = 2000  # of the test data, for the curve; the last point uses all of it
-RATE_PERIOD_S = 10.0
+Scorer = Callable[[NDArray[np.float32]], Score]
+OF_THE_COMMAND = {
+    "seed": "--seed",
+    "stop.seconds": "--seconds",
+    "evaluation": "none: devices score the model on their own validation data, and the curve shows the test data",
+}
+"""Keys that a simulated run does not take from --set, and what to use instead."""
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a simulated run depends on, beside its task folder; `settings` are keys of task.toml, dotted, above the method's."""
+    """What a simulated run depends on, beside its task folder; `settings` are keys of task.toml, dotted, above the method's.
+
+    The fields of testbed.scenario that came later are left out where they say nothing, so that the names of earlier outcomes hold.
+
+    Args:
+        slowdown: how many times slower than `step_s` devices are; several are spread over them.
+        latency: one-way seconds between a device and the broker, and the mean of an exponential jitter on top.
+        steps_trace: folder of recorded step times.
+        step_sigma: of the logarithm of a job's jitter.
+        step_by_density: (density, time of a step relative to density 1); otherwise granularity "unit" takes the work of the smaller models.
+        attend: who is there when, as testbed.conditions.attendances reads it.
+    """
 
     method: str | None = None
     settings: dict[str, Any] = {}
@@ -53,9 +81,14 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     links: str = "high"
     outages: tuple[float, float] | None = None
     step_s: float = 0.01
-    slowdown: float = 1.0
+    slowdown: float | tuple[float, ...] = 1.0
     seconds: float = 600.0
     points: int = 60
+    latency: tuple[float, float] | UnsetType = UNSET
+    steps_trace: str | UnsetType = UNSET
+    step_sigma: float | UnsetType = UNSET
+    step_by_density: tuple[tuple[float, float], ...] | UnsetType = UNSET
+    attend: str | UnsetType = UNSET
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,8 +123,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 def task_of(folder: TaskFolder, tables: Mapping[str, Any], spec: Spec) -> Task:
     """The folder's task as this run has it: a method by name replaces [method], [trigger] and [restoration]; settings stand above all.
 
+    The folder's [stop], [evaluation] and seed give way to the command's; settings may add to [stop], but not set what the command does.
+
     Raises:
-        LocalError: an unknown method, or a setting that is none.
+        LocalError: an unknown method, or a setting that is none or belongs to an option.
     """
     merged: dict[str, Any] = {section: dict(values) if isinstance(values, dict) else values for section, values in tables.items()}
     if spec.method is not None:
@@ -100,15 +135,30 @@ def task_of(folder: TaskFolder, tables: Mapping[str, Any], spec: Spec) -> Task:
         merged |= named(spec.method)
     merged["seed"] = spec.seed
     merged["stop"] = {"seconds": spec.seconds}
-    merged["fleet"] = {"min_devices": spec.clients, "join_s": 0.0, "min_deadline_s": spec.seconds, **merged.get("fleet", {})}
+    late = sum(not attendance.available(0.0) for attendance in attendances_of(spec).values())
+    merged["fleet"] = {"min_devices": max(spec.clients - late, 1), "join_s": 0.0, "min_deadline_s": spec.seconds, **merged.get("fleet", {})}
     merged.pop("evaluation", None)
     for key, value in spec.settings.items():
-        section, _, name = key.partition(".")
-        merged[section] = {**merged.get(section, {}), name: value} if name else value
+        _set(merged, key, value)
     restoration = merged.get("restoration", {})
     if restoration.get("trigger") in ("fixed", "mixed"):
         merged["restoration"] = {"planned_s": spec.seconds, **restoration}
     return task_from_tables(merged, f"{folder.path / 'task.toml'} with this command's options")
+
+
+def _set(tables: dict[str, Any], key: str, value: Any) -> None:
+    section, _, name = key.partition(".")
+    if isinstance(value, dict) and not name:
+        for inner, each in value.items():
+            _set(tables, f"{section}.{inner}", each)
+        return
+    taken = OF_THE_COMMAND.get(key, OF_THE_COMMAND.get(section))
+    if taken is not None:
+        raise LocalError(f"--set {key}: a simulated run does not take this from the task; use {taken}")
+    table = tables.get(section, {})
+    if name and not isinstance(table, dict):
+        raise LocalError(f"--set {key}: {section} is no table of task.toml; write {section}=VALUE")
+    tables[section] = {**table, name: value} if name else value
 
 
 class Simulation:
@@ -118,31 +168,59 @@ class Simulation:
         folder: the built task; its model must take the data's examples.
         task: what `task_of` made of it.
         spec: everything else.
+        journal: what an interrupted run has done already, and where this one notes what it does.
 
     Raises:
         LocalError: data, split or links that cannot be had, or data that does not fit the model.
     """
 
-    def __init__(self, folder: TaskFolder, task: Task, spec: Spec) -> None:
+    def __init__(self, folder: TaskFolder, task: Task, spec: Spec, journal: Journal | None = None) -> None:
         self.spec, self.task = spec, task
-        data = load(spec.data, None if spec.data_folder is None else Path(spec.data_folder))
-        programs, units, layout = _programs(folder, task)
+        data = _loaded(spec)
+        programs, units, layout, by_density = _programs(folder, task)
         self._trainer, self._trainers = Trainer(programs), LevelTrainers(programs)
+        _check_fit(self._trainer, folder, data)
         self._test = data.test
-        self._curve = _subset(data.test, CURVE_EXAMPLES)
         self.names = [f"device-{index:04d}" for index in range(spec.clients)]
         self._sources = dict(zip(self.names, _sources(data.train, spec), strict=True))
-        model_bytes = 4 * layout.size
-        compute = {name: Compute((spec.step_s,), slowdown=spec.slowdown, seed=spec.seed, stream=name) for name in self.names}
-        self.world = World(timed(self._train, compute, layout.size), store_and_forward=True, keep_log=False, keep_published=False)
+        curve = _subset(data.test, CURVE_EXAMPLES)
+        train: JobTrainer = self._train
+        self._score_curve, self._score_test = self._scorer(curve), self._scorer(data.test)
+        if journal is not None:
+            code = _code_digest(programs)
+            contexts = {name: digest(code, *source.everything(), *source.validation()) for name, source in self._sources.items()}
+            train = remembered(train, journal, contexts)
+            self._score_curve = remembered_score(self._score_curve, journal, digest(code, curve.x, curve.y))
+            self._score_test = remembered_score(self._score_test, journal, digest(code, data.test.x, data.test.y))
+        compute = speeds(
+            self.names,
+            spec.seed,
+            step_s=spec.step_s,
+            steps_trace=None if spec.steps_trace is UNSET else Path(spec.steps_trace),
+            slowdowns=spec.slowdown if isinstance(spec.slowdown, tuple) else (spec.slowdown,),
+            sigma=0.0 if spec.step_sigma is UNSET else spec.step_sigma,
+            by_density=by_density if spec.step_by_density is UNSET else spec.step_by_density,
+        )
+        self.world = World(timed(train, compute, layout.size), store_and_forward=True, keep_log=False, keep_published=False)
         self._ledger = Ledger.start(task, layout, folder.initial, units)
+        self._people_the_world(Coordinator(self._ledger, "simulated", programs, spec.seed + 1), 4 * layout.size)
+
+    def _people_the_world(self, coordinator: Coordinator, model_bytes: int) -> None:
+        spec = self.spec
         up, down = paper_server_links(COORDINATOR, model_bytes, seed=spec.seed, period_s=RATE_PERIOD_S)
         shaped = spec.links in PERCENT
-        coordinator = Coordinator(self._ledger, "simulated", programs, spec.seed + 1)
         self.world.add(COORDINATOR, coordinator, up=up if shaped else None, down=down if shaped else None)
-        for name, (device_up, device_down) in zip(self.names, links_of(spec, model_bytes), strict=True):
-            token = name.encode().ljust(16, b".")
-            self.world.add(name, Device(Identity(name, token, token), {}), up=device_up, down=device_down)
+        attendance = attendances_of(spec)
+        delays = latencies(None if spec.latency is UNSET else spec.latency, spec.clients, spec.seed)
+        for name, links, latency in zip(self.names, links_of(spec, model_bytes), delays, strict=True):
+            if name in attendance:
+                attend(self.world, name, attendance[name], partial(self._join, name, links, latency))
+            else:
+                self._join(name, links, latency)
+
+    def _join(self, name: str, links: Pair, latency: Latency | None) -> None:
+        token = name.encode().ljust(16, b".")
+        self.world.add(name, Device(Identity(name, token, token), {}), up=links[0], down=links[1], latency=latency)
 
     def run(self, on_point: Callable[[Point], None] = lambda _: None) -> Outcome:
         """To the end of the run; `on_point` hears of every point of the curve as it is made."""
@@ -151,10 +229,10 @@ class Simulation:
             self.world.run(index * spec.seconds / spec.points, stop=self._ended)
             self.world.notes.clear()  # nobody reads them here, and they grow
             if index < spec.points and not self._ended():
-                points.append(self._point(self._curve))
+                points.append(self._point(self._score_curve))
                 on_point(points[-1])
         self.world.run(spec.seconds + 1.0, stop=self._ended)
-        return self._outcome([*points, self._point(self._test)])
+        return self._outcome([*points, self._point(self._score_test)])
 
     def _ended(self) -> bool:
         return COORDINATOR in self.world.finished
@@ -162,11 +240,12 @@ class Simulation:
     def _train(self, name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
         return 0.0, train_job(self._trainers, self._sources[name], job)
 
-    def _score(self, data: Dataset) -> Score:
-        return self._trainer.evaluate(self._ledger.flat_weights, data.x, data.y)
+    def _scorer(self, data: Dataset) -> Scorer:
+        return lambda vector: self._trainer.evaluate(vector, data.x, data.y)
 
-    def _point(self, data: Dataset) -> Point:
-        score, ledger, clients = self._score(data), self._ledger, self.world.clients
+    def _point(self, scorer: Scorer) -> Point:
+        ledger = self._ledger
+        score, clients = scorer(ledger.flat_weights), [self.world.clients[name] for name in self.names if name in self.world.clients]
         devices = ledger.devices.values()
         densities = [device.density for device in devices]
         return Point(
@@ -174,8 +253,8 @@ class Simulation:
             version=ledger.version,
             accuracy=score.accuracy,
             loss=score.loss if np.isfinite(score.loss) else 1e9,
-            bytes_up=sum(clients[name].sent_bytes for name in self.names),
-            bytes_down=sum(clients[name].received_bytes for name in self.names),
+            bytes_up=sum(client.sent_bytes for client in clients),
+            bytes_down=sum(client.received_bytes for client in clients),
             updates=sum(device.updates for device in devices),
             mean_density=float(np.mean(densities)) if densities else 0.0,
             coverage=_minimum_coverage(ledger),
@@ -205,63 +284,97 @@ class Simulation:
         )
 
 
-def _programs(folder: TaskFolder, task: Task) -> tuple[dict[str, bytes], Units | None, Layout]:
-    """What the folder was built with, or, for a method of another granularity, what it would be built with."""
+def write_outcome(path: Path, outcome: Outcome, journal: Journal | None = None) -> None:
+    """Put a finished run in its place at once, and take away the journal that nobody needs any more."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(outcome), indent=1))
+    temporary.replace(path)
+    if journal is not None:
+        journal.delete()
+
+
+def open_journal(path: Path, limit_bytes: int, *, resume: bool) -> Journal | None:
+    """The journal that belongs to the outcome at `path`; None where it may hold nothing, and then none is left there."""
+    place = path.with_suffix(".journal")
+    if limit_bytes <= 0:
+        place.unlink(missing_ok=True)
+        return None
+    return Journal(place, limit_bytes=limit_bytes, resume=resume)
+
+
+Programs = tuple[dict[str, bytes], Units | None, Layout, tuple[tuple[float, float], ...]]
+
+
+def _programs(folder: TaskFolder, task: Task) -> Programs:
+    """What the folder was built with, or, for a method of another granularity, what it would be built with; and Compute's by_density."""
     densities = unit_densities_of(task)
+    by_density = ((1.0, 1.0),) if densities is None else relative_work(read_model(folder.model_path), densities)
     if densities == unit_densities_of(folder.task):
-        return folder.programs, folder.units, folder.layout
+        return folder.programs, folder.units, folder.layout, by_density
     programs = programs_of(read_model(folder.model_path), densities)
     layout = Layout.from_json(programs["layout"])
     units_json = programs.pop(UNITS, None)
-    return programs, None if units_json is None else Units.from_json(units_json, layout), layout
+    return programs, None if units_json is None else Units.from_json(units_json, layout), layout, by_density
 
 
-def links_of(spec: Spec, model_bytes: int) -> list[tuple[Link, Link]]:
-    """(up, down) of every device: the papers' classes, `BPS,BPS,...` constant uplinks with four times as much down, or `trace:FOLDER`.
-
-    Raises:
-        LocalError: none of these.
-    """
-    if spec.links in PERCENT:
-        classes = heterogeneity(spec.links, spec.clients)
-        pairs: Iterable[tuple[Link, Link]] = (
-            paper_links(f"device-{index}", density, model_bytes, seed=spec.seed, period_s=RATE_PERIOD_S)
-            for index, density in enumerate(classes)
-        )
-    elif spec.links.startswith("trace:"):
-        files = sorted(Path(spec.links.removeprefix("trace:")).glob("*.csv"))
-        if not files:
-            raise LocalError(f"links {spec.links!r}: no .csv file there; give a folder of files with lines `seconds,bits_per_second`")
-        traces = [read_trace(files[index % len(files)]) for index in range(spec.clients)]
-        pairs = ((trace, trace) for trace in traces)
-    else:
-        pairs = _constant(spec)
-    made = list(pairs)
-    if spec.outages is None:
-        return made
-    up_s, down_s = spec.outages
-    return [
-        (WithOutages(up, up_s, down_s, spec.seed, f"{i}/up"), WithOutages(down, up_s, down_s, spec.seed, f"{i}/down"))
-        for i, (up, down) in enumerate(made)
-    ]
+def _loaded(spec: Spec) -> Loaded:
+    if spec.data_folder is not None and not Path(spec.data_folder).is_dir():
+        raise LocalError(f"--data-folder {spec.data_folder}: there is no such folder; leave the option out for the usual place")
+    return load(spec.data, None if spec.data_folder is None else Path(spec.data_folder))
 
 
-def _constant(spec: Spec) -> list[tuple[Link, Link]]:
-    try:
-        rates = [float(text) for text in spec.links.split(",")]
-    except ValueError as error:
-        known = "high, medium, low, trace:FOLDER, or uplinks in bit/s such as 4000000,800000,200000"
-        raise LocalError(f"links {spec.links!r}: give {known}") from error
-    chosen = [rates[index * len(rates) // spec.clients] for index in range(spec.clients)]
-    return [(Constant(bps), Constant(4 * bps)) for bps in chosen]
+def _check_fit(model: Trainer, folder: TaskFolder, data: Loaded) -> None:
+    """The model takes the data's examples and knows all of its labels; tried on two examples of either part."""
+    for part in (data.train, data.test):
+        some = [0, int(part.y.argmax())]
+        try:
+            model.evaluate(folder.initial, part.x[some], part.y[some])
+        except LocalError as error:
+            raise LocalError(f"data {part.name} does not fit the model {folder.model_path}: {error}") from error
+
+
+def _code_digest(programs: Mapping[str, bytes]) -> bytes:
+    """What results depend on beside data and job: the programs, the code that trains, and what computes them."""
+    files = [Path(module.__file__).read_bytes() for module in (trainer, worker, data_source) if module.__file__ is not None]
+    machine = f"{platform.machine()} {version('onnxruntime')} {version('numpy')}"
+    return digest(machine, *files, *(part for name in sorted(programs) for part in (name, programs[name])))
+
+
+def links_of(spec: Spec, model_bytes: int) -> list[Pair]:
+    """(up, down) of every device (testbed.scenario.link_pairs)."""
+    return link_pairs(spec.links, spec.clients, model_bytes, spec.seed, spec.outages)
+
+
+def attendances_of(spec: Spec) -> dict[str, Attendance]:
+    """Of the devices that are not always there."""
+    return {} if spec.attend is UNSET else attendances(spec.attend, [f"device-{index:04d}" for index in range(spec.clients)])
+
+
+class _Still(DataSource):
+    """A source that nothing comes to any more, so that its parts are copied once and not for every job."""
+
+    @cached_property
+    def _held_out(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        return super().validation()
+
+    @cached_property
+    def _of_part(self) -> dict[int, NDArray[np.int64]]:
+        return {part: super(_Still, self)._numbers(part) for part in (data_source.TRAIN, data_source.VALIDATION)}
+
+    def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The same arrays each time; nobody writes to them."""
+        return self._held_out
+
+    def _numbers(self, part: int) -> NDArray[np.int64]:
+        return self._of_part[part]
 
 
 def _sources(data: Dataset, spec: Spec) -> list[DataSource]:
     """Each client's share in a device's own data source, training and validation apart."""
     shares = split(data, spec.clients, spec.split, spec.seed)
-    sources = []
+    sources: list[DataSource] = []
     for training, validation in train_validation(shares, 0.2, spec.seed, data.part):
-        source = DataSource(capacity=len(training) + len(validation))
+        source = _Still(capacity=len(training) + len(validation))
         where = np.concatenate([training, validation])
         part = np.repeat([0, 1], [len(training), len(validation)])
         source.append(data.x[where], data.y[where], part=part)

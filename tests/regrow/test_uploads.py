@@ -180,7 +180,7 @@ def test_a_delta_is_checked_as_the_values_that_it_makes(up: values.WireDtype) ->
     payload = values.encode(delta, up, 40)
     entry = uploads.checked(ledger, "d0", *assembled(ledger, payload, dtype=up), UP)
     assert entry.norm == pytest.approx(0.01 * LAYOUT.size**0.5, rel=1e-3)
-    trained, base = ledger.reconstruct(entry, payload)
+    trained, base, _ = ledger.reconstruct(entry, payload)
     np.testing.assert_allclose(trained - base, delta, rtol=1e-3)
     for wrong, why in (
         (values.encode(delta * np.float32(1e4), up, 40), "norm"),

@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import struct
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 
 from broker_server.runs import load_task
 from cli.main import main
-from export.models import reduced_cnn
-from export.task import save_model
 from regrow.errors import LocalError
 from testbed.compare import parse_settings, read_outcome, result_path, run_all, run_spec, specs_of
 from testbed.links import Constant, WithOutages
 from testbed.simulate import Simulation, Spec, links_of, task_of
-
-SHORT = Spec(
-    seconds=60.0,
-    points=3,
-    data="fashion-mnist",
-    split="dirichlet:0.5",
-    clients=5,
-    settings={"training.local_steps": 3, "trigger.interval_s": 0.5},
-)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files as Fashion-MNIST's: ten bright bars, one a class, in noise."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 400), ("t10k", 80)):
-        y = np.arange(count) % 10
-        x = rng.integers(0, 60, (count, 28, 28))
-        for index, label in enumerate(y):
-            x[index, 2 * label + 3 : 2 * label + 6] = 220
-        header = struct.pack(">IIII", 0x803, count, 28, 28)
-        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + x.astype(np.uint8).tobytes(), 1))
-        labels = struct.pack(">II", 0x801, count) + y.astype(np.uint8).tobytes()
-        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels, 1))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks") / "bars"
-    folder.mkdir()
-    save_model(reduced_cnn(1), folder / "forward.onnx")
-    assert main(["task", "new", str(folder), "--model", str(folder / "forward.onnx")]) == 0
-    return folder
-
-
-def spec(images: Path, **changes: object) -> Spec:
-    return msgspec.structs.replace(SHORT, data_folder=str(images), **changes)
-
-
-def outcome_bytes(task: Path, spec: Spec) -> bytes:
-    folder = load_task(task)
-    return msgspec.json.encode(Simulation(folder, task_of(folder, {"name": "bars"}, spec), spec).run())
+from tests.testbed.bars import outcome_bytes, spec
 
 
 def test_the_same_specification_gives_the_same_run_to_the_bit(task: Path, images: Path) -> None:
