@@ -11,10 +11,12 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 import broker_server
 import edge_agent
@@ -51,9 +53,10 @@ def on_ray(processes: int, address: str | None) -> Engine:
         raise LocalError("--engine ray needs Ray: pip install 'regrow[ray]', on every machine of the cluster") from error
 
     def run(folder: Path, specs: Sequence[Spec], out: Path) -> Iterator[tuple[Spec, str | None]]:
-        _connect(ray, processes, address)
+        others = set(psutil.Process().children(recursive=True))
         pending: dict[Any, Spec] = {}
         try:
+            _connect(ray, processes, address)
             task = ray.remote(num_cpus=1, max_retries=1)(_work)
             files = ray.put(task_files(folder))
             pending |= {task.remote(files, msgspec.json.encode(spec), str(Path.cwd())): spec for spec in specs}
@@ -63,7 +66,9 @@ def on_ray(processes: int, address: str | None) -> Engine:
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
+            ours = set(psutil.Process().children(recursive=True)) - others  # none, where a cluster was joined
             ray.shutdown()
+            _end(ours)
 
     return run
 
@@ -95,6 +100,15 @@ def _connect(ray: Any, processes: int, address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "--engine ray: Ray does not start here" if address is None else f"--ray-address {address}"
         raise LocalError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """What Ray's shutdown leaves: agents that had not finished starting notice the end of their parent only minutes later."""
+    _, left = psutil.wait_procs(processes, timeout=1.0)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5.0)
 
 
 def _finished(ray: Any, reference: Any, spec: Spec, folder: Path, out: Path) -> tuple[Spec, str | None]:
