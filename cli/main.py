@@ -215,7 +215,7 @@ def _simulate(commands: Commands) -> None:
     many = _command(
         commands,
         "compare",
-        "cli.simulate:compare",
+        "cli.compare:compare",
         "simulate several methods over several seeds and write a report",
         "All on the same splits and link draws. What is finished stays after Ctrl-C; the same command goes on.",
     )
@@ -225,6 +225,15 @@ def _simulate(commands: Commands) -> None:
     many.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs of each method")
     many.add_argument("--target", type=_positive, metavar="PART", help="accuracy to reach (default: 95 %% of the best method's final one)")
     many.add_argument("--reference", default="fedgmr", metavar="M", help="method that the others are compared with seed by seed")
+    many.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2,...", help="every method with each of these values")
+    many.add_argument("--set-for", action="append", default=[], metavar="M:KEY=VALUE", help="a key of task.toml for one method only")
+    tune = "before: every method once with each of these values, the best on the devices' validation data is taken"
+    many.add_argument("--tune", action="append", default=[], metavar="KEY=V1,V2,...", help=tune)
+    many.add_argument("--tune-seconds", type=_positive, metavar="S", help="virtual seconds of a tuning run (default: those of --seconds)")
+    many.add_argument("--tune-base", action="store_true", help="fiarse+restore and fiarse-sync take what was chosen for fiarse, and so on")
+    many.add_argument("--engine", choices=["local", "ray"], default="local", help="processes of this machine, or a Ray cluster")
+    address = "host:port of a Ray cluster, or auto for one on this machine (default: one is started here for the runs)"
+    many.add_argument("--ray-address", metavar="ADDRESS", help=address)
     many.add_argument("--processes", type=_count, metavar="N", help="runs at the same time (default: one for each core)")
     many.add_argument("--out", type=Path, default=Path("compared"), metavar="DIR", help="where outcomes and the report are written")
 

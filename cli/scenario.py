@@ -8,7 +8,7 @@ import math
 from msgspec import UNSET
 
 from regrow.errors import LocalError
-from testbed.compare import parse_settings
+from testbed.grid import parse_settings
 from testbed.simulate import Spec
 
 

@@ -1,9 +1,8 @@
-"""`regrow simulate` and `regrow compare`: choose a method on this machine before driving to the field."""
+"""`regrow simulate`: train a task in virtual time on this machine before driving to the field."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,13 +11,10 @@ import msgspec
 import tomllib
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from cli.gateway import built
 from cli.scenario import spec_of
-from regrow.errors import LocalError
-from testbed.compare import read_outcome, result_path, run_all, specs_of
-from testbed.comparison import default_target, rows_of, table_lines, write_report
+from testbed.compare import read_outcome, result_path
 from testbed.journal import Journal
 from testbed.simulate import Outcome, Point, Simulation, open_journal, task_of, write_outcome
 
@@ -93,57 +89,5 @@ def _tell(console: Console, outcome: Outcome, path: Path) -> None:
     )
 
 
-def compare(options: argparse.Namespace) -> int:
-    """All methods and seeds, then the report; after Ctrl-C the same command goes on with what is missing."""
-    console = Console()
-    folder = built(options.task)
-    methods = list(dict.fromkeys(method for text in options.methods for method in text.split(",") if method))
-    if not methods:
-        raise LocalError("--methods names none; give some, for example --methods fedgmr,fedasync")
-    if options.reference not in (*methods, "fedgmr"):
-        raise LocalError(f"--reference {options.reference}: it is not among --methods {','.join(methods)}")
-    if options.target is not None and options.target > 1:
-        raise LocalError(f"--target {options.target:g}: an accuracy is at most 1")
-    specs = specs_of(spec_of(options), methods, options.seeds)
-    tables = tomllib.loads((folder.path / "task.toml").read_text())
-    for spec in specs:
-        task_of(folder, tables, spec)  # every method's name and setting is checked before the first run
-    outcomes: dict[str, list[Outcome]] = {method: [] for method in methods}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("runs", total=len(specs))
-            for spec, outcome in run_all(folder.path, specs, options.out, options.processes or _cores(), journal_bytes(options)):
-                outcomes[spec.method or ""].append(outcome)
-                progress.advance(bar)
-                if not console.is_terminal:
-                    console.print(f"{spec.method} seed {spec.seed}: accuracy {outcome.final_accuracy:.4f}")
-    except KeyboardInterrupt:
-        console.print(f"stopped; what is finished stays. To go on: {_command()}", soft_wrap=True, highlight=False)
-        return 130
-    for runs in outcomes.values():
-        runs.sort(key=lambda run: run.spec.seed)
-    target = options.target or default_target(outcomes)
-    reference = options.reference if options.reference in outcomes else methods[0]
-    write_report(outcomes, options.out, target=target, reference=reference, command=_command())
-    head, *lines = table_lines(rows_of(outcomes, target, reference), target, reference)
-    table = Table(*head)
-    for line in lines:
-        table.add_row(*line)
-    Console(width=max(console.width, 160)).print(table)  # a cell that is cut says nothing; a wide line can be scrolled
-    console.print(f"{options.out / 'report.html'}, curves.png and summary.json say more")
-    return 0
-
-
 def _command(*more: str) -> str:
     return shlex.join(["regrow", *sys.argv[1:], *(option for option in more if option not in sys.argv)])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,7 @@
-"""`regrow compare`: methods x seeds in virtual time, on the same splits and link draws, several processes at once.
+"""`regrow compare`: many runs in virtual time, on the same splits and link draws, several at once.
 
-Every finished run is a JSON file of its own, named by its specification; what is there already is not run again.
+Every finished run is a JSON file of its own, named by its specification; what is there already is not run again. A run that fails is
+reported with its specification and stops no other.
 """
 
 from __future__ import annotations
@@ -8,23 +9,37 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from threading import Thread
 
 import msgspec
 import tomllib
 
 from broker_server.runs import load_task
-from regrow.errors import LocalError
+from regrow.errors import LocalError, RegrowError
+from testbed.journal import Journal
 from testbed.simulate import Outcome, Simulation, Spec, open_journal, task_of, write_outcome
 
 
-def specs_of(base: Spec, methods: Sequence[str], seeds: int) -> list[Spec]:
-    """One specification for each method and seed; seeds go outside, so that an interrupted comparison is still one of all methods."""
-    return [msgspec.structs.replace(base, method=method, seed=base.seed + seed) for seed in range(seeds) for method in methods]
+@dataclass(frozen=True)
+class Failure:
+    """A run that gave no outcome, and why."""
+
+    spec: Spec
+    message: str
+
+    def __str__(self) -> str:
+        settings = "".join(f" {key}={value}" for key, value in self.spec.settings.items())
+        return f"{self.spec.method or 'task'} seed {self.spec.seed}{settings}: {self.message}"
+
+
+Engine = Callable[[Path, Sequence[Spec], Path], Iterator[tuple[Spec, str | None]]]
+"""(task folder, specifications, folder for outcomes): runs them all; yields each as it ends, with what went wrong, or None when its
+outcome lies at `result_path`. Closing the iterator ends what still runs."""
 
 
 def result_path(out: Path, folder: Path, spec: Spec) -> Path:
@@ -51,66 +66,118 @@ def run_spec(folder_path: Path, spec: Spec, out: Path, journal_bytes: int = 0) -
     """Run one specification, unless its outcome is there; returns where it is. With a journal, an interrupted run goes on where it was."""
     path = result_path(out, folder_path, spec)
     if read_outcome(path) is None:
-        folder = load_task(folder_path)
-        tables = tomllib.loads((folder_path / "task.toml").read_text())
         journal = open_journal(path, journal_bytes, resume=True)
-        write_outcome(path, Simulation(folder, task_of(folder, tables, spec), spec, journal).run(), journal)
+        write_outcome(path, outcome_of(folder_path, spec, journal), journal)
     return path
 
 
-def run_all(folder: Path, specs: Sequence[Spec], out: Path, processes: int, journal_bytes: int = 0) -> Iterator[tuple[Spec, Outcome]]:
-    """Run what is missing; yields every outcome as it is there, those that were there first.
+def outcome_of(folder_path: Path, spec: Spec, journal: Journal | None = None) -> Outcome:
+    """Run one specification, here and now."""
+    folder = load_task(folder_path)
+    tables = tomllib.loads((folder_path / "task.toml").read_text())
+    return Simulation(folder, task_of(folder, tables, spec), spec, journal).run()
+
+
+def run_all(folder: Path, specs: Sequence[Spec], out: Path, engine: Engine) -> Generator[tuple[int, Outcome | Failure], None, None]:
+    """Run what is missing; yields the number of every specification with its outcome as it is there, those that were there first.
 
     Leaving early (Ctrl-C, or closing the iterator) ends the processes; what is finished stays.
     """
     out.mkdir(parents=True, exist_ok=True)
-    found = [(spec, read_outcome(result_path(out, folder, spec))) for spec in specs]
-    missing = []
-    for spec, outcome in found:
-        if outcome is None:
-            missing.append(spec)
+    missing: dict[Path, list[int]] = {}
+    for number, spec in enumerate(specs):
+        path = result_path(out, folder, spec)
+        if path in missing:
+            missing[path].append(number)
+            continue
+        found = _result(path, spec)
+        if found is None:
+            missing[path] = [number]
         else:
-            yield spec, outcome
-    if missing:
-        yield from _in_processes(folder, missing, out, processes, journal_bytes)
+            yield number, found
+    for spec, wrong in engine(folder, [specs[numbers[0]] for numbers in missing.values()], out) if missing else ():
+        path = result_path(out, folder, spec)
+        result = Failure(spec, wrong) if wrong is not None else _result(path, spec) or Failure(spec, f"{path} is gone; run it again")
+        for number in missing[path]:
+            yield number, result
 
 
-def _in_processes(folder: Path, specs: Iterable[Spec], out: Path, processes: int, journal_bytes: int) -> Iterator[tuple[Spec, Outcome]]:
-    # Fresh interpreters: onnxruntime's threads do not survive a fork.
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet)
+def _result(path: Path, spec: Spec) -> Outcome | Failure | None:
     try:
-        futures: dict[Future[Path], Spec] = {pool.submit(run_spec, folder, spec, out, journal_bytes): spec for spec in specs}
-        for future in as_completed(futures):
-            outcome = read_outcome(future.result())
-            if outcome is None:
-                raise LocalError(f"{result_path(out, folder, futures[future])} is gone; run the same command again")
-            yield futures[future], outcome
-    except BaseException:
-        for process in (pool._processes or {}).values():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        return read_outcome(path)
+    except LocalError as error:
+        return Failure(spec, str(error))
 
 
-def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# ---- this machine's processes ------------------------------------------------------------------------------------------------------
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """`table.key=value` settings, values as in TOML.
+def in_processes(processes: int, journal_bytes: int = 0) -> Engine:
+    """An engine of so many processes of this machine at once: one for each run, so that one which dies takes no other with it."""
 
-    Raises:
-        LocalError: not of this form.
-    """
-    settings = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
+    def run(folder: Path, specs: Sequence[Spec], out: Path) -> Iterator[tuple[Spec, str | None]]:
+        waiting = list(reversed(specs))
+        running: dict[object, tuple[BaseProcess, connection.Connection, Spec]] = {}
         try:
-            settings[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError as error:
-            raise LocalError(f"--set {text!r}: write TABLE.KEY=VALUE as in task.toml, for example training.local_steps=5") from error
-        if not equals or not key.strip():
-            raise LocalError(f"--set {text!r}: write TABLE.KEY=VALUE as in task.toml, for example training.local_steps=5")
-    return settings
+            while waiting or running:
+                while waiting and len(running) < processes:
+                    spec = waiting.pop()
+                    process, said = _started(folder, spec, out, journal_bytes)
+                    running[process.sentinel] = process, said, spec
+                for sentinel in connection.wait([process.sentinel for process, _, _ in running.values()]):
+                    process, said, spec = running.pop(sentinel)
+                    process.join()
+                    yield spec, _wrong(process, said)
+        finally:
+            for process, _, _ in running.values():
+                process.terminate()
+            for process, _, _ in running.values():
+                process.join()
+
+    return run
+
+
+def _started(folder: Path, spec: Spec, out: Path, journal_bytes: int) -> tuple[BaseProcess, connection.Connection]:
+    # A fresh interpreter: onnxruntime's threads do not survive a fork. Ctrl-C is for the parent, which ends its processes; a child
+    # inherits that it ignores it, from its first moment.
+    context = get_context("spawn")
+    said, say = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(say, folder, spec, out, journal_bytes), daemon=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    say.close()
+    return process, said
+
+
+def _work(say: connection.Connection, folder: Path, spec: Spec, out: Path, journal_bytes: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        run_spec(folder, spec, out, journal_bytes)
+    except (RegrowError, OSError) as error:
+        say.send_bytes(str(error).encode())
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its processes; its end of the pipe closes nevertheless."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _wrong(process: BaseProcess, said: connection.Connection) -> str | None:
+    """What a process that ended has to report; nothing when all is well."""
+    with said:
+        try:
+            return said.recv_bytes().decode()
+        except EOFError:
+            code = process.exitcode
+    if not code:
+        return None
+    if code < 0:
+        return f"its process was ended by signal {-code}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
+    return f"its process ended with exit status {code}; its traceback is above"

@@ -286,11 +286,21 @@ class Simulation:
 
 def write_outcome(path: Path, outcome: Outcome, journal: Journal | None = None) -> None:
     """Put a finished run in its place at once, and take away the journal that nobody needs any more."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(outcome), indent=1))
-    temporary.replace(path)
+    write_text(path, outcome_text(outcome))
     if journal is not None:
         journal.delete()
+
+
+def outcome_text(outcome: Outcome) -> bytes:
+    """An outcome's file, the same bytes whoever ran it."""
+    return msgspec.json.format(msgspec.json.encode(outcome), indent=1)
+
+
+def write_text(path: Path, text: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(text)
+    temporary.replace(path)
 
 
 def open_journal(path: Path, limit_bytes: int, *, resume: bool) -> Journal | None:

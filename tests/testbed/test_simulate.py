@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from broker_server.runs import load_task
 from cli.main import main
 from regrow.errors import LocalError
-from testbed.compare import parse_settings, read_outcome, result_path, run_all, run_spec, specs_of
+from testbed.grid import parse_settings
 from testbed.links import Constant, WithOutages
 from testbed.simulate import Simulation, Spec, links_of, task_of
 from tests.testbed.bars import outcome_bytes, spec
@@ -73,22 +72,7 @@ def test_links_by_name_by_rate_and_by_trace(tmp_path: Path) -> None:
             links_of(Spec(links=wrong), 1000)
 
 
-def test_a_comparison_runs_what_is_missing_only(task: Path, images: Path, tmp_path: Path) -> None:
-    specs = specs_of(spec(images), ["fedgmr", "fedasync"], 2)
-    assert [(s.method, s.seed) for s in specs] == [("fedgmr", 1), ("fedasync", 1), ("fedgmr", 2), ("fedasync", 2)]
-    for one in specs:
-        run_spec(task, one, tmp_path)
-    assert [one for one, _ in run_all(task, specs, tmp_path, processes=1)] == specs
-    broken = result_path(tmp_path, task, specs[0])
-    broken.write_text("{")
-    with pytest.raises(LocalError, match="delete it"):
-        read_outcome(broken)
-    broken.unlink()
-    assert {one.method for one, _ in run_all(task, specs, tmp_path, processes=1)} == {"fedgmr", "fedasync"}
-    assert read_outcome(broken) is not None
-
-
-def test_the_commands(task: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(task: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenario = [
         str(task),
         "--data-folder",
@@ -106,19 +90,5 @@ def test_the_commands(task: Path, images: Path, tmp_path: Path, capsys: pytest.C
     assert main(["simulate", *scenario, *out, "--method", "fedbuff", "--method", "fedfix"]) == 0
     assert len(list((tmp_path / "one").glob("fed*.json"))) == 2
     assert "accuracy" in capsys.readouterr().out
-    out = ["--out", str(tmp_path / "many"), "--processes", "1", "--seeds", "2"]
-    assert main(["compare", *scenario, *out, "--methods", "fedgmr,fedasync"]) == 0
-    report = msgspec.json.decode((tmp_path / "many" / "summary.json").read_bytes())
-    assert set(report["methods"]) == {"fedgmr", "fedasync"}
-    assert report["methods"]["fedasync"]["seeds"] == 2
-    assert (tmp_path / "many" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "against fedgmr" in (tmp_path / "many" / "report.html").read_text()
-    assert main(["compare", *scenario, *out, "--methods", "fedsgd"]) == 1
-    assert "fedsgd" in capsys.readouterr().err
-    for wrong in (["--methods", ","], ["--methods", "fedgmr", "--target", "2"], ["--methods", "fedavg", "--reference", "fedbuff"]):
-        assert main(["compare", *scenario, *out, *wrong]) == 1
-    assert main(["compare", *scenario, *out, "--methods", "fedgmr", "fedgmr,fedasync"]) == 0
-    again = msgspec.json.decode((tmp_path / "many" / "summary.json").read_bytes())
-    assert again["methods"]["fedgmr"]["seeds"] == 2
     assert main(["simulate", *scenario, "--split", "random"]) == 1
     assert main(["simulate", *scenario, "--outages", "soon"]) == 1
