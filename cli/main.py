@@ -243,6 +243,8 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     command.add_argument("--slowdown", type=_positive, default=1.0, metavar="X", help="how many times slower the devices are than that")
     command.add_argument("--seconds", type=_positive, default=600.0, metavar="S", help="virtual seconds")
     command.add_argument("--points", type=_count, default=60, metavar="N", help="points of the curve")
+    trainers = "onnxruntime, torch (CPU) or torch-cuda; with torch the devices that train at the same time are one batch"
+    command.add_argument("--trainer", default="onnxruntime", metavar="T", help=trainers)
     command.add_argument("--seed", type=_seed, default=1, metavar="N", help="of the split, the links, the batches (compare: the first one)")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of task.toml, such as training.local_steps=5"

@@ -141,6 +141,7 @@ def _spec(options: argparse.Namespace) -> Spec:
         slowdown=options.slowdown,
         seconds=options.seconds,
         points=options.points,
+        trainer=options.trainer,
     )
 
 

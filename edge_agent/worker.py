@@ -6,16 +6,18 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Trainer
+from edge_agent.trainer import Batch, Score, Trainer, TrainResult
 from regrow import wire
 from regrow.errors import PeerError, RegrowError
 from regrow.machine import Train, Trained, TrainingFailed
+from regrow.parameters import Layout
 
 NICE = 5
 
@@ -88,6 +90,19 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
     return Trained(job.number, trainers.values(job, result.vector), result.examples, result.loss, seconds, tuple(scores))
 
 
+class Training(Protocol):
+    """What trains one model; edge_agent.trainer.Trainer says what each means. The simulator has one on torch beside it."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def train(
+        self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float
+    ) -> TrainResult: ...
+
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64]) -> Score: ...
+
+
 class LevelTrainers:
     """The trainers of one task's programs: one for the full model, and one for each level that has a smaller model of its own.
 
@@ -97,24 +112,27 @@ class LevelTrainers:
     Args:
         programs: as they came with the version.
         threads: for onnxruntime.
+        make: (programs of one model, threads) -> its trainer.
 
     Raises:
         PeerError: a layout is malformed.
     """
 
-    def __init__(self, programs: Mapping[str, bytes], threads: int = 1) -> None:
-        self._programs, self._threads = programs, threads
-        self._full = Trainer(programs, threads=threads)
-        self._small: dict[int, Trainer] = {}
+    def __init__(
+        self, programs: Mapping[str, bytes], threads: int = 1, make: Callable[[Mapping[str, bytes], int], Training] = Trainer
+    ) -> None:
+        self._programs, self._threads, self._make = programs, threads, make
+        self._full = make(programs, threads)
+        self._small: dict[int, Training] = {}
 
-    def at(self, level: int) -> Trainer:
+    def at(self, level: int) -> Training:
         """The trainer of a level."""
         if f"layout:{level}" not in self._programs:
             return self._full
         if level not in self._small:
             names = [name for name in ("layout", "train", "evaluate") if f"{name}:{level}" in self._programs]
             own = {name: self._programs[f"{name}:{level}"] for name in names}
-            self._small[level] = Trainer(own, threads=self._threads)
+            self._small[level] = self._make(own, self._threads)
         return self._small[level]
 
     def vector(self, job: Train, level: int, length: int) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from regrow.errors import LocalError
 from regrow.machine import Train, Trained, TrainingFailed
 from testbed.links import generator, read_rows
-from testbed.memory import Trainer
+from testbed.memory import Deferred, Trainer
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,15 @@ def read_steps(path: Path) -> tuple[float, ...]:
 def timed(train: Trainer, fleet: Mapping[str, Compute], parameters: int) -> Trainer:
     """The same training, taking the time that each device of `fleet` needs; `parameters` of the full model make density 1."""
 
-    def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
+    def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed | Deferred]:
         _, result = train(name, job)
         seconds = fleet[name].seconds(job.number, job.steps, job.length / parameters)
-        return seconds, replace(result, seconds=seconds) if isinstance(result, Trained) else result
+        if isinstance(result, Deferred):
+            return seconds, Deferred(lambda: _lasting(seconds, result.result()), result.drop)
+        return seconds, _lasting(seconds, result)
 
     return run
+
+
+def _lasting(seconds: float, result: Trained | TrainingFailed) -> Trained | TrainingFailed:
+    return replace(result, seconds=seconds) if isinstance(result, Trained) else result

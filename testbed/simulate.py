@@ -1,11 +1,11 @@
 """`regrow simulate`: the gateway's and the devices' own state machines in virtual time, with real training on a data set's split.
 
-Only the clock and the links are simulated. One process, one thread: the same specification gives the same run, to the bit.
+Only the clock and the links are simulated. One process, one thread: the same specification gives the same run, to the bit, on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 
 from broker_server.runs import TaskFolder
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Score, Trainer
-from edge_agent.worker import LevelTrainers, train_job
+from edge_agent.trainer import Score
 from export.task import programs_of, read_model
 from regrow.coordinator import Coordinator
 from regrow.device import Device
 from regrow.errors import LocalError
 from regrow.ledger import Ledger, unit_densities_of
-from regrow.machine import Train, Trained, TrainingFailed
 from regrow.methods import named
 from regrow.parameters import Layout
 from regrow.presence import Identity
@@ -35,6 +33,8 @@ from testbed.datasets import Dataset, load
 from testbed.links import Constant, Link, WithOutages, read_trace
 from testbed.memory import COORDINATOR, World
 from testbed.splits import split, train_validation
+from testbed.trainers import engine_of
+from testbed.waves import Jobs, Result, Waves
 
 CURVE_EXAMPLES = 2000  # of the test data, for the curve; the last point uses all of it
 RATE_PERIOD_S = 10.0
@@ -56,6 +56,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     slowdown: float = 1.0
     seconds: float = 600.0
     points: int = 60
+    trainer: str = "onnxruntime"
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,21 +121,23 @@ class Simulation:
         spec: everything else.
 
     Raises:
-        LocalError: data, split or links that cannot be had, or data that does not fit the model.
+        LocalError: data, split, links or trainer that cannot be had, or data that does not fit the model.
     """
 
     def __init__(self, folder: TaskFolder, task: Task, spec: Spec) -> None:
         self.spec, self.task = spec, task
         data = load(spec.data, None if spec.data_folder is None else Path(spec.data_folder))
         programs, units, layout = _programs(folder, task)
-        self._trainer, self._trainers = Trainer(programs), LevelTrainers(programs)
+        self._engine = engine_of(spec.trainer, programs)
+        self._trainer = self._engine.whole
         self._test = data.test
         self._curve = _subset(data.test, CURVE_EXAMPLES)
         self.names = [f"device-{index:04d}" for index in range(spec.clients)]
         self._sources = dict(zip(self.names, _sources(data.train, spec), strict=True))
         model_bytes = 4 * layout.size
         compute = {name: Compute((spec.step_s,), slowdown=spec.slowdown, seed=spec.seed, stream=name) for name in self.names}
-        self.world = World(timed(self._train, compute, layout.size), store_and_forward=True, keep_log=False, keep_published=False)
+        train = timed(Waves(self._train, together=self._engine.together), compute, layout.size)
+        self.world = World(train, store_and_forward=True, keep_log=False, keep_published=False)
         self._ledger = Ledger.start(task, layout, folder.initial, units)
         up, down = paper_server_links(COORDINATOR, model_bytes, seed=spec.seed, period_s=RATE_PERIOD_S)
         shaped = spec.links in PERCENT
@@ -159,8 +162,8 @@ class Simulation:
     def _ended(self) -> bool:
         return COORDINATOR in self.world.finished
 
-    def _train(self, name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
-        return 0.0, train_job(self._trainers, self._sources[name], job)
+    def _train(self, jobs: Jobs) -> Sequence[Result]:
+        return self._engine.train([(self._sources[name], job) for name, job in jobs])
 
     def _score(self, data: Dataset) -> Score:
         return self._trainer.evaluate(self._ledger.flat_weights, data.x, data.y)
