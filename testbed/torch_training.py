@@ -7,6 +7,7 @@ of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,9 @@ from regrow.machine import Train, Trained
 from regrow.parameters import Layout
 
 WAVE_CLIENTS = 64  # trained in one call; more only take more memory
+# On the CPU a wave pays for small models only: bench/results/trainers.json has one of 52 266 parameters, trainers-leaf.json one of 6.6 M,
+# which is faster one client after the other. The bound between them is a guess.
+CPU_WAVE_PARAMETERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class TorchTrainer:
             LocalError: an argument does not fit the program.
         """
         flat = self._vectors([share.vector for share in shares])
-        kept = None if all(share.kept is None for share in shares) else self._masks(shares)
+        dropped = None if all(share.kept is None for share in shares) else ~self._masks(shares)
         rates = torch.tensor([[share.learning_rate] for share in shares], dtype=torch.float32, device=self._device)
         losses, counts = list[torch.Tensor](), list[list[int]]()
         for batches in _in_step(shares):
@@ -92,9 +96,9 @@ class TorchTrainer:
             surprise = -scores.gather(2, y[:, :, None])[:, :, 0]
             loss = (surprise * (weight / weight.sum(1, keepdim=True))).sum(1)
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
-            with torch.no_grad():
-                moved = flat - rates * gradient
-                flat = moved if kept is None else torch.where(kept, moved, flat)
+            # In place: new memory for every step costs a large model more than the arithmetic.
+            move = gradient.mul_(-rates)
+            flat = flat.detach().add_(move if dropped is None else move.masked_fill_(dropped, 0.0))
             losses.append(loss.detach())
             counts.append([len(labels) for _, labels in batches])
         if not losses:
@@ -203,6 +207,7 @@ class TorchEngine:
     def __init__(self, programs: Mapping[str, bytes], *, device: str = "cpu", together: bool = True) -> None:
         make = partial(TorchTrainer, device=device)
         self.together = together
+        self._most_parameters = CPU_WAVE_PARAMETERS if device == "cpu" else math.inf
         self.whole = make(programs)
         self._trainers = LevelTrainers(programs, make=make)
 
@@ -224,7 +229,7 @@ class TorchEngine:
         return [results[index] for index in range(len(jobs))]
 
     def _train_group(self, trainer: TorchTrainer, jobs: Sequence[tuple[DataSource, Train]]) -> list[Trained]:
-        if not self.together or len(jobs) == 1:
+        if not self.together or len(jobs) == 1 or trainer.layout.size > self._most_parameters:
             return [train_job(self._trainers, source, job) for source, job in jobs]
         scores = self._scores(jobs)
         shares = [
