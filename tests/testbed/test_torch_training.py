@@ -179,13 +179,21 @@ def jobs_of(programs: dict[str, bytes], vector: NDArray[np.float32], levels: Seq
 DENSITIES = (0.25, 0.5, 1.0)
 
 
-def test_jobs_of_several_levels_are_put_together_by_model() -> None:
+def test_jobs_of_several_levels_are_put_together_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = digits_mlp(1)
     programs = build_unit_programs(model, DENSITIES)
     jobs = jobs_of(programs, initial_vector(model), [0, 0, 0, 1, 2, 1, 2])
     theirs = OnnxEngine(programs).train(jobs)
-    for engine in (TorchEngine(programs), TorchEngine(programs, together=False)):
+    waves: list[int] = []
+    train_together = TorchTrainer.train_together
+    monkeypatch.setattr(TorchTrainer, "train_together", lambda self, shares: waves.append(len(shares)) or train_together(self, shares))
+    engines = [(TorchEngine(programs), [3, 2, 2]), (TorchEngine(programs, together=False), [1] * 7)]
+    monkeypatch.setattr("testbed.torch_training.CPU_WAVE_PARAMETERS", Layout.from_json(programs["layout"]).size - 1)
+    engines.append((TorchEngine(programs), [3, 2, 1, 1]))
+    for engine, sizes in engines:
+        waves.clear()
         mine = engine.train(jobs)
+        assert waves == sizes
         for (_, job), one, other in zip(jobs, mine, theirs, strict=True):
             assert (one.number, one.examples) == (other.number, other.examples) == (job.number, one.examples)
             np.testing.assert_allclose(one.values, other.values, rtol=1e-3, atol=1e-5)
