@@ -264,6 +264,8 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     command.add_argument("--step-by-density", metavar="D=X,...", help=by_density)
     command.add_argument("--seconds", type=_positive, default=600.0, metavar="S", help="virtual seconds")
     command.add_argument("--points", type=_count, default=60, metavar="N", help="points of the curve")
+    trainers = "onnxruntime, torch (CPU) or torch-cuda; with torch the devices that train at the same time are one batch"
+    command.add_argument("--trainer", default="onnxruntime", metavar="T", help=trainers)
     command.add_argument("--seed", type=_seed, default=1, metavar="N", help="of the split, the links, the batches (compare: the first one)")
     gb = "size of a run's journal, from which an interrupted one goes on; 0: none"
     command.add_argument("--journal-gb", type=_not_negative, default=4.0, metavar="X", help=gb)

@@ -32,6 +32,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         slowdown=slowdowns[0] if len(slowdowns) == 1 else slowdowns,
         seconds=options.seconds,
         points=options.points,
+        trainer=options.trainer,
         latency=UNSET if options.latency is None else _latency(options.latency),
         steps_trace=UNSET if options.steps_trace is None else str(options.steps_trace),
         step_sigma=UNSET if options.step_sigma is None else options.step_sigma,

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Batch, Trainer
+from edge_agent.trainer import Batch, Score, Trainer, TrainResult
 from regrow import wire
 from regrow.errors import PeerError, RegrowError
 from regrow.local_rules import drawn_levels
 from regrow.machine import Train, Trained, TrainingFailed
+from regrow.parameters import Layout
 
 NICE = 5
 
@@ -128,7 +130,7 @@ class Place:
         slots: uint32 [length], the vector's index of each position of the level.
     """
 
-    trainer: Trainer
+    trainer: Training
     slots: NDArray[np.uint32]
 
     def vector(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -147,6 +149,19 @@ class Place:
         return mask
 
 
+class Training(Protocol):
+    """What trains one model; edge_agent.trainer.Trainer says what each means. The simulator has one on torch beside it."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def train(
+        self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float
+    ) -> TrainResult: ...
+
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64]) -> Score: ...
+
+
 class LevelTrainers:
     """The trainers of one task's programs: one for the full model, and one for each level that has a smaller model of its own.
 
@@ -156,24 +171,27 @@ class LevelTrainers:
     Args:
         programs: as they came with the version.
         threads: for onnxruntime.
+        make: (programs of one model, threads) -> its trainer.
 
     Raises:
         PeerError: a layout is malformed.
     """
 
-    def __init__(self, programs: Mapping[str, bytes], threads: int = 1) -> None:
-        self._programs, self._threads = programs, threads
-        self._full = Trainer(programs, threads=threads)
-        self._small: dict[int, Trainer] = {}
+    def __init__(
+        self, programs: Mapping[str, bytes], threads: int = 1, make: Callable[[Mapping[str, bytes], int], Training] = Trainer
+    ) -> None:
+        self._programs, self._threads, self._make = programs, threads, make
+        self._full = make(programs, threads)
+        self._small: dict[int, Training] = {}
 
-    def at(self, level: int) -> Trainer:
+    def at(self, level: int) -> Training:
         """The trainer of a level."""
         if f"layout:{level}" not in self._programs:
             return self._full
         if level not in self._small:
             names = [name for name in ("layout", "train", "evaluate") if f"{name}:{level}" in self._programs]
             own = {name: self._programs[f"{name}:{level}"] for name in names}
-            self._small[level] = Trainer(own, threads=self._threads)
+            self._small[level] = self._make(own, self._threads)
         return self._small[level]
 
     def place(self, job: Train, level: int, length: int) -> Place:

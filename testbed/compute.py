@@ -12,7 +12,7 @@ from regrow.errors import LocalError
 from regrow.local_rules import drawn_levels
 from regrow.machine import Train, Trained, TrainingFailed
 from testbed.links import generator, read_rows
-from testbed.memory import Trainer
+from testbed.memory import Deferred, Trainer
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,16 @@ def read_steps(path: Path) -> tuple[float, ...]:
 def timed(train: Trainer, fleet: Mapping[str, Compute], parameters: int) -> Trainer:
     """The same training, taking the time that each device of `fleet` needs; `parameters` of the full model make density 1."""
 
-    def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
+    def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed | Deferred]:
         _, result = train(name, job)
         drawn = [job.widths[level] for level in drawn_levels(list(job.widths), job.steps, job.seed)] if job.widths else [job.length]
         seconds = fleet[name].seconds(job.number, job.steps, sum(drawn) / len(drawn) / parameters)
-        return seconds, replace(result, seconds=seconds) if isinstance(result, Trained) else result
+        if isinstance(result, Deferred):
+            return seconds, Deferred(lambda: _lasting(seconds, result.result()), result.drop)
+        return seconds, _lasting(seconds, result)
 
     return run
+
+
+def _lasting(seconds: float, result: Trained | TrainingFailed) -> Trained | TrainingFailed:
+    return replace(result, seconds=seconds) if isinstance(result, Trained) else result

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from edge_agent.trainer import Score
 from regrow.machine import Train, Trained, TrainingFailed
-from testbed.memory import Trainer
+from testbed.waves import Jobs, Result
 
 MAGIC = b"regrow journal 1\n"
+Wave = Callable[[Jobs], Sequence[Result]]
 _FRAME = struct.Struct("<16sIQ")
 _CHECKSUM_BYTES = 16
 _log = logging.getLogger(__name__)
@@ -173,51 +174,55 @@ def _checksum(*parts: bytes | memoryview) -> bytes:
 class _Result(msgspec.Struct, array_like=True):
     """Of a training call; `failed` is the reason, with which nothing else is told."""
 
-    seconds: float
     number: int
     examples: int = 0
     loss: float = 0.0
-    trained_s: float = 0.0
     scores: tuple[tuple[int, float, float, int], ...] = ()
     failed: str | None = None
 
 
-def remembered(train: Trainer, journal: Journal, contexts: dict[str, bytes]) -> Trainer:
-    """The same training, not done again for what the journal holds.
+def remembered(train: Wave, journal: Journal, contexts: dict[str, bytes]) -> Wave:
+    """The same training of several jobs, not done again for what the journal holds.
 
     Args:
         contexts: for each device, the digest of what its results depend on beside the job: its data, the programs, the code.
     """
 
-    def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
-        key = _job_key(contexts[name], name, job)
-        known = journal.recall(key)
-        if known is not None:
-            return _result(*known)
-        seconds, result = train(name, job)
-        if isinstance(result, Trained):
-            head = _Result(seconds, result.number, result.examples, result.loss, result.seconds, result.scores)
-            payload = np.ascontiguousarray(result.values, "<f4").tobytes()
-        else:
-            head, payload = _Result(seconds, result.number, failed=result.reason), b""
-        journal.append(key, msgspec.msgpack.encode(head), payload)
-        return seconds, result
+    def run(jobs: Jobs) -> list[Result]:
+        keys = [_job_key(contexts[name], name, job) for name, job in jobs]
+        found = [journal.recall(key) for key in keys]
+        new = iter(train([job for job, known in zip(jobs, found, strict=True) if known is None]) if None in found else ())
+        results = []
+        for key, known in zip(keys, found, strict=True):
+            result = next(new) if known is None else _result(*known)
+            if known is None:
+                journal.append(key, *_entry(result))
+            results.append(result)
+        return results
 
     return run
+
+
+def _entry(result: Result) -> tuple[bytes, bytes]:
+    if isinstance(result, Trained):
+        head = _Result(result.number, result.examples, result.loss, result.scores)
+        return msgspec.msgpack.encode(head), np.ascontiguousarray(result.values, "<f4").tobytes()
+    return msgspec.msgpack.encode(_Result(result.number, failed=result.reason)), b""
 
 
 def _job_key(context: bytes, name: str, job: Train) -> bytes:
     """The digest of everything that the result of this job depends on; its programs are in the context."""
     numbers = (job.number, job.level, job.length, sorted(job.evaluate.items()), job.steps, job.batch, job.learning_rate, job.seed)
-    return digest("train", context, name, repr(numbers), job.values, job.coordinates)
+    mask = np.empty(0, np.bool_) if job.kept is None else job.kept
+    return digest("train", context, name, repr((numbers, sorted(job.widths.items()))), job.values, job.coordinates, mask)
 
 
-def _result(header: bytes, payload: bytes) -> tuple[float, Trained | TrainingFailed]:
+def _result(header: bytes, payload: bytes) -> Result:
     head = msgspec.msgpack.decode(header, type=_Result)
     if head.failed is not None:
-        return head.seconds, TrainingFailed(head.number, head.failed)
+        return TrainingFailed(head.number, head.failed)
     values = np.frombuffer(payload, "<f4").astype(np.float32)
-    return head.seconds, Trained(head.number, values, head.examples, head.loss, head.trained_s, head.scores)
+    return Trained(head.number, values, head.examples, head.loss, 0.0, head.scores)
 
 
 def remembered_score(

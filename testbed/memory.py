@@ -51,7 +51,20 @@ from testbed.subscriptions import Subscriptions, matches, shape_of
 COORDINATOR = "coordinator"
 OVERHEAD_BYTES = 80
 Evaluator = Callable[[Evaluate], Evaluated]
-Trainer = Callable[[str, Train], tuple[float, Trained | TrainingFailed]]
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A training result that is worked out when its time has come: `result()` is asked once; `drop()` says that nobody will ask.
+
+    So jobs that are under way at the same time can be trained together, and those of devices that died need not be.
+    """
+
+    result: Callable[[], Trained | TrainingFailed]
+    drop: Callable[[], object]
+
+
+Trainer = Callable[[str, Train], tuple[float, Trained | TrainingFailed | Deferred]]
 
 
 @dataclass(slots=True)
@@ -76,6 +89,7 @@ class Client:
     timer: int = 0
     generation: int = 0
     connection: int = 0
+    training: Deferred | None = None
     saved: dict[str, bytes] = field(default_factory=dict)
     in_flight: deque[tuple[float, list[int]]] = field(default_factory=deque)
     sent_bytes: int = 0
@@ -106,7 +120,7 @@ class World:
     """A fleet in virtual time.
 
     Args:
-        train: (device, Train) -> (seconds, result); how devices train.
+        train: (device, Train) -> (seconds, result or Deferred); how devices train.
         latency_s: one way, of clients that name none.
         persist_s: how long a durable write takes.
         evaluate: scores on held-out data, for tasks whose coordinator asks for them.
@@ -139,7 +153,7 @@ class World:
         self._store_and_forward, self._keep_log, self._keep_published = store_and_forward, keep_log, keep_published
         self._link_events = (*_LINK_EVENTS, Measured) if store_and_forward else _LINK_EVENTS
         self._subscriptions = Subscriptions()
-        self._events: list[tuple[float, int, str, int, int, Event | _Call]] = []
+        self._events: list[tuple[float, int, str, int, int, Event | _Call | Deferred]] = []
         self._lost: set[int] = set()  # numbers of events that will not happen: their message was cut off while it was being sent
         self._count = 0
 
@@ -165,6 +179,7 @@ class World:
         old = self.clients.get(name)
         if old is not None:
             self._forget_filters(name, old)
+            _drop_training(old)
             client.generation, client.saved, client.position, client.in_flight = old.generation + 1, old.saved, old.position, old.in_flight
             client.sent_bytes, client.received_bytes = old.sent_bytes, old.received_bytes
         self.clients[name] = client
@@ -184,6 +199,7 @@ class World:
         """The process dies at once: nothing that it has not saved survives."""
         self._unplug(name)
         self.clients[name].generation += 1
+        _drop_training(self.clients[name])
 
     def _unplug(self, name: str) -> None:
         client = self.clients[name]
@@ -234,6 +250,8 @@ class World:
             if not stale and not unreachable and not replaced:
                 if isinstance(event, Received):
                     client.received_bytes += len(event.payload)
+                if isinstance(event, Deferred):
+                    event, client.training = event.result(), None
                 self._perform(name, client.machine.step(event, self.now))
 
     def at(self, time_s: float, callback: Callable[[], object]) -> None:
@@ -251,7 +269,7 @@ class World:
         heapq.heappush(self._events, (time_s, self._count, "", 0, 0, _Call(callback)))
         return self._count
 
-    def _later(self, delay_s: float, name: str, event: Event) -> int:
+    def _later(self, delay_s: float, name: str, event: Event | Deferred) -> int:
         self._count += 1
         client = self.clients[name]
         heapq.heappush(self._events, (self.now + delay_s, self._count, name, client.generation, client.connection, event))
@@ -278,6 +296,7 @@ class World:
                 client.saved.pop(effect.name, None)
             elif isinstance(effect, Train):
                 seconds, result = self._train(name, effect)
+                client.training = result if isinstance(result, Deferred) else None
                 self._later(seconds, name, result)
             elif isinstance(effect, Evaluate) and self._evaluate is not None:
                 self._later(0.0, name, self._evaluate(effect))
@@ -361,6 +380,12 @@ class World:
 
     def _latency(self, client: Client, time_s: float) -> float:
         return self._latency_s if client.latency is None else client.latency.at_s(time_s)
+
+
+def _drop_training(client: Client) -> None:
+    if client.training is not None:
+        client.training.drop()
+        client.training = None
 
 
 def _link(name: str, link: Link | None, bps: float | None) -> Link | None:

@@ -1,13 +1,13 @@
 """`regrow simulate`: the gateway's and the devices' own state machines in virtual time, with real training on a data set's split.
 
-Only the clock and the links are simulated. One process, one thread: the same specification gives the same run, to the bit. With a journal
-an interrupted run does not train again what it has trained; the outcome is the same.
+Only the clock and the links are simulated. One process, one thread: the same specification gives the same run, to the bit, on the CPU. With
+a journal an interrupted run does not train again what it has trained; the outcome is the same.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +22,14 @@ from broker_server.runs import TaskFolder
 from edge_agent import trainer, worker
 from edge_agent.data import source as data_source
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Score, Trainer
-from edge_agent.worker import LevelTrainers, train_job
+from edge_agent.trainer import Score
+from edge_agent.worker import Training
 from export.task import programs_of, read_model
 from export.work import relative_work
 from regrow.coordinator import Coordinator
 from regrow.device import Device
 from regrow.errors import LocalError
 from regrow.ledger import Ledger, unit_densities_of
-from regrow.machine import Train, Trained, TrainingFailed
 from regrow.methods import named
 from regrow.parameters import Layout
 from regrow.presence import Identity
@@ -43,9 +42,10 @@ from testbed.datasets import Dataset, Loaded, load
 from testbed.journal import Journal, digest, remembered, remembered_score
 from testbed.links import Latency
 from testbed.memory import COORDINATOR, World
-from testbed.memory import Trainer as JobTrainer
 from testbed.scenario import RATE_PERIOD_S, Pair, latencies, link_pairs, speeds
 from testbed.splits import split, train_validation
+from testbed.trainers import engine_of
+from testbed.waves import Jobs, Result, Waves
 
 CURVE_EXAMPLES = 2000  # of the test data, for the curve; the last point uses all of it
 Scorer = Callable[[NDArray[np.float32]], Score]
@@ -89,6 +89,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     step_sigma: float | UnsetType = UNSET
     step_by_density: tuple[tuple[float, float], ...] | UnsetType = UNSET
     attend: str | UnsetType = UNSET
+    trainer: str = "onnxruntime"
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,23 +172,24 @@ class Simulation:
         journal: what an interrupted run has done already, and where this one notes what it does.
 
     Raises:
-        LocalError: data, split or links that cannot be had, or data that does not fit the model.
+        LocalError: data, split, links or trainer that cannot be had, or data that does not fit the model.
     """
 
     def __init__(self, folder: TaskFolder, task: Task, spec: Spec, journal: Journal | None = None) -> None:
         self.spec, self.task = spec, task
         data = _loaded(spec)
         programs, units, layout, by_density = _programs(folder, task)
-        self._trainer, self._trainers = Trainer(programs), LevelTrainers(programs)
+        self._engine = engine_of(spec.trainer, programs)
+        self._trainer = self._engine.whole
         _check_fit(self._trainer, folder, data)
         self._test = data.test
         self.names = [f"device-{index:04d}" for index in range(spec.clients)]
         self._sources = dict(zip(self.names, _sources(data.train, spec), strict=True))
         curve = _subset(data.test, CURVE_EXAMPLES)
-        train: JobTrainer = self._train
+        train: Callable[[Jobs], Sequence[Result]] = self._train
         self._score_curve, self._score_test = self._scorer(curve), self._scorer(data.test)
         if journal is not None:
-            code = _code_digest(programs)
+            code = _code_digest(spec.trainer, programs)
             contexts = {name: digest(code, *source.everything(), *source.validation()) for name, source in self._sources.items()}
             train = remembered(train, journal, contexts)
             self._score_curve = remembered_score(self._score_curve, journal, digest(code, curve.x, curve.y))
@@ -201,7 +203,8 @@ class Simulation:
             sigma=0.0 if spec.step_sigma is UNSET else spec.step_sigma,
             by_density=by_density if spec.step_by_density is UNSET else spec.step_by_density,
         )
-        self.world = World(timed(train, compute, layout.size), store_and_forward=True, keep_log=False, keep_published=False)
+        waves = timed(Waves(train, together=self._engine.together), compute, layout.size)
+        self.world = World(waves, store_and_forward=True, keep_log=False, keep_published=False)
         self._ledger = Ledger.start(task, layout, folder.initial, units)
         self._people_the_world(Coordinator(self._ledger, "simulated", programs, spec.seed + 1), 4 * layout.size)
 
@@ -237,8 +240,8 @@ class Simulation:
     def _ended(self) -> bool:
         return COORDINATOR in self.world.finished
 
-    def _train(self, name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
-        return 0.0, train_job(self._trainers, self._sources[name], job)
+    def _train(self, jobs: Jobs) -> Sequence[Result]:
+        return self._engine.train([(self._sources[name], job) for name, job in jobs])
 
     def _scorer(self, data: Dataset) -> Scorer:
         return lambda vector: self._trainer.evaluate(vector, data.x, data.y)
@@ -333,7 +336,7 @@ def _loaded(spec: Spec) -> Loaded:
     return load(spec.data, None if spec.data_folder is None else Path(spec.data_folder))
 
 
-def _check_fit(model: Trainer, folder: TaskFolder, data: Loaded) -> None:
+def _check_fit(model: Training, folder: TaskFolder, data: Loaded) -> None:
     """The model takes the data's examples and knows all of its labels; tried on two examples of either part."""
     for part in (data.train, data.test):
         some = [0, int(part.y.argmax())]
@@ -343,10 +346,11 @@ def _check_fit(model: Trainer, folder: TaskFolder, data: Loaded) -> None:
             raise LocalError(f"data {part.name} does not fit the model {folder.model_path}: {error}") from error
 
 
-def _code_digest(programs: Mapping[str, bytes]) -> bytes:
+def _code_digest(engine: str, programs: Mapping[str, bytes]) -> bytes:
     """What results depend on beside data and job: the programs, the code that trains, and what computes them."""
     files = [Path(module.__file__).read_bytes() for module in (trainer, worker, data_source) if module.__file__ is not None]
-    machine = f"{platform.machine()} {version('onnxruntime')} {version('numpy')}"
+    backend = "onnxruntime" if engine == "onnxruntime" else "torch"
+    machine = f"{platform.machine()} {engine} {version(backend)} {version('numpy')}"
     return digest(machine, *files, *(part for name in sorted(programs) for part in (name, programs[name])))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.programs import build_programs
+from export.torch_graph import graph_of_program
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -60,11 +61,19 @@ def assert_close(ours: NDArray[Any], exact: NDArray[Any], what: str) -> None:
 
 
 def check_against_torch(model: onnx.ModelProto, torch_forward: Any, weights: Arrays, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
-    """Both training programs (all masks 1) move every parameter as float64 autograd says, at learning rate 1."""
+    """Both training programs (all masks 1) move every parameter as float64 autograd says, at learning rate 1.
+
+    And so does the forward graph as export.torch_graph reads it.
+    """
     exact = {name: torch.tensor(array, dtype=torch.float64, requires_grad=True) for name, array in weights.items()}
     loss = torch.nn.functional.cross_entropy(torch_forward(torch.tensor(x, dtype=torch.float64), exact), torch.tensor(y))
     loss.backward()
     programs = build_programs(model)
+    read = {name: tensor.detach().clone().requires_grad_() for name, tensor in exact.items()}
+    logits = graph_of_program(programs["evaluate"]).forward(read, torch.tensor(x, dtype=torch.float64))
+    torch.nn.functional.cross_entropy(logits, torch.tensor(y)).backward()
+    for key, tensor in exact.items():  # attributes of nodes are float32
+        torch.testing.assert_close(read[key].grad, tensor.grad, rtol=1e-5, atol=1e-7)
     for name in ("train", "train_masked"):
         # A large step makes the update nearly all of the new value, which then shows the gradient without cancellation.
         session = session_of(programs[name])

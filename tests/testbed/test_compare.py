@@ -20,10 +20,9 @@ from testbed.compare import Failure, in_processes, read_outcome, result_path, ru
 from testbed.grid import by_seed, specs_of, variants_of
 from testbed.ray_engine import on_ray
 from testbed.simulate import Outcome
+from tests.testbed.bars import spec
 from tests.testbed.processes import until
-from tests.testbed.test_simulate import images, spec, task
 
-__all__ = ["images", "task"]
 TINY = {"seconds": 20.0, "points": 2, "clients": 3, "settings": {"training.local_steps": 1}}
 
 

@@ -1,0 +1,308 @@
+"""Training on torch, beside edge_agent.trainer: the same step, for one client or for several of a wave at once. Imports torch.
+
+Several clients are one more axis in front: their parameters, masks and batches are stacked, the forward graph is mapped over the clients
+(torch.func.vmap), and since no client's loss depends on another's parameters, the gradient of the sum of their losses holds the gradient
+of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edge_agent.data.source import DataSource
+from edge_agent.trainer import Batch, Score, TrainResult
+from edge_agent.worker import LevelTrainers, train_job
+from export.torch_graph import graph_of_program
+from regrow.errors import LocalError
+from regrow.machine import Train, Trained
+from regrow.parameters import Layout
+
+WAVE_CLIENTS = 64  # trained in one call; more only take more memory
+# On the CPU a wave pays for small models only: bench/results/trainers.json has one of 52 266 parameters, trainers-leaf.json one of 6.6 M,
+# which is faster one client after the other. The bound between them is a guess.
+CPU_WAVE_PARAMETERS = 2**20
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's part of a wave: the arguments of `Trainer.train`."""
+
+    vector: NDArray[np.float32]
+    kept: NDArray[np.bool_] | None
+    batches: Iterable[Batch]
+    learning_rate: float
+
+
+class TorchTrainer:
+    """edge_agent.trainer.Trainer on torch, in float32.
+
+    Its results are onnxruntime's up to rounding. On the CPU they repeat to the bit for the same clients in the same wave; how clients are
+    put together changes the rounding.
+
+    Args:
+        programs: 'layout' and 'evaluate'; the training step is derived from the forward graph in the latter.
+        threads: of torch on the CPU, in this whole process.
+        device: "cpu" or "cuda".
+
+    Raises:
+        PeerError: the layout is malformed.
+        LocalError: a program is missing or has an op that torch does not run here, or there is no CUDA.
+    """
+
+    def __init__(self, programs: Mapping[str, bytes], threads: int = 1, *, device: str = "cpu") -> None:
+        missing = [name for name in ("layout", "evaluate") if name not in programs]
+        if missing:
+            raise LocalError(f"there is no program {missing[0]!r}; this trainer was given {sorted(programs)}")
+        self._device = _device(device, threads)
+        self.layout = Layout.from_json(programs["layout"])
+        self._graph = graph_of_program(programs["evaluate"])
+        if dict(self._graph.parameters) != {tensor.name: tensor.shape for tensor in self.layout.tensors}:
+            raise LocalError("the layout is not that of the evaluation program; build the task again with `regrow task build`")
+
+    def train(
+        self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float
+    ) -> TrainResult:
+        """As edge_agent.trainer.Trainer.train.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+        """
+        return self.train_together([Share(vector, kept, batches, learning_rate)])[0]
+
+    def train_together(self, shares: Sequence[Share]) -> list[TrainResult]:
+        """One result for each client, all of them trained at the same time.
+
+        Args:
+            shares: at least one; all with equally many batches. Shorter batches are padded with examples of weight 0.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+        """
+        flat = self._vectors([share.vector for share in shares])
+        dropped = None if all(share.kept is None for share in shares) else ~self._masks(shares)
+        rates = torch.tensor([[share.learning_rate] for share in shares], dtype=torch.float32, device=self._device)
+        losses, counts = list[torch.Tensor](), list[list[int]]()
+        for batches in _in_step(shares):
+            x, y, weight = self._stacked(batches)
+            flat.requires_grad_(True)
+            scores = torch.log_softmax(self._logits(flat, x), 2)
+            surprise = -scores.gather(2, y[:, :, None])[:, :, 0]
+            loss = (surprise * (weight / weight.sum(1, keepdim=True))).sum(1)
+            (gradient,) = torch.autograd.grad(loss.sum(), flat)
+            # In place: new memory for every step costs a large model more than the arithmetic.
+            move = gradient.mul_(-rates)
+            flat = flat.detach().add_(move if dropped is None else move.masked_fill_(dropped, 0.0))
+            losses.append(loss.detach())
+            counts.append([len(labels) for _, labels in batches])
+        if not losses:
+            raise LocalError("there are no batches to train on; give at least one")
+        examples = np.array(counts)
+        totals = (torch.stack(losses).cpu().numpy().astype(np.float64) * examples).sum(0)
+        vectors = flat.detach().cpu().numpy()
+        return [
+            TrainResult(vectors[index].copy(), float(totals[index] / seen), int(seen), len(losses))
+            for index, seen in enumerate(examples.sum(0))
+        ]
+
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64], batch: int = 256) -> Score:
+        """As edge_agent.trainer.Trainer.evaluate.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+        """
+        return self.evaluate_together([vector], [(x, y)], batch)[0]
+
+    def evaluate_together(self, vectors: Sequence[NDArray[np.float32]], data: Sequence[Batch], batch: int = 256) -> list[Score]:
+        """One score for each client, each on its own data.
+
+        Args:
+            vectors: float32 [n] each.
+            data: of each client (x float32 [m, ...], y int64 [m]), m >= 1.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+        """
+        if batch < 1:
+            raise LocalError(f"batch is {batch}, but evaluation needs at least 1")
+        flat = self._vectors(vectors)
+        sums = np.zeros((2, len(data)))
+        with torch.no_grad():
+            for start in range(0, max(len(y) for _, y in data), batch):
+                parts = [(x[start : start + batch], y[start : start + batch]) for x, y in data]
+                x, y, weight = self._stacked(parts, may_be_empty=start > 0)
+                logits = self._logits(flat, x)
+                surprise = -torch.log_softmax(logits, 2).gather(2, y[:, :, None])[:, :, 0]
+                hits = (logits.argmax(2) == y) * weight
+                sums += torch.stack([(surprise * weight).sum(1), hits.sum(1)]).cpu().numpy()
+        return [Score(float(sums[0, i] / len(y)), float(sums[1, i] / len(y)), len(y)) for i, (_, y) in enumerate(data)]
+
+    def _logits(self, flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[clients, batch, classes] of [clients, n] and [clients, batch, ...]."""
+        pieces = torch.split(flat, [tensor.size for tensor in self.layout.tensors], dim=1)
+        named = zip(self.layout.tensors, pieces, strict=True)
+        parameters = {tensor.name: piece.reshape(len(flat), *tensor.shape) for tensor, piece in named}
+        if len(flat) == 1:  # plain torch, without the cost of mapping
+            return self._graph.forward({name: value[0] for name, value in parameters.items()}, x[0])[None]
+        logits: torch.Tensor = torch.func.vmap(self._graph.forward)(parameters, x)
+        return logits
+
+    def _vectors(self, vectors: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+        if not vectors:
+            raise LocalError("a wave needs at least one client")
+        for vector in vectors:
+            if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.shape != (self.layout.size,):
+                raise LocalError(f"vector: expected float32 [{self.layout.size}], got {_described(vector)}")
+        return torch.from_numpy(np.stack(vectors)).to(self._device)
+
+    def _masks(self, shares: Sequence[Share]) -> torch.Tensor:
+        masks = [np.ones(self.layout.size, np.bool_) if share.kept is None else share.kept for share in shares]
+        for kept in masks:
+            if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_ or kept.shape != (self.layout.size,):
+                raise LocalError(f"kept: expected bool [{self.layout.size}], got {_described(kept)}")
+            if not kept[self.layout.always_kept_coordinates].all():
+                raise LocalError("kept leaves out coordinates that belong to every sub-model (layout.always_kept_coordinates)")
+        return torch.from_numpy(np.stack(masks)).to(self._device)
+
+    def _stacked(self, batches: Sequence[Batch], *, may_be_empty: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [clients, longest, ...], y and the weight of each example, [clients, longest]: 0 for padding."""
+        longest = max(len(y) for _, y in batches)
+        x = np.zeros((len(batches), longest, *self._graph.input_shape), np.float32)
+        y, weight = np.zeros(x.shape[:2], np.int64), np.zeros(x.shape[:2], np.float32)
+        for index, (features, labels) in enumerate(batches):
+            self._check(features, labels, may_be_empty)
+            x[index, : len(labels)], y[index, : len(labels)], weight[index, : len(labels)] = features, labels, 1.0
+        tensors = (torch.from_numpy(array).to(self._device) for array in (x, y, weight))
+        return next(tensors), next(tensors), next(tensors)
+
+    def _check(self, x: NDArray[np.float32], y: NDArray[np.int64], may_be_empty: bool) -> None:
+        example = ", ".join(str(size) for size in self._graph.input_shape)
+        if not isinstance(x, np.ndarray) or x.dtype != np.float32 or not x.ndim or x.shape[1:] != self._graph.input_shape:
+            raise LocalError(f"x: expected float32 [batch, {example}], got {_described(x)}")
+        if not isinstance(y, np.ndarray) or y.dtype != np.int64 or y.shape != x.shape[:1]:
+            raise LocalError(f"y: expected int64 [{len(x)}], as long as x, got {_described(y)}")
+        if not len(x) and not may_be_empty:
+            raise LocalError(f"x: expected float32 [batch, {example}] with at least one example, got none")
+        if len(y) and (y.min() < 0 or y.max() >= self._graph.classes):
+            raise LocalError(f"y: expected labels from 0 to {self._graph.classes - 1}, got {y.min()} to {y.max()}")
+
+
+class TorchEngine:
+    """Trains whole jobs on torch, those of one model and as many steps together where `together` says so.
+
+    Args:
+        programs: as the gateway publishes them, levels included.
+        device: "cpu" or "cuda".
+
+    Raises:
+        PeerError, LocalError: as TorchTrainer.
+    """
+
+    def __init__(self, programs: Mapping[str, bytes], *, device: str = "cpu", together: bool = True) -> None:
+        make = partial(TorchTrainer, device=device)
+        self.together = together
+        self._most_parameters = CPU_WAVE_PARAMETERS if device == "cpu" else math.inf
+        self.whole = make(programs)
+        self._trainers = LevelTrainers(programs, make=make)
+
+    def train(self, jobs: Sequence[tuple[DataSource, Train]]) -> list[Trained]:
+        """The jobs' results in their order; see edge_agent.worker.train_job.
+
+        Raises:
+            PeerError, LocalError: as train_job.
+        """
+        groups: dict[tuple[TorchTrainer, int], list[int]] = {}
+        for index, (_, job) in enumerate(jobs):
+            groups.setdefault((self._at(job.level), job.steps), []).append(index)
+        results: dict[int, Trained] = {}
+        for (trainer, _), members in groups.items():
+            for start in range(0, len(members), WAVE_CLIENTS):
+                part = members[start : start + WAVE_CLIENTS]
+                mine = [jobs[index] for index in part]
+                results.update(zip(part, self._train_group(trainer, mine), strict=True))
+        return [results[index] for index in range(len(jobs))]
+
+    def _train_group(self, trainer: TorchTrainer, jobs: Sequence[tuple[DataSource, Train]]) -> list[Trained]:
+        alone = any(job.widths or job.kept is not None for _, job in jobs)
+        if alone or not self.together or len(jobs) == 1 or trainer.layout.size > self._most_parameters:
+            return [train_job(self._trainers, source, job) for source, job in jobs]
+        scores = self._scores(jobs)
+        places = [self._trainers.place(job, job.level, job.length) for _, job in jobs]
+        shares = [
+            Share(
+                place.vector(job.values),
+                place.mask(None),
+                source.batches(np.random.default_rng(job.seed), job.batch, job.steps),
+                job.learning_rate,
+            )
+            for place, (source, job) in zip(places, jobs, strict=True)
+        ]
+        results = zip(jobs, places, trainer.train_together(shares), scores, strict=True)
+        return [
+            Trained(job.number, result.vector[place.slots], result.examples, result.loss, 0.0, tuple(found))
+            for (_, job), place, result, found in results
+        ]
+
+    def _scores(self, jobs: Sequence[tuple[DataSource, Train]]) -> list[list[tuple[int, float, float, int]]]:
+        """(level, loss, accuracy, examples) of every level that a job asks for, one list for each job."""
+        validation = [source.validation() for source, _ in jobs]
+        asked: dict[TorchTrainer, list[tuple[int, int, int]]] = {}
+        for index, (_, job) in enumerate(jobs):
+            for level, length in job.evaluate.items() if len(validation[index][1]) else ():
+                asked.setdefault(self._at(level), []).append((index, level, length))
+        found: dict[tuple[int, int], Score] = {}
+        for trainer, wanted in asked.items():
+            vectors = [self._placed(jobs[index][1], level, length) for index, level, length in wanted]
+            scores = trainer.evaluate_together(vectors, [validation[index] for index, _, _ in wanted])
+            found.update(((index, level), score) for (index, level, _), score in zip(wanted, scores, strict=True))
+        told: list[list[tuple[int, float, float, int]]] = []
+        for index, (_, job) in enumerate(jobs):
+            mine = [(level, found[index, level]) for level in job.evaluate if (index, level) in found]
+            told.append([(level, score.loss, score.accuracy, score.examples) for level, score in mine])
+        return told
+
+    def _placed(self, job: Train, level: int, length: int) -> NDArray[np.float32]:
+        return self._trainers.place(job, level, length).vector(job.values)
+
+    def _at(self, level: int) -> TorchTrainer:
+        trainer = self._trainers.at(level)
+        if not isinstance(trainer, TorchTrainer):
+            raise TypeError(f"level {level} has a {type(trainer).__name__}")
+        return trainer
+
+
+def _in_step(shares: Sequence[Share]) -> Iterator[list[Batch]]:
+    """The clients' batches, step by step."""
+    iterators = [iter(share.batches) for share in shares]
+    while True:
+        drawn = [next(batches, None) for batches in iterators]
+        here = [batch for batch in drawn if batch is not None]
+        if not here:
+            return
+        if len(here) < len(drawn):
+            raise LocalError("the clients of a wave have different numbers of batches; train them apart")
+        yield here
+
+
+def _device(name: str, threads: int) -> torch.device:
+    if threads < 1:
+        raise LocalError(f"threads is {threads}, but training needs at least 1")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise LocalError("trainer torch-cuda: torch finds no CUDA device on this machine; use --trainer torch or onnxruntime")
+        # Results are compared with onnxruntime's in float32, so no tensor cores; and the same algorithms in every run.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    else:
+        torch.set_num_threads(threads)
+    return torch.device(name)
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
