@@ -150,16 +150,22 @@ def sources(folder: Path) -> dict[str, DataSource]:
     return {name: open_source(str(folder / f"{name}.npz")) for name in UPLINKS_BPS}
 
 
-def serve(folder: Path, kind: Kind, setting: Setting) -> Run:
-    """Run the task over a broker of its own by a gateway and an agent per device, to its end."""
-    task, credentials = folder / "task", Credentials(folder / "secrets")
+def prepare(folder: Path, setting: Setting) -> Path:
+    """The new run of a task in a folder, and the data of its devices."""
+    task = folder / "task"
     task.mkdir(parents=True)
     (task / "task.toml").write_text(setting.toml())
     save_model(digits_mlp(1), task / "model.onnx")
     for number, name in enumerate(UPLINKS_BPS):
-        credentials.add_device(name)
         write_digits(folder / f"{name}.npz", seed=number, rows=80)
-    path = create_run(folder / "runs", built(task), "run")
+    return create_run(folder / "runs", built(task), "run")
+
+
+def serve(folder: Path, kind: Kind) -> Run:
+    """Run what was prepared there over a broker of its own, by a gateway and an agent per device, to its end."""
+    path, credentials = folder / "runs" / "run", Credentials(folder / "secrets")
+    for name in UPLINKS_BPS:
+        credentials.add_device(name)
     loaded = load_task(path / "task")
     broker = Broker(folder / "broker", credentials, kind=kind)
     with ExitStack() as stack:
@@ -254,14 +260,16 @@ def _due(entries: Sequence[records.Entry]) -> dict[str, deque[tuple[float, recor
 
 @contextmanager
 def begun(folder: Path, kind: Kind, settings: Sequence[Setting]) -> Iterator[dict[Setting, Future[Run]]]:
-    """The check of every setting, several at once, since they mostly wait."""
+    """The check of every setting, several at once, since they mostly wait; their programs are built before, one after the other."""
+    for setting in settings:
+        prepare(folder / str(setting), setting)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {setting: pool.submit(check, folder / str(setting), kind, setting) for setting in settings}
 
 
 def check(folder: Path, kind: Kind, setting: Setting) -> Run:
-    """Serve and replay: the same arrivals, the same versions, the same model, and the same log, all to the bit. Returns the served run."""
-    served = serve(folder, kind, setting)
+    """Serve what was prepared and replay: the same arrivals, the same versions, the same model, and the same log, all to the bit."""
+    served = serve(folder, kind)
     assert served.reason == f"{setting.aggregations} aggregations"
     assert not served.of(records.Rejected)
     assert not served.of(records.Released)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from regrow import records
-from tests.testbed.parity import Replay, Run, Setting, begun, serve, sources
+from tests.testbed.parity import Replay, Run, Setting, begun, prepare, serve, sources
 
 pytestmark = pytest.mark.timeout(300)
 # Whatever the issue names for real MQTT; one word more for one method more.
@@ -40,7 +40,8 @@ def test_the_simulator_makes_the_served_model(running: Mapping[Setting, Future[R
 
 def test_another_sequence_of_arrivals_makes_another_model(tmp_path: Path) -> None:
     """So the agreement is that of the arrivals, and not of anything that would come out anyway."""
-    served = serve(tmp_path, "amqtt", Setting("fedasync"))
+    prepare(tmp_path, Setting("fedasync"))
+    served = serve(tmp_path, "amqtt")
     accepted = served.of(records.Accepted)
     other = next(number for number, entry in enumerate(accepted) if entry.device != accepted[0].device)
     reordered = [accepted.pop(other), *accepted]
