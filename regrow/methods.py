@@ -7,25 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from regrow.errors import LocalError
 
-MethodName = Literal[
-    "fedgmr",
-    "prfl",
-    "fedavg",
-    "fedasync",
-    "fedfix",
-    "fedbuff",
-    "asyncfeded",
-    "heterofl",
-    "fedrolex",
-    "fiarse",
-    "fjord",
-    "subfedavg",
-    "fedmr",
-]
 NEVER = 1_000_000_000
 Defaults = Mapping[str, Mapping[str, Any]]
 
@@ -93,7 +78,10 @@ ABLATIONS: Mapping[str, Defaults] = {
 
 def defaults_of(name: object) -> Defaults:
     """What a method's name implies; nothing for a name that validation will refuse."""
-    return METHODS.get(name, {}) if isinstance(name, str) else {}
+    try:
+        return named(name) if isinstance(name, str) else {}
+    except LocalError:
+        return {}
 
 
 def named(name: str) -> dict[str, dict[str, Any]]:

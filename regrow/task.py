@@ -10,7 +10,7 @@ import msgspec
 
 from regrow.errors import LocalError
 from regrow.local_rules import LocalRule
-from regrow.methods import MethodName, defaults_of
+from regrow.methods import defaults_of, named
 from regrow.values import WireDtype
 
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -28,10 +28,11 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Method(Section, frozen=True, kw_only=True):
     """Who trains which part, and how updates become one model (algorithms: sections 1, 2, 4 and 7).
 
-    The name chooses the defaults of this table, of [trigger] and of [restoration] (regrow.methods); every key can still be set.
+    The name chooses the defaults of this table, of [trigger] and of [restoration] (regrow.methods, composed names too); every key can
+    still be set.
     """
 
-    name: MethodName = "fedgmr"
+    name: str = "fedgmr"
     density: Literal["full", "class", "relative"] = "class"
     ladder: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=64)] = (0.05, 0.1, 0.2, 0.5, 1.0)
     granularity: Literal["weight", "unit"] = "weight"
@@ -148,6 +149,10 @@ class Task(Section, frozen=True, kw_only=True):
         from regrow.topics import check_name
 
         check_name(self.name, "task")
+        try:
+            named(self.method.name)
+        except LocalError as error:
+            raise LocalError(f"name at $.method: {error}") from error
         ladder = self.method.ladder
         if tuple(sorted(set(ladder))) != ladder or ladder[-1] != 1.0:
             raise LocalError("ladder at $.method: densities must ascend and end at 1.0, for example [0.05, 0.1, 0.2, 0.5, 1.0]")

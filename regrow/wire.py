@@ -26,6 +26,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_CHUNK_BYTES = 256 * 1024
 MIN_CHUNK_BYTES = 16 * 1024
 MAX_CHUNKS = 1 << 16
+MAX_PROGRAMS = 256  # 64 levels of whole units with three each, and those of the full model
 DIGEST_BYTES = 16
 _FRAME = struct.Struct("<2sBBI")
 
@@ -113,7 +114,7 @@ class Manifest(Message, frozen=True, kw_only=True, omit_defaults=True):
     lengths: Annotated[list[Length], msgspec.Meta(min_length=1, max_length=256)]
     chunks: Annotated[list[Chunk], msgspec.Meta(min_length=1, max_length=MAX_CHUNKS)]
     levels: Annotated[list[Blob], msgspec.Meta(min_length=1, max_length=256)]
-    programs: Annotated[list[Blob], msgspec.Meta(max_length=64)]
+    programs: Annotated[list[Blob], msgspec.Meta(max_length=MAX_PROGRAMS)]
     local: LocalRule = "plain"
 
 

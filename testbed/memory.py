@@ -226,6 +226,10 @@ class World:
                 client.connected = True
                 self._later(0.5, name, Connected())
 
+    def measure(self, name: str, uplink_bps: float) -> None:
+        """Let a device's meter say this now, in bit/s, whatever its link carries: for the replay of a recorded run."""
+        self._later(0.0, name, Measured(uplink_bps))
+
     # ---- time ----------------------------------------------------------------------------------------------------------------------
 
     def run(self, until_s: float, *, stop: Callable[[], bool] = lambda: False) -> None:

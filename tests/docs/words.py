@@ -116,7 +116,10 @@ TASK = {
     "name": ("The task, 1 to 63 of a-z, 0-9 and `-`; part of every topic. `device` is reserved.", _OURS),
     "model": ("Forward ONNX model, relative to the task folder.", _OURS),
     "seed": ("Devices draw their batches from this and the assignment's number.", _OURS),
-    "method.name": ("The method; it chooses the defaults of this table, of `[trigger]` and of `[restoration]` (below).", "the papers"),
+    "method.name": (
+        "The method, one of those below or composed of one; it chooses the defaults of this table, of `[trigger]` and of `[restoration]`.",
+        "the papers",
+    ),
     "method.density": ("`class`: the ladder, by link. `relative`: from round times, in 64ths. `full`: everybody 1.0.", "FedGMR, PR-FL"),
     "method.ladder": ("Densities of the levels, ascending, the last 1.0. `relative` uses it for first densities only.", _G),
     "method.granularity": (

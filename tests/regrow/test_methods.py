@@ -67,6 +67,22 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
         named(name)
 
 
+@pytest.mark.parametrize("name", ["fiarse+restore", "heterofl+async", "fedgmr-fa", "fedgmr-sync", "fedgmr+restore-no-buffer"])
+def test_a_task_takes_composed_names(name: str) -> None:
+    task, tables = parsed(f'[method]\nname = "{name}"\n'), named(name)
+    assert task.method.name == name
+    for section in ("method", "trigger", "restoration"):
+        for key, value in tables.get(section, {}).items():
+            assert key == "name" or getattr(getattr(task, section), key) == value
+    assert parsed('[method]\nname = "fedgmr-fa"\naggregation = "mask"\n').method.aggregation == "mask"
+
+
+@pytest.mark.parametrize("name", ["fedsgd", "fedgmr-everything", ""])
+def test_a_wrong_name_in_a_task_has_its_line_and_the_known_ones(name: str) -> None:
+    with pytest.raises(LocalError, match=rf"task\.toml:4: name at .*'{name}'.*fedasync.*\+restore.*no-buffer"):
+        parsed(f'seed = 1\n[method]\nname = "{name}"\n')
+
+
 def test_a_wrong_table_keeps_its_own_error() -> None:
     with pytest.raises(LocalError, match=r"task\.toml:3.*fedsgd"):
         parsed('[method]\nname = "fedsgd"\n')

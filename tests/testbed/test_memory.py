@@ -100,6 +100,16 @@ def test_rates_latency_and_acknowledgements_take_their_time() -> None:
     assert [at for at, _ in reader.of(Received)] == pytest.approx([1 + sent_s + 0.25 + sent_s / 2, 1 + 2 * sent_s + 0.25 + sent_s / 2])
 
 
+def test_a_meter_says_what_it_is_told_whatever_the_link_carries() -> None:
+    world = World(train)
+    puppet = Puppet(Publish("a", b"x", token=1))
+    world.add("p", puppet, up_bps=8_000)
+    world.at(5.0, lambda: world.measure("p", 123.0))
+    world.run(10)
+    assert puppet.of(Measured)[0][1] == Measured(8_000)
+    assert puppet.of(Measured)[1:] == [(5.0, Measured(123.0))]
+
+
 def test_a_cut_loses_what_is_under_way_and_the_subscriptions() -> None:
     world = World(train, latency_s=1.0)
     reader = Puppet(Subscribe(("a",)))
