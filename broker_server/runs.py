@@ -18,6 +18,7 @@ from regrow.ledger import Ledger
 from regrow.parameters import Layout
 from regrow.programs import UNITS, program_file, program_name
 from regrow.records import to_record
+from regrow.shelf import Shelf, in_memory
 from regrow.task import Task, parse_task
 from regrow.units import Units
 
@@ -117,8 +118,8 @@ def newest_unfinished(runs: Path, task: str) -> Path | None:
     return None
 
 
-def recover(store: Store, folder: TaskFolder) -> Ledger:
-    """The ledger as the store has it: the newest snapshot that checks out and every record after it.
+def recover(store: Store, folder: TaskFolder, shelf: Shelf = in_memory) -> Ledger:
+    """The ledger as the store has it, its latest updates on the shelf: the newest snapshot that checks out and every record after it.
 
     Raises:
         LocalError: the log does not check out.
@@ -126,10 +127,10 @@ def recover(store: Store, folder: TaskFolder) -> Ledger:
     snapshot = store.load_snapshot()
     after = 0
     if snapshot is None:
-        ledger = Ledger.start(folder.task, folder.layout, folder.initial, folder.units)
+        ledger = Ledger.start(folder.task, folder.layout, folder.initial, folder.units, shelf)
     else:
         after, meta, arrays = snapshot
-        ledger = checkpoint.load(folder.task, folder.layout, meta, arrays, folder.units)
+        ledger = checkpoint.load(folder.task, folder.layout, meta, arrays, folder.units, shelf)
     for log_id, record in store.replay(after):
         try:
             ledger.apply_record(record)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from regrow.errors import LocalError
 
 _HASH_BLOCK_BYTES = 2**20
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"}
+_DTYPES |= {"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +42,37 @@ def write(folder: Path, log_id: int, arrays: Mapping[str, NDArray[Any]]) -> Snap
     """
     temporary = folder / f"{log_id:012d}.tmp"
     try:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
-        with temporary.open("rb") as stream:
+        with temporary.open("wb") as stream:
+            _save(arrays, stream)
+            stream.flush()
             os.fsync(stream.fileno())
         digest = _sha256(temporary)
         written = SnapshotFile(f"{log_id:012d}-{digest[:16]}.safetensors", temporary.stat().st_size, digest)
         temporary.replace(folder / written.name)
         sync_folder(folder)
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, KeyError) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise LocalError(f"snapshot at record {log_id} not written to {folder}, older ones stay: {error!r}") from error
     return written
+
+
+def _save(arrays: Mapping[str, NDArray[Any]], stream: IO[bytes]) -> None:
+    """The safetensors format, array by array: the library's own writer first puts a copy of all of them into memory."""
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # the widest first, so that each is aligned
+    for name in names:
+        array = arrays[name]
+        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        array = arrays[name]
+        little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        stream.write(little_endian.reshape(-1).view(np.uint8).data)
 
 
 def load(folder: Path, recorded: SnapshotFile) -> dict[str, NDArray[Any]]:

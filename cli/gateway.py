@@ -23,6 +23,7 @@ from broker_server.gateway import Gateway
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
 from broker_server.runs import rollback as roll_back
+from broker_server.shelf import MappedShelf
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.view import FleetView, watch
@@ -190,7 +191,7 @@ def _link(options: argparse.Namespace, home: Path) -> _Link:
 def _serve_run(options: argparse.Namespace, path: Path, link: _Link) -> int:
     folder = load_task(path / "task")
     with Store.open(path) as store:
-        ledger = recover(store, folder)
+        ledger = recover(store, folder, MappedShelf(store.path, 4 * folder.layout.size))
         if ledger.finished:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)

@@ -9,6 +9,8 @@ from regrow import topics, wire
 from regrow.ledger import Lease, Ledger
 from regrow.machine import Effect, Publish
 from regrow.publication import PIECE_BYTES, CodedOrder, manifest
+from regrow.roster import Roster
+from regrow.task import Task
 
 MAX_STEPS = 1_000_000  # of one assignment, by the wire
 
@@ -16,8 +18,11 @@ MAX_STEPS = 1_000_000  # of one assignment, by the wire
 class Broadcast:
     """The retained messages of one run, in the order that keeps devices right: chunks, manifest, assignment, then clearing."""
 
-    def __init__(self, ledger: Ledger, names: topics.Run, programs: Mapping[str, bytes], emit: Callable[[Effect], None]) -> None:
+    def __init__(
+        self, ledger: Ledger, roster: Roster, names: topics.Run, programs: Mapping[str, bytes], emit: Callable[[Effect], None]
+    ) -> None:
         self.ledger, self.names, self.programs = ledger, names, programs
+        self._roster = roster
         self.fetching: dict[int, set[str]] = {}
         self._emit = emit
         self._epochs: dict[int, list[int]] = {}
@@ -71,13 +76,14 @@ class Broadcast:
         task = self.ledger.task
         device = self.ledger.devices[who]
         self.fetching.setdefault(lease.version, set()).add(who)
+        transfer_s = device.density / device.uplink_bps
         message = wire.Assignment(
             term=self._term,
             number=lease.number,
             version=lease.version,
             epoch=lease.epoch,
             level=lease.level,
-            steps=local_steps(self.ledger, who),
+            steps=local_steps(task, transfer_s, self._roster.transfers.least() or transfer_s),
             batch=task.training.batch,
             learning_rate=learning_rate(self.ledger),
             seed=task.seed * 1_000_003 + lease.number,
@@ -157,15 +163,14 @@ class Broadcast:
         self._emit(Publish(topic, payload, retain=True))
 
 
-def local_steps(ledger: Ledger, who: str) -> int:
+def local_steps(task: Task, transfer_s: float, quickest_s: float) -> int:
     """Steps of this device's round: more, up to max_steps_factor times, where the link takes longer than the quickest device's.
 
     While densities match links nobody differs; once a slow device has regrown, its long transfers are used for more local work (ours).
+    Both transfers are density / uplink, > 0: seconds but for a constant.
     """
-    training = ledger.task.training
-    transfer = {other: known.density / known.uplink_bps for other, known in ledger.devices.items()}
-    factor = min(transfer[who] / min(transfer.values()), training.max_steps_factor)
-    return min(round(training.local_steps * factor), MAX_STEPS)
+    factor = min(transfer_s / quickest_s, task.training.max_steps_factor)
+    return min(round(task.training.local_steps * factor), MAX_STEPS)
 
 
 def learning_rate(ledger: Ledger) -> float:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from regrow import restoration
 from regrow.aggregate import Update
 from regrow.errors import LocalError
-from regrow.ledger import Buffered, Device, Ledger
+from regrow.ledger import Device, Ledger
 from regrow.order import Order
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication
+from regrow.shelf import Buffered, Shelf, in_memory, shelved
 from regrow.task import Task
 from regrow.units import Units
 from regrow.values import WireDtype
@@ -106,8 +107,15 @@ def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
     return msgspec.json.encode(meta), arrays
 
 
-def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDArray[Any]], units: Units | None = None) -> Ledger:
-    """The ledger that was dumped.
+def load(
+    task: Task,
+    layout: Layout,
+    meta_json: bytes,
+    arrays: Mapping[str, NDArray[Any]],
+    units: Units | None = None,
+    shelf: Shelf = in_memory,
+) -> Ledger:
+    """The ledger that was dumped, with its latest updates on the shelf.
 
     Raises:
         LocalError: the snapshot does not belong to this task or does not check out.
@@ -139,7 +147,7 @@ def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDAr
             since_refresh=meta.since_refresh,
             elapsed_s=meta.elapsed_s,
             devices=meta.devices,
-            buffer={item.device: _buffered(item, arrays) for item in meta.buffer},
+            buffer={item.device: shelved(_buffered(item, arrays), shelf) for item in meta.buffer},
             arrived=dict.fromkeys(meta.arrived),
             orders=orders,
             published=published,
@@ -153,6 +161,7 @@ def load(task: Task, layout: Layout, meta_json: bytes, arrays: Mapping[str, NDAr
             finished=meta.finished,
             term=meta.term,
             units=units,
+            shelf=shelf,
         )
     except (msgspec.DecodeError, ValueError, KeyError) as error:
         raise LocalError(f"snapshot: {error}; `regrow rollback` offers older ones") from error

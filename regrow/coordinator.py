@@ -36,6 +36,7 @@ from regrow.planning import Planner
 from regrow.publication import version_of
 from regrow.receipts import missing_of, receipt
 from regrow.records import Entry, Joined, Led, Rejected, Released, to_record
+from regrow.roster import Roster
 from regrow.trigger import due_s, has_quorum
 
 MIN_LINK_BPS = 1.0  # a claimed link below this would make a deadline that is not a number any more
@@ -65,16 +66,14 @@ class Coordinator:
         self.phase = Phase.DONE if ledger.finished else Phase.OFFLINE
         self.claim = Claim(self.names, term_above(ledger.term, nonce), nonce, takeover)
         self.programs = dict(programs)
-        self.broadcast = Broadcast(ledger, self.names, self.programs, self.emit)
+        self.roster = Roster(ledger)
+        self.broadcast = Broadcast(ledger, self.roster, self.names, self.programs, self.emit)
         self.planner = Planner(self)
-        self.heard_s: dict[str, float] = {}
         self.boots: dict[str, bytes] = {}
         self.telemetry: dict[str, wire.Telemetry] = {}
         self.step_s: dict[str, float] = {}
         self.waiting: dict[str, Joined] = {}
         self.assemblies: dict[str, uploads.Assembly] = {}
-        self.deadline_s: dict[str, float] = {}
-        self.overdue: set[str] = set()  # missed a deadline: not waited for again until they deliver
         self.quorum_s: float | None = None
         self.last_s = 0.0
         self.now = 0.0
@@ -85,6 +84,7 @@ class Coordinator:
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take one event in at monotonic time `now`; returns what the runtime must do, in order."""
         self.now = max(now, self.now)
+        self.roster.pass_time(self.now)
         urgent: list[Effect] = []
         if isinstance(event, Persisted):
             urgent += self._outbox.release(event)
@@ -103,6 +103,7 @@ class Coordinator:
     def commit(self, entry: Entry, payload: Payload = b"") -> None:
         """Take a fact into the ledger and into the records of this step."""
         self.ledger.apply(entry, payload)
+        self.roster.heed(entry, self.now)
         self._outbox.commit(to_record(entry, payload))
 
     def emit(self, effect: Effect) -> None:
@@ -118,9 +119,8 @@ class Coordinator:
             return self.claim.wait_s
         if self.phase is not Phase.LEADING:
             return None
-        times = [self.claim.beat_s, *self.deadline_s.values()]
-        times += [at for at in (self._due_s(), self.planner.join_due_s(), self.planner.stop_due_s()) if at is not None]
-        return min(times)
+        times = (self.roster.deadlines.least(), self._due_s(), self.planner.join_due_s(), self.planner.stop_due_s())
+        return min([self.claim.beat_s, *(at for at in times if at is not None)])
 
     # ---- who leads ---------------------------------------------------------------------------------------------------------------
 
@@ -156,9 +156,7 @@ class Coordinator:
         if self.claim.term != self.ledger.term:
             self.commit(Led(term=self.claim.term))
         self._lead_s = self.last_s = self.now
-        self.deadline_s = {
-            who: self.now + device.lease.deadline_s for who, device in self.ledger.devices.items() if device.lease is not None
-        }
+        self.roster.restart_deadlines(self.now)
         self.emit(Subscribe(self.names.from_devices()))
         self.emit(self.claim.beaten(self.now))
         self.broadcast.everything(self.claim.term)
@@ -173,7 +171,7 @@ class Coordinator:
     def _go_offline(self, _: Disconnected) -> None:
         self._elapsed_before = self.elapsed_s()
         self.phase = Phase.OFFLINE
-        self.heard_s.clear()
+        self.roster.silence_all()
 
     def _stop(self, reason: str) -> None:
         """Leave without touching the run: it is someone else's to lead, or to be continued."""
@@ -187,19 +185,19 @@ class Coordinator:
     # ---- devices -----------------------------------------------------------------------------------------------------------------
 
     def live(self, who: str) -> bool:
-        """Heard of within three heartbeats. A will is only a hint: it makes a device silent until its next word."""
-        return self.now - self.heard_s.get(who, float("-inf")) <= 3 * self.ledger.task.fleet.heartbeat_s
+        """Heard of within three heartbeats, and no will since."""
+        return self.roster.live(who)
 
     def _hear_status(self, said: tuple[topics.FromDevice, wire.Status, Payload]) -> None:
         source, status, _ = said
         if not status.online:
-            self.heard_s.pop(source.device, None)
+            self.roster.silence(source.device)
             self._advance()
 
     def _hear_hello(self, said: tuple[topics.FromDevice, wire.Hello, Payload]) -> None:
         source, hello, _ = said
         who, known = source.device, self.ledger.devices.get(source.device)
-        self.heard_s[who] = self.now
+        self.roster.hear(who, self.now)
         rebooted = self.boots.get(who) != hello.boot
         if hello.step_s:
             self.step_s[who] = hello.step_s
@@ -210,7 +208,7 @@ class Coordinator:
             join = Joined(device=who, install=hello.install.hex(), uplink_bps=uplink_bps, density=0.0)
             if known is None:
                 self.waiting[who] = join
-            elif known.install != join.install or (rebooted and self.planner.excluded(who)):
+            elif known.install != join.install or (rebooted and self.roster.excluded(known)):
                 if known.lease is not None:
                     self.release_lease(who, "reinstalled")
                 self.commit(join)
@@ -221,7 +219,7 @@ class Coordinator:
     def _hear_telemetry(self, said: tuple[topics.FromDevice, wire.Telemetry, Payload]) -> None:
         source, telemetry, _ = said
         who, known = source.device, self.ledger.devices.get(source.device)
-        self.heard_s[who] = self.now
+        self.roster.hear(who, self.now)
         self.telemetry[who] = telemetry
         if telemetry.step_s:
             self.step_s[who] = telemetry.step_s
@@ -241,7 +239,6 @@ class Coordinator:
     def release_lease(self, who: str, reason: str, *, blame: bool = False) -> None:
         lease = self.ledger.devices[who].lease
         self.commit(Released(device=who, reason=reason, blame=blame))
-        self.deadline_s.pop(who, None)
         if lease is not None:
             self.broadcast.downloaded(lease.version, who)
         self.emit(Note("released", {"device": who, "reason": reason}))
@@ -251,7 +248,7 @@ class Coordinator:
     def _hear_update(self, said: tuple[topics.FromDevice, wire.UpdateChunk, memoryview]) -> None:
         source, chunk, payload = said
         who, known = source.device, self.ledger.devices.get(source.device)
-        self.heard_s[who] = self.now
+        self.roster.hear(who, self.now)
         if known is None or known.install != chunk.install.hex():
             return
         if source.sequence <= known.last_sequence:
@@ -284,9 +281,8 @@ class Coordinator:
             )
             self.emit(Note("rejected", {"device": who, "reason": str(error)}))
         else:
-            self.overdue.discard(who)
+            self.roster.deliver(who)
             self._note_arrival(who, assembly.head)
-        self.deadline_s.pop(who, None)
         self.broadcast.downloaded(version, who)
         self._receipt(who, assembly.install, assembly.sequence)
         self._advance()
@@ -313,23 +309,19 @@ class Coordinator:
 
     # ---- progress ----------------------------------------------------------------------------------------------------------------
 
-    def _outstanding(self) -> list[str]:
-        return [who for who in self.deadline_s if self.live(who) and who not in self.overdue]
-
     def _due_s(self) -> float | None:
         return due_s(
             self.ledger.task.trigger,
             arrived=len(self.ledger.arrived),
-            outstanding=len(self._outstanding()),
-            fastest_class=self.planner.fastest_class(),
+            outstanding=len(self.roster.outstanding),
+            fastest_class=self.roster.fastest_class(),
             quorum_s=self.quorum_s,
             last_s=self.last_s,
             now_s=self.now,
         )
 
     def _tick(self, _: Woken) -> None:
-        for who in [who for who, deadline in self.deadline_s.items() if deadline <= self.now]:
-            self.overdue.add(who)
+        for who in self.roster.miss_deadlines(self.now):
             self.release_lease(who, "deadline passed")
         if self.claim.beat_s <= self.now:
             self.emit(self.claim.beaten(self.now))
@@ -340,8 +332,8 @@ class Coordinator:
         if self.phase is not Phase.LEADING:
             return
         self.planner.admit()
-        fastest = self.planner.fastest_class()
-        if self.quorum_s is None and has_quorum(self.ledger.task.trigger, len(self.ledger.arrived), len(self._outstanding()), fastest):
+        roster, arrived = self.roster, len(self.ledger.arrived)
+        if self.quorum_s is None and has_quorum(self.ledger.task.trigger, arrived, len(roster.outstanding), roster.fastest_class()):
             self.quorum_s = self.now
         due = self._due_s()
         if due is not None and due <= self.now:

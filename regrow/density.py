@@ -19,7 +19,11 @@ def full_density_goodput_bps(live_uplinks_bps: Sequence[float]) -> float:
     """
     if not live_uplinks_bps or not all(math.isfinite(link) and link > 0.0 for link in live_uplinks_bps):
         raise LocalError("density: needs measured links, each finite and > 0 bit/s")
-    ascending = sorted(live_uplinks_bps)
+    return nearest_rank(sorted(live_uplinks_bps))
+
+
+def nearest_rank(ascending: Sequence[float]) -> float:
+    """The 90th percentile of values in ascending order, at least one."""
     return ascending[math.ceil(0.9 * len(ascending)) - 1]
 
 
@@ -82,6 +86,17 @@ def remember_round(window: Sequence[float], round_s: float, size: int) -> tuple[
     return (*window, round_s)[-size:]
 
 
+def mean_round_s(window: Sequence[float]) -> float | None:
+    """tbar of a device's last normalised round times, seconds, or None without any."""
+    return math.fsum(window) / len(window) if window else None
+
+
+def relative_density(fastest_s: float, mean_s: float, minimum: float = 0.0) -> float:
+    """PR-FL's rule for one device, as in `relative_densities`: seconds of the fastest device and of this one, and its rho_min_i."""
+    steps = max(1, round(fastest_s / mean_s * GRID), math.ceil(minimum * GRID - 1e-9))
+    return min(steps / GRID, 1.0)
+
+
 def relative_densities(windows: Mapping[str, Sequence[float]], minimum: Mapping[str, float] | None = None) -> dict[str, float]:
     """PR-FL's rule: rho_i = max(min_j tbar_j / tbar_i, rho_min_i), to the nearest 1/64 and at least 1/64.
 
@@ -94,13 +109,9 @@ def relative_densities(windows: Mapping[str, Sequence[float]], minimum: Mapping[
 
     Source: PR-FL; the normalisation and the rounding are ours (algorithms.md sections 2 and 4).
     """
-    means = {who: math.fsum(times) / len(times) for who, times in windows.items() if times}
+    means = {who: mean for who, times in windows.items() if (mean := mean_round_s(times)) is not None}
     if any(not (math.isfinite(mean) and mean > 0.0) for mean in means.values()):
         raise LocalError("density: round times must be finite and > 0")
     fastest = min(means.values(), default=0.0)
     lower = minimum or {}
-    densities = {}
-    for who, mean in means.items():
-        steps = max(1, round(fastest / mean * GRID), math.ceil(lower.get(who, 0.0) * GRID - 1e-9))
-        densities[who] = min(steps / GRID, 1.0)
-    return densities
+    return {who: relative_density(fastest, mean, lower.get(who, 0.0)) for who, mean in means.items()}

@@ -22,12 +22,14 @@ from regrow.order import Order, build_order, importance
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication, slot_of, version_of
 from regrow.recombination import recombine, shuffles
+from regrow.shelf import Buffered, Shelf, in_memory, reexpressed, shelved
 from regrow.task import Task
 from regrow.unit_order import build_unit_order, ranks_of
 from regrow.units import Units
 from regrow.wire import Score
 
 RETIRED_REMEMBERED = 32
+SIXTY_FOURTHS = tuple(step / 64 for step in range(1, 65))
 MEANS = ("mask", "plain", "recombine")  # the new model is a mean of models: everybody's latest may count
 MOVES = ("gradient", "delta", "adaptive")  # it is the old one moved by changes: each counts once, and needs the base it started from
 
@@ -66,16 +68,6 @@ class Device:
     reports: dict[int, Score] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Buffered:
-    """The latest update of a device; `version` as in records.Accepted; `base` only where gradient averaging needs it."""
-
-    update: Update
-    version: int
-    examples: int
-    base: NDArray[np.float32] | None = None
-
-
 @dataclass
 class Ledger:
     """The durable state of a run. Vectors are float32 [n] in the position order of the current epoch.
@@ -108,16 +100,25 @@ class Ledger:
     finished: str = ""
     term: int = 0
     units: Units | None = None
+    shelf: Shelf = in_memory
 
     @classmethod
-    def start(cls, task: Task, layout: Layout, initial: NDArray[np.float32], units: Units | None = None) -> Ledger:
-        """The ledger before the first record. `initial`: float32 [n] by flat coordinate; `units` of the model, for granularity "unit"."""
+    def start(
+        cls, task: Task, layout: Layout, initial: NDArray[np.float32], units: Units | None = None, shelf: Shelf = in_memory
+    ) -> Ledger:
+        """The ledger before the first record.
+
+        Args:
+            initial: float32 [n] by flat coordinate.
+            units: of the model, for granularity "unit".
+            shelf: where the arrays of `buffer` lie.
+        """
         if initial.dtype != np.float32 or initial.shape != (layout.size,) or not np.isfinite(initial).all():
             raise LocalError(f"initial model: expected {layout.size} finite float32 values; rebuild the task with `regrow task build`")
         order = next_order(task, layout, units, importance("w", initial), initial, epoch=0)
         coded = CodedOrder.of(order)
         weights = initial[order.coordinates]
-        return cls(task, layout, weights, coded, weights.copy(), np.zeros_like(weights), orders={0: coded}, units=units)
+        return cls(task, layout, weights, coded, weights.copy(), np.zeros_like(weights), orders={0: coded}, units=units, shelf=shelf)
 
     @property
     def order(self) -> Order:
@@ -180,7 +181,7 @@ class Ledger:
 
 def densities_of(task: Task) -> tuple[float, ...]:
     """One density per level: FedGMR's ladder, 64ths for PR-FL's continuous rule, or the full model alone."""
-    rules = {"class": task.method.ladder, "relative": tuple(step / 64 for step in range(1, 65)), "full": (1.0,)}
+    rules = {"class": task.method.ladder, "relative": SIXTY_FOURTHS, "full": (1.0,)}
     return rules[task.method.density]
 
 
@@ -248,7 +249,8 @@ def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None
     if entry.epoch != ledger.order.epoch:
         update = aggregate.reexpress(update, old, ledger.order)
         base_update = aggregate.reexpress(base_update, old, ledger.order)
-    ledger.buffer[entry.device] = Buffered(update, entry.version, entry.examples, base_update.values if keeps_base else None)
+    held = Buffered(update, entry.version, entry.examples, base_update.values if keeps_base else None)
+    ledger.buffer[entry.device] = shelved(held, ledger.shelf)
     ledger.arrived[entry.device] = None
     _close(device, entry.sequence, accepted=True)
     device.updates += 1
@@ -342,18 +344,11 @@ def _refreshed(ledger: Ledger, entry: records.Refreshed, payload: Payload) -> No
     ledger.coded = CodedOrder(order, tuple(levels))
     ledger.orders[entry.epoch] = ledger.coded
     ledger.since_refresh = 0
-    ledger.buffer = {who: _reexpressed(held, old, order) for who, held in ledger.buffer.items()}
+    for who, held in ledger.buffer.items():  # one by one, so that each new array can take an old one's place
+        ledger.buffer[who] = shelved(reexpressed(held, old, order), ledger.shelf)
     for device in ledger.devices.values():
         device.rounds_in_epoch = 0
     _forget_orders(ledger)
-
-
-def _reexpressed(held: Buffered, old: Order, new: Order) -> Buffered:
-    update = aggregate.reexpress(held.update, old, new)
-    if held.base is None:
-        return Buffered(update, held.version, held.examples)
-    base = aggregate.reexpress(Update(held.base, held.update.presence), old, new)
-    return Buffered(update, held.version, held.examples, base.values)
 
 
 def _forget_orders(ledger: Ledger) -> None:

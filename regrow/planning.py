@@ -55,26 +55,16 @@ class Planner:
             return
         waiting = self._coordinator.waiting
         method = self._ledger.task.method
-        links = [join.uplink_bps for join in waiting.values()] + [
-            device.uplink_bps for who, device in self._ledger.devices.items() if self._coordinator.live(who)
-        ]
+        full_bps = method.full_density_bps
+        if full_bps is None:
+            full_bps = self._coordinator.roster.full_density_bps(join.uplink_bps for join in waiting.values())
         for join in waiting.values():
             ladder = densities_of(self._ledger.task) if method.density == "full" else method.ladder
-            first = density.initial_density(join.uplink_bps, links, ladder, method.full_density_bps)
+            first = density.initial_density(join.uplink_bps, (), ladder, full_bps)
             self._coordinator.commit(msgspec.structs.replace(join, density=first))
             fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first}
             self._coordinator.emit(Note("joined", fields))
         waiting.clear()
-
-    def excluded(self, who: str) -> bool:
-        """Too many bad updates in a row: no more work until the device starts anew."""
-        return self._ledger.devices[who].rejections >= self._ledger.task.fleet.max_rejections
-
-    def fastest_class(self) -> int:
-        """How many live devices are in the class with the highest first density: K of the `fastest` trigger."""
-        working = [who for who in self._ledger.devices if self._coordinator.live(who) and not self.excluded(who)]
-        first = [self._ledger.devices[who].first_density for who in working]
-        return first.count(max(first)) if first else 0
 
     # ---- aggregation -----------------------------------------------------------------------------------------------------------------
 
@@ -87,35 +77,19 @@ class Planner:
             self._evaluate(elapsed_s)
         if self._refresh_pays():
             self._refresh()
-        mean = float(np.mean([device.density for device in ledger.devices.values()]))
+        mean = self._coordinator.roster.mean_density()
         fields = {"version": ledger.version, "elapsed_s": elapsed_s, "mean_density": mean, "global_score": ledger.global_score}
         self._coordinator.emit(Note("aggregated", {**fields, "scores": dict(ledger.level_scores)}))
-
-    def scores(self) -> tuple[dict[float, float], float | None]:
-        """(score per level, score of the global model): example-weighted accuracy of the devices' latest reports.
-
-        A device counts for the level that it trains, and for the full model where it was asked to fetch that.
-        """
-        ledger = self._ledger
-        top = len(densities_of(ledger.task)) - 1
-        reports: list[tuple[float, float, int]] = []
-        for device in ledger.devices.values():
-            for level in {ledger.level_of(device.density), top}:
-                score = device.reports.get(level)
-                if score is not None:
-                    reports.append((ledger.density_of(level), score.accuracy, score.examples))
-        scores = restoration.score_levels(reports)
-        return scores, scores[max(scores)] if scores else None
 
     def _evaluate(self, elapsed_s: float) -> None:
         """Score the levels in use and the whole model: by the devices' reports, or by asking the gateway."""
         ledger = self._ledger
         if ledger.task.evaluation.data is None:
-            scores, global_score = self.scores()
-            self._restore(elapsed_s, scores, global_score)
+            scores = self._coordinator.roster.scores.means()
+            self._restore(elapsed_s, scores, scores[max(scores)] if scores else None)
             return
         order = ledger.order
-        levels = {ledger.level_of(device.density) for device in ledger.devices.values()} | {len(order.lengths) - 1}
+        levels = {ledger.level_of(value) for value in self._coordinator.roster.densities.counts} | {len(order.lengths) - 1}
         lengths = {level: order.lengths[level] for level in sorted(levels)}
         self._coordinator.emit(Evaluate(ledger.version, ledger.weights, order.coordinates, lengths))
 
@@ -129,7 +103,9 @@ class Planner:
     def _restore(self, elapsed_s: float, scores: dict[float, float], global_score: float | None) -> None:
         ledger, task = self._ledger, self._ledger.task
         planned = task.restoration.planned_s
-        before = {who: device.density for who, device in ledger.devices.items()}
+        # Without restoration nobody is raised, and no counter of anybody needs to be kept.
+        raisable = ledger.devices.items() if task.restoration.trigger != "none" else ()
+        before = {who: device.density for who, device in raisable}
         progress = elapsed_s / planned if planned else 0.0
         config = restoration_config(task)
         state, after, finished, reasons = restoration.evaluate(ledger.restoration, config, before, scores, global_score, progress)
@@ -149,14 +125,11 @@ class Planner:
 
     def _refresh_pays(self) -> bool:
         """k_rest aggregations have passed, somebody still trains a part, and the slow class has trained several rounds on this order."""
-        ledger, method = self._ledger, self._ledger.task.method
-        lowest = min((device.density for device in ledger.devices.values()), default=1.0)
-        if lowest >= 1.0 or ledger.since_refresh < method.refresh_every:
+        roster = self._coordinator.roster
+        lowest = min(roster.densities.counts, default=1.0)
+        if lowest >= 1.0 or self._ledger.since_refresh < self._ledger.task.method.refresh_every:
             return False
-        slow = [
-            device.rounds_in_epoch for who, device in ledger.devices.items() if device.density == lowest and self._coordinator.live(who)
-        ]
-        return not slow or min(slow) >= method.refresh_min_rounds
+        return lowest not in roster.unready.counts
 
     def _refresh(self) -> None:
         ledger, method = self._ledger, self._ledger.task.method
@@ -200,33 +173,27 @@ class Planner:
 
     def assign_idle(self) -> None:
         """Give every live, idle device a sub-model of the newest version that it can have; retire what nobody leases."""
-        idle = [who for who in sorted(self._ledger.devices) if self._is_idle(who)]
+        idle = self._coordinator.roster.idle
         if idle:
             version = self._version_to_hand_out()
             if version is not None:
                 on_broker = self._coordinator.broadcast.on_broker()
                 older = max((v for v in on_broker if version_of(v) != version_of(version)), key=version_of, default=None)
                 untrained = self._untrained(version)
-                for who in idle:
+                for who in sorted(idle):
                     self._assign(who, older if older is not None and self._would_pin(who) else next(untrained, version))
         self._retire(self._ledger.published)
         self._coordinator.broadcast.tidy(self._ledger.version)
-
-    def _is_idle(self, who: str) -> bool:
-        device = self._ledger.devices[who]
-        waits = who in self._ledger.arrived  # its update is not in any version yet
-        return device.lease is None and not waits and self._coordinator.live(who) and not self.excluded(who)
 
     def _would_pin(self, who: str) -> bool:
         """Whether this device's long download would hold the last place on the broker, which the newest version needs.
 
         Slow devices then share an older version that is there anyway, so that the fast ones always get fresh ones.
         """
-        ledger = self._ledger
-        if _versions(self._coordinator.broadcast.on_broker()) < ledger.task.wire.versions_on_broker:
+        if _versions(self._coordinator.broadcast.on_broker()) < self._ledger.task.wire.versions_on_broker:
             return False
-        seconds = {other: known.density / known.uplink_bps for other, known in ledger.devices.items() if self._coordinator.live(other)}
-        return seconds.get(who, 0.0) > SLOW_DOWNLOAD * min(seconds.values(), default=0.0)
+        device = self._ledger.devices[who]
+        return device.density / device.uplink_bps > SLOW_DOWNLOAD * (self._coordinator.roster.live_transfers.least() or 0.0)
 
     def _version_to_hand_out(self) -> int | None:
         """The newest version, published now if there is room for it; else the newest that lies on the broker; else none yet."""
@@ -245,8 +212,8 @@ class Planner:
         """Publish one model of the newest version; again, if it had left the broker."""
         ledger = self._ledger
         if number not in ledger.published:
-            slowest = min(device.uplink_bps for device in ledger.devices.values())
-            self._coordinator.commit(records.Published(version=number, chunk_bytes=chunk_bytes(slowest)))
+            slowest_bps = self._coordinator.roster.uplinks.least() or 0.0
+            self._coordinator.commit(records.Published(version=number, chunk_bytes=chunk_bytes(slowest_bps)))
         self._coordinator.broadcast.version(number)
 
     def _untrained(self, version: int) -> Iterator[int]:
@@ -257,7 +224,7 @@ class Planner:
         ledger = self._ledger
         if version != ledger.version:
             return
-        taken = {device.lease.version for device in ledger.devices.values() if device.lease is not None}
+        taken = set(self._coordinator.roster.leases.counts)
         taken |= {ledger.buffer[who].version for who in ledger.arrived}
         for number in (number_of(version, slot) for slot in range(len(ledger.recombined))):
             if number not in taken:
@@ -284,7 +251,6 @@ class Planner:
                 evaluate_level=top if asks_full else None,
             )
         )
-        self._coordinator.deadline_s[who] = self._coordinator.now + deadline_s
         lease = device.lease
         if lease is not None:
             self._coordinator.broadcast.assignment(who, lease)
@@ -294,8 +260,10 @@ class Planner:
         """FedGMR: what restoration has come to. PR-FL: the rule on normalised round times, never below restoration's floor."""
         if self._ledger.task.method.density != "relative":
             return device.density
-        windows = {other: known.full_round_s for other, known in self._ledger.devices.items()}
-        return density.relative_densities(windows, self._ledger.restoration.minimum).get(who, device.density)
+        fastest_s, mean_s = self._coordinator.roster.rounds.least(), density.mean_round_s(device.full_round_s)
+        if fastest_s is None or mean_s is None:
+            return device.density
+        return density.relative_density(fastest_s, mean_s, self._ledger.restoration.minimum.get(who, 0.0))
 
     def _predicted_round_s(self, who: str, version: int, level: int) -> float:
         """Download, training and upload at this level; the downlink is taken to be no slower than the measured uplink."""
@@ -310,7 +278,7 @@ class Planner:
 
     def _retire(self, versions: Iterable[int]) -> None:
         """Give up every model that nobody leases, except those of the newest version: the next device will ask for one."""
-        leased = {device.lease.version for device in self._ledger.devices.values() if device.lease is not None}
+        leased = self._coordinator.roster.leases.counts
         for version in [v for v in versions if v not in leased and version_of(v) != self._ledger.version]:
             chunks = len(self._ledger.published[version].chunks)
             self._coordinator.commit(records.Retired(version=version))

@@ -28,6 +28,7 @@ from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.gateway import Gateway
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, load_task, recover
+from broker_server.shelf import MappedShelf
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.view import FleetView, watch
@@ -97,7 +98,7 @@ def command(options: argparse.Namespace) -> int:
     path = _make_run(options.runs, options.seconds, options.seed)
     folder = load_task(path / "task")
     with Store.open(path) as store:
-        ledger = recover(store, folder)
+        ledger = recover(store, folder, MappedShelf(store.path, 4 * folder.layout.size))
         kind, seconds = _run_fleet(options, path, folder, store, ledger, devices)
         if not ledger.version:
             raise LocalError(

@@ -1,0 +1,267 @@
+"""Who is here, who works and who may have work, kept as facts come: no event looks at the whole fleet.
+
+Every quantity that the coordinator asks for is a count, a least value or a rank over what each device has at the moment. When something
+about a device changes, `Roster.look` reads it from the ledger again and corrects each of them by the difference, in O(log devices); only a
+refresh, which costs the size of the buffer anyway, looks at everybody. All of it follows from the ledger and from who was heard of.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from regrow import density, records
+from regrow.ledger import Device, Ledger
+from regrow.scoreboard import Scoreboard
+
+HEARTBEATS = 3
+_ABOUT_ONE = (records.Joined, records.Assigned, records.Accepted, records.Rejected, records.Released)
+
+
+class Tally:
+    """How many devices have each value; a device has one value or none."""
+
+    def __init__(self) -> None:
+        self.counts: dict[float, int] = {}
+        self._values: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def put(self, who: str, value: float | None) -> None:
+        old = self._values.get(who)
+        if value == old:
+            return
+        if old is not None:
+            self.counts[old] -= 1
+            if not self.counts[old]:
+                del self.counts[old]
+            del self._values[who]
+        if value is not None:
+            self._values[who] = value
+            self.counts[value] = self.counts.get(value, 0) + 1
+
+
+class Least:
+    """The least of the devices' values: a heap whose replaced entries are dropped when they come to its top, or outnumber the others."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[float, int, str]] = {}
+        self._heap: list[tuple[float, int, str]] = []
+        self._count = 0
+
+    def put(self, who: str, value: float | None) -> None:
+        old = self._entries.get(who)
+        if value is None:
+            self._entries.pop(who, None)
+        elif old is None or old[0] != value:
+            self._count += 1
+            self._entries[who] = entry = (value, self._count, who)
+            heapq.heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + 64:
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
+
+    def least(self) -> float | None:
+        """The least value, or None while nobody has one."""
+        while self._heap and self._entries.get(self._heap[0][2]) is not self._heap[0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def take(self, limit: float) -> list[str]:
+        """Remove those whose value is at most `limit`; returns them in the order in which the values were put."""
+        taken: list[tuple[int, str]] = []
+        while (least := self.least()) is not None and least <= limit:
+            _, count, who = heapq.heappop(self._heap)
+            del self._entries[who]
+            taken.append((count, who))
+        return [who for _, who in sorted(taken)]
+
+
+class Ranked:
+    """The devices' values in ascending order. Moving 8 bytes per device on a change is microseconds even for 100 000 of them."""
+
+    def __init__(self) -> None:
+        self.ascending: list[float] = []
+        self._values: dict[str, float] = {}
+
+    def put(self, who: str, value: float | None) -> None:
+        old = self._values.get(who)
+        if value == old:
+            return
+        if old is not None:
+            del self.ascending[bisect_left(self.ascending, old)]
+            del self._values[who]
+        if value is not None:
+            insort(self.ascending, value)
+            self._values[who] = value
+
+
+class Roster:
+    """The fleet as the coordinator asks for it.
+
+    Args:
+        ledger: the coordinator's; read here, never changed.
+
+    Attributes:
+        idle: live devices without a lease or an update that waits, and not excluded: they may have work.
+        outstanding: live devices with a lease who never missed a deadline since they last delivered: they are waited for.
+        overdue: who missed a deadline; not waited for again until they deliver.
+        deadlines: of the leases, monotonic seconds.
+        classes: first densities of the live devices that are not excluded.
+        densities: of all devices. `unready`: of the live ones with too few rounds on this order for a refresh.
+        leases: versions that are leased.
+        uplinks: of all devices, bit/s.
+        transfers: density / uplink of all devices, and `live_transfers` of the live ones: what a transfer takes, but for a constant.
+        rounds: mean normalised round times, seconds, where densities follow from them (PR-FL).
+        scores: what devices reported of the levels.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._heard_s: OrderedDict[str, float] = OrderedDict()  # the longest silent first
+        self._arrived: list[str] = []
+        self.idle: set[str] = set()
+        self.outstanding: set[str] = set()
+        self.overdue: set[str] = set()
+        self.deadlines, self.uplinks, self.transfers, self.live_transfers, self.rounds = Least(), Least(), Least(), Least(), Least()
+        self.classes, self.densities, self.unready, self.leases = Tally(), Tally(), Tally(), Tally()
+        self._live_links = Ranked()
+        self.scores = Scoreboard(ledger)
+        self._look_at(ledger.devices)
+        self._arrived = list(ledger.arrived)
+        for who in ledger.devices:
+            self.scores.look(who)
+
+    # ---- facts ---------------------------------------------------------------------------------------------------------------------
+
+    def heed(self, entry: records.Entry, now: float) -> None:
+        """A fact has gone into the ledger."""
+        if isinstance(entry, _ABOUT_ONE):
+            self.look(entry.device)
+            if isinstance(entry, records.Assigned):
+                self.deadlines.put(entry.device, now + entry.deadline_s)
+            elif isinstance(entry, records.Accepted):
+                self._arrived.append(entry.device)
+            if isinstance(entry, (records.Joined, records.Accepted)):
+                self.scores.look(entry.device)
+        elif isinstance(entry, records.Aggregated):
+            arrived, self._arrived = self._arrived, []
+            self._look_at(arrived)
+        elif isinstance(entry, records.Restored):
+            self._look_at(entry.densities)
+            for who in entry.densities:
+                self.scores.look(who)
+        elif isinstance(entry, records.Refreshed):
+            self._look_at(self._ledger.devices)
+
+    def hear(self, who: str, now: float) -> None:
+        """A device has said something."""
+        came = who not in self._heard_s
+        self._heard_s[who] = now
+        self._heard_s.move_to_end(who)
+        if came:
+            self.look(who)
+
+    def silence(self, who: str) -> None:
+        """A will is only a hint: the device is silent until its next word."""
+        if self._heard_s.pop(who, None) is not None:
+            self.look(who)
+
+    def silence_all(self) -> None:
+        silent, self._heard_s = self._heard_s, OrderedDict()
+        self._look_at(silent)
+
+    def pass_time(self, now: float) -> None:
+        """It is `now`: who was not heard of within three heartbeats is no longer live."""
+        patience_s = HEARTBEATS * self._ledger.task.fleet.heartbeat_s
+        while self._heard_s:
+            who, heard_s = next(iter(self._heard_s.items()))
+            if now - heard_s <= patience_s:
+                return
+            self.silence(who)
+
+    def miss_deadlines(self, now: float) -> list[str]:
+        """Those whose deadline has passed, in the order in which it was set; their leases are for the caller to end."""
+        late = self.deadlines.take(now)
+        self.overdue.update(late)
+        return late
+
+    def deliver(self, who: str) -> None:
+        """A valid update has come: the device is waited for again."""
+        self.overdue.discard(who)
+        self.look(who)
+
+    def restart_deadlines(self, now: float) -> None:
+        """Every lease has its whole time again, counted from `now`."""
+        self.deadlines = Least()
+        for who, device in self._ledger.devices.items():
+            if device.lease is not None:
+                self.deadlines.put(who, now + device.lease.deadline_s)
+
+    def _look_at(self, devices: Iterable[str]) -> None:
+        for who in devices:
+            self.look(who)
+
+    def look(self, who: str) -> None:
+        """Take what the ledger says of one device now."""
+        device = self._ledger.devices.get(who)
+        if device is None:
+            return
+        live = who in self._heard_s
+        working = live and not self.excluded(device)
+        method, lease = self._ledger.task.method, device.lease
+        _member(self.idle, who, working and lease is None and who not in self._ledger.arrived)
+        _member(self.outstanding, who, live and lease is not None and who not in self.overdue)
+        if lease is None:
+            self.deadlines.put(who, None)
+        self.leases.put(who, None if lease is None else lease.version)
+        self.classes.put(who, device.first_density if working else None)
+        self.densities.put(who, device.density)
+        self.unready.put(who, device.density if live and device.rounds_in_epoch < method.refresh_min_rounds else None)
+        self.uplinks.put(who, device.uplink_bps)
+        self.transfers.put(who, device.density / device.uplink_bps)
+        self.live_transfers.put(who, device.density / device.uplink_bps if live else None)
+        if method.full_density_bps is None:
+            self._live_links.put(who, device.uplink_bps if live else None)
+        if method.density == "relative":
+            self.rounds.put(who, density.mean_round_s(device.full_round_s))
+
+    # ---- questions -----------------------------------------------------------------------------------------------------------------
+
+    def live(self, who: str) -> bool:
+        """Heard of within three heartbeats of the time that `pass_time` was last told."""
+        return who in self._heard_s
+
+    def excluded(self, device: Device) -> bool:
+        """Too many bad updates in a row: no more work until the device starts anew."""
+        return device.rejections >= self._ledger.task.fleet.max_rejections
+
+    def fastest_class(self) -> int:
+        """How many live devices are in the class with the highest first density: K of the `fastest` trigger."""
+        return self.classes.counts[max(self.classes.counts)] if self.classes.counts else 0
+
+    def mean_density(self) -> float:
+        """Of all devices; there must be one."""
+        return math.fsum(value * count for value, count in self.densities.counts.items()) / len(self.densities)
+
+    def full_density_bps(self, joining_bps: Iterable[float]) -> float:
+        """The link that deserves the whole model, among the live devices' and these, bit/s."""
+        ascending = self._live_links.ascending
+        joining = list(joining_bps)
+        for link in joining:
+            insort(ascending, link)
+        full_bps = density.nearest_rank(ascending)
+        for link in joining:
+            del ascending[bisect_left(ascending, link)]
+        return full_bps
+
+
+def _member(group: set[str], who: str, belongs: bool) -> None:
+    if belongs:
+        group.add(who)
+    else:
+        group.discard(who)
