@@ -30,7 +30,8 @@ from cli.main import main as regrow
 from edge_agent.trainer import Trainer
 from regrow.coordinator import Coordinator
 from regrow.device import Device
-from testbed.simulate import Simulation, Spec, task_of
+from testbed.outcome import Spec
+from testbed.simulate import Simulation, task_of
 
 RESULT = Path(__file__).parent / "results" / "simulate.json"
 METHODS = ("fedgmr", "fedasync")

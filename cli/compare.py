@@ -36,8 +36,9 @@ from testbed.grid import (
     tuning_variants,
     variants_of,
 )
+from testbed.outcome import Outcome, Spec
 from testbed.report import Comparison, write_report
-from testbed.simulate import Outcome, Spec, task_of
+from testbed.simulate import task_of
 from testbed.tables import overview, settings_text
 
 Results = Mapping[str, Sequence[Outcome | None]]

@@ -34,7 +34,8 @@ from export.task import build_task, is_stale, save_model, write_trained
 from regrow.broker_url import parse_broker_url
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
-from regrow.ledger import Ledger, unit_densities_of
+from regrow.ledger import Ledger
+from regrow.levels import unit_densities_of
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.topics import check_name
 

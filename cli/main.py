@@ -264,6 +264,8 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     command.add_argument("--step-by-density", metavar="D=X,...", help=by_density)
     command.add_argument("--seconds", type=_positive, default=600.0, metavar="S", help="virtual seconds")
     command.add_argument("--points", type=_count, default=60, metavar="N", help="points of the curve")
+    validation = "share of every device's data that is kept for validation (default: 0.2)"
+    command.add_argument("--validation", type=_part, metavar="PART", help=validation)
     trainers = "onnxruntime, torch (CPU) or torch-cuda; with torch the devices that train at the same time are one batch"
     command.add_argument("--trainer", default="onnxruntime", metavar="T", help=trainers)
     command.add_argument("--seed", type=_seed, default=1, metavar="N", help="of the split, the links, the batches (compare: the first one)")
@@ -288,6 +290,13 @@ def _seed(text: str) -> int:
 
 def _not_negative(text: str) -> float:
     return 0.0 if text == "0" else _positive(text)
+
+
+def _part(text: str) -> float:
+    number = _positive(text)
+    if number >= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part between 0 and 1")
+    return number
 
 
 def _positive(text: str) -> float:

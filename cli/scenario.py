@@ -9,7 +9,7 @@ from msgspec import UNSET
 
 from regrow.errors import LocalError
 from testbed.grid import parse_settings
-from testbed.simulate import Spec
+from testbed.outcome import Spec
 
 
 def spec_of(options: argparse.Namespace) -> Spec:
@@ -32,6 +32,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         slowdown=slowdowns[0] if len(slowdowns) == 1 else slowdowns,
         seconds=options.seconds,
         points=options.points,
+        validation=UNSET if options.validation is None else options.validation,
         trainer=options.trainer,
         latency=UNSET if options.latency is None else _latency(options.latency),
         steps_trace=UNSET if options.steps_trace is None else str(options.steps_trace),

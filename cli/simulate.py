@@ -16,7 +16,8 @@ from cli.gateway import built
 from cli.scenario import spec_of
 from testbed.compare import read_outcome, result_path
 from testbed.journal import Journal
-from testbed.simulate import Outcome, Point, Simulation, open_journal, task_of, write_outcome
+from testbed.outcome import Outcome, Point, write_outcome
+from testbed.simulate import Simulation, open_journal, task_of
 
 
 def simulate(options: argparse.Namespace) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 
 from regrow import density, records, restoration
 from regrow.broadcast import chunk_bytes
-from regrow.ledger import Device, Ledger, densities_of, next_order
+from regrow.ledger import Device, Ledger
+from regrow.levels import densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.order import importance
 from regrow.publication import CodedOrder, number_of, version_of

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow.ledger import Ledger, densities_of
+from regrow.ledger import Ledger
+from regrow.levels import densities_of
 from regrow.wire import Score
 
 _BLOCK = 64

@@ -22,7 +22,8 @@ import tomllib
 from broker_server.runs import load_task
 from regrow.errors import LocalError, RegrowError
 from testbed.journal import Journal
-from testbed.simulate import Outcome, Simulation, Spec, open_journal, task_of, write_outcome
+from testbed.outcome import Outcome, Spec, write_outcome
+from testbed.simulate import Simulation, open_journal, task_of
 
 
 @dataclass(frozen=True)

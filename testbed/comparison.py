@@ -8,7 +8,7 @@ from statistics import mean, median, stdev
 
 import msgspec
 
-from testbed.simulate import Outcome, Point
+from testbed.outcome import Outcome, Point
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 BASELINE = "fedasync"

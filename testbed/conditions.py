@@ -249,6 +249,11 @@ def paper_links(name: str, density: float, model_bytes: int, *, seed: int, perio
     return _pair(name, density * UP_BYTES_PER_S, density * DOWN_BYTES_PER_S, SIGMA, model_bytes, seed, period_s)
 
 
+def full_density_bps(model_bytes: int) -> float:
+    """The uplink of a device of density 1 in bit/s, scaled to the model as `paper_links` scales it."""
+    return 8.0 * UP_BYTES_PER_S * model_bytes / MODEL_BYTES
+
+
 def paper_server_links(name: str, model_bytes: int, *, seed: int, period_s: float) -> tuple[LogNormal, LogNormal]:
     """(up, down) of the coordinator, shared by everything that it sends and hears; 10 and 50 model megabytes per second, sigma 0.1."""
     return _pair(name, SERVER_UP_BYTES_PER_S, SERVER_DOWN_BYTES_PER_S, SERVER_SIGMA, model_bytes, seed, period_s)

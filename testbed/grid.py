@@ -12,7 +12,7 @@ import msgspec
 import tomllib
 
 from regrow.errors import LocalError
-from testbed.simulate import Outcome, Spec
+from testbed.outcome import Outcome, Spec
 
 Settings = Mapping[str, Any]
 Choices = Mapping[str, Sequence[Any]]

@@ -26,7 +26,7 @@ import testbed
 from broker_server.runs import read_task
 from regrow.errors import LocalError, RegrowError
 from testbed.compare import Engine, outcome_of, result_path
-from testbed.simulate import Spec, outcome_text, write_text
+from testbed.outcome import Spec, outcome_text, write_text
 
 LOCALHOST = "127.0.0.1"
 OBJECT_STORE_BYTES = 1 << 29  # of a cluster of ours; it holds one task folder's files and outcomes

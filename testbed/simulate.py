@@ -13,9 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from broker_server.runs import TaskFolder
@@ -29,7 +28,8 @@ from export.work import relative_work
 from regrow.coordinator import Coordinator
 from regrow.device import Device
 from regrow.errors import LocalError
-from regrow.ledger import Ledger, unit_densities_of
+from regrow.ledger import Ledger
+from regrow.levels import unit_densities_of
 from regrow.methods import named
 from regrow.parameters import Layout
 from regrow.presence import Identity
@@ -37,11 +37,12 @@ from regrow.programs import UNITS
 from regrow.task import Task, task_from_tables
 from regrow.units import Units
 from testbed.compute import timed
-from testbed.conditions import PERCENT, Attendance, attend, attendances, paper_server_links
+from testbed.conditions import PERCENT, Attendance, attend, attendances, full_density_bps, paper_server_links
 from testbed.datasets import Dataset, Loaded, load
 from testbed.journal import Journal, digest, remembered, remembered_score
 from testbed.links import Latency
 from testbed.memory import COORDINATOR, World
+from testbed.outcome import Outcome, Point, Spec, minimum_coverage, older_order_share
 from testbed.scenario import RATE_PERIOD_S, Pair, latencies, link_pairs, speeds
 from testbed.splits import split, train_validation
 from testbed.trainers import engine_of
@@ -55,70 +56,6 @@ OF_THE_COMMAND = {
     "evaluation": "none: devices score the model on their own validation data, and the curve shows the test data",
 }
 """Keys that a simulated run does not take from --set, and what to use instead."""
-
-
-class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a simulated run depends on, beside its task folder; `settings` are keys of task.toml, dotted, above the method's.
-
-    The fields of testbed.scenario that came later are left out where they say nothing, so that the names of earlier outcomes hold.
-
-    Args:
-        slowdown: how many times slower than `step_s` devices are; several are spread over them.
-        latency: one-way seconds between a device and the broker, and the mean of an exponential jitter on top.
-        steps_trace: folder of recorded step times.
-        step_sigma: of the logarithm of a job's jitter.
-        step_by_density: (density, time of a step relative to density 1); otherwise granularity "unit" takes the work of the smaller models.
-        attend: who is there when, as testbed.conditions.attendances reads it.
-    """
-
-    method: str | None = None
-    settings: dict[str, Any] = {}
-    seed: int = 1
-    data: str = "watch"
-    data_folder: str | None = None
-    split: str = "user"
-    clients: int = 10
-    links: str = "high"
-    outages: tuple[float, float] | None = None
-    step_s: float = 0.01
-    slowdown: float | tuple[float, ...] = 1.0
-    seconds: float = 600.0
-    points: int = 60
-    latency: tuple[float, float] | UnsetType = UNSET
-    steps_trace: str | UnsetType = UNSET
-    step_sigma: float | UnsetType = UNSET
-    step_by_density: tuple[tuple[float, float], ...] | UnsetType = UNSET
-    attend: str | UnsetType = UNSET
-    trainer: str = "onnxruntime"
-
-
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """The run at one moment of virtual time; bytes are MQTT payload, all devices together; accuracy and loss on test data."""
-
-    time_s: float
-    version: int
-    accuracy: float
-    loss: float
-    bytes_up: int
-    bytes_down: int
-    updates: int
-    mean_density: float
-    coverage: float
-
-
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished run. `worst_decile`: mean over the tenth of devices (at least one) on whose validation data the model is worst."""
-
-    spec: Spec
-    points: list[Point]
-    final_accuracy: float
-    validation_accuracy: float
-    worst_decile: float
-    per_class: list[float]
-    updates: dict[str, int]
-    densities: dict[str, tuple[float, float]]
-    rejected: int
-    reason: str
 
 
 def task_of(folder: TaskFolder, tables: Mapping[str, Any], spec: Spec) -> Task:
@@ -141,6 +78,8 @@ def task_of(folder: TaskFolder, tables: Mapping[str, Any], spec: Spec) -> Task:
     merged.pop("evaluation", None)
     for key, value in spec.settings.items():
         _set(merged, key, value)
+    if spec.links in PERCENT:  # the papers' classes are what the links were made for; measured once, they would come out one rung off
+        merged["method"] = {"full_density_bps": full_density_bps(4 * folder.layout.size), **merged.get("method", {})}
     restoration = merged.get("restoration", {})
     if restoration.get("trigger") in ("fixed", "mixed"):
         merged["restoration"] = {"planned_s": spec.seconds, **restoration}
@@ -177,6 +116,7 @@ class Simulation:
 
     def __init__(self, folder: TaskFolder, task: Task, spec: Spec, journal: Journal | None = None) -> None:
         self.spec, self.task = spec, task
+        self._staleness: list[int] = []
         data = _loaded(spec)
         programs, units, layout, by_density = _programs(folder, task)
         self._engine = engine_of(spec.trainer, programs)
@@ -230,12 +170,17 @@ class Simulation:
         spec, points = self.spec, list[Point]()
         for index in range(1, spec.points + 1):
             self.world.run(index * spec.seconds / spec.points, stop=self._ended)
-            self.world.notes.clear()  # nobody reads them here, and they grow
+            self._read_notes()
             if index < spec.points and not self._ended():
                 points.append(self._point(self._score_curve))
                 on_point(points[-1])
         self.world.run(spec.seconds + 1.0, stop=self._ended)
         return self._outcome([*points, self._point(self._score_test)])
+
+    def _read_notes(self) -> None:
+        """Nobody else does, and they grow."""
+        self._staleness = [note.fields["staleness"] for _, _, note in self.world.notes if note.kind == "update"]
+        self.world.notes.clear()
 
     def _ended(self) -> bool:
         return COORDINATOR in self.world.finished
@@ -260,7 +205,9 @@ class Simulation:
             bytes_down=sum(client.received_bytes for client in clients),
             updates=sum(device.updates for device in devices),
             mean_density=float(np.mean(densities)) if densities else 0.0,
-            coverage=_minimum_coverage(ledger),
+            coverage=minimum_coverage(ledger),
+            older_orders=older_order_share(ledger),
+            staleness=float(np.mean(self._staleness)) if self._staleness else 0.0,
         )
 
     def _outcome(self, points: list[Point]) -> Outcome:
@@ -285,25 +232,6 @@ class Simulation:
             rejected=sum(device.rejections for device in ledger.devices.values()),
             reason=self.world.finished.get(COORDINATOR, ledger.finished),
         )
-
-
-def write_outcome(path: Path, outcome: Outcome, journal: Journal | None = None) -> None:
-    """Put a finished run in its place at once, and take away the journal that nobody needs any more."""
-    write_text(path, outcome_text(outcome))
-    if journal is not None:
-        journal.delete()
-
-
-def outcome_text(outcome: Outcome) -> bytes:
-    """An outcome's file, the same bytes whoever ran it."""
-    return msgspec.json.format(msgspec.json.encode(outcome), indent=1)
-
-
-def write_text(path: Path, text: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(text)
-    temporary.replace(path)
 
 
 def open_journal(path: Path, limit_bytes: int, *, resume: bool) -> Journal | None:
@@ -387,7 +315,7 @@ def _sources(data: Dataset, spec: Spec) -> list[DataSource]:
     """Each client's share in a device's own data source, training and validation apart."""
     shares = split(data, spec.clients, spec.split, spec.seed)
     sources: list[DataSource] = []
-    for training, validation in train_validation(shares, 0.2, spec.seed, data.part):
+    for training, validation in train_validation(shares, 0.2 if spec.validation is UNSET else spec.validation, spec.seed, data.part):
         source = _Still(capacity=len(training) + len(validation))
         where = np.concatenate([training, validation])
         part = np.repeat([0, 1], [len(training), len(validation)])
@@ -402,9 +330,3 @@ def _subset(data: Dataset, count: int) -> Dataset:
         return data
     where: NDArray[np.int64] = np.linspace(0, len(data.y) - 1, count).astype(np.int64)
     return Dataset(data.name, data.x[where], data.y[where], None, data.classes)
-
-
-def _minimum_coverage(ledger: Ledger) -> float:
-    """The share of devices that train the least covered coordinate: min_j |{i: m_i[j] = 1}| / devices, of the convergence analysis."""
-    devices = ledger.devices.values()
-    return sum(device.density >= 1.0 for device in devices) / len(devices) if devices else 0.0

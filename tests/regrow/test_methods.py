@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from regrow.errors import LocalError
-from regrow.ledger import densities_of
+from regrow.levels import densities_of
 from regrow.methods import ABLATIONS, METHODS, named
 from regrow.task import Task, parse_task
 

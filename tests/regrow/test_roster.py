@@ -12,7 +12,7 @@ import pytest
 from regrow import density, restoration
 from regrow.coordinator import Coordinator, Phase
 from regrow.device import Device
-from regrow.ledger import densities_of
+from regrow.levels import densities_of
 from regrow.machine import Effect, Event
 from regrow.roster import Least, Ranked, Tally
 from regrow.task import Task

@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from broker_server.runs import load_task
-from testbed.simulate import Outcome, Simulation, Spec, task_of
+from testbed.outcome import Outcome, Spec
+from testbed.simulate import Simulation, task_of
 
 SHORT = Spec(
     seconds=60.0,

@@ -18,8 +18,8 @@ from cli.main import main
 from regrow.errors import LocalError
 from testbed.compare import Failure, in_processes, read_outcome, result_path, run_all, run_spec
 from testbed.grid import by_seed, specs_of, variants_of
+from testbed.outcome import Outcome
 from testbed.ray_engine import on_ray
-from testbed.simulate import Outcome
 from tests.testbed.bars import spec
 from tests.testbed.processes import until
 

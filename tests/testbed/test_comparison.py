@@ -14,8 +14,8 @@ from testbed import pictures
 from testbed.compare import Failure
 from testbed.comparison import baseline_of, curve_of, default_target, reach, reached_of, rows_of, targets_of
 from testbed.grid import Choice
+from testbed.outcome import Outcome, Point, Spec
 from testbed.report import Comparison, write_report
-from testbed.simulate import Outcome, Point, Spec
 from testbed.tables import as_markdown, by_target, overview
 
 

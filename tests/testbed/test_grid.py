@@ -19,7 +19,7 @@ from testbed.grid import (
     tuning_variants,
     variants_of,
 )
-from testbed.simulate import Spec
+from testbed.outcome import Spec
 from tests.testbed.test_comparison import run
 
 BASE = Spec(settings={"training.local_steps": 5}, seed=3)

@@ -14,7 +14,8 @@ import pytest
 from broker_server.runs import load_task
 from cli.main import main
 from testbed.compare import run_spec
-from testbed.simulate import Point, Simulation, Spec, open_journal, task_of, write_outcome
+from testbed.outcome import Point, Spec, write_outcome
+from testbed.simulate import Simulation, open_journal, task_of
 from testbed.waves import Jobs, Result
 from tests.testbed.bars import spec
 

@@ -13,8 +13,9 @@ from regrow.errors import LocalError
 from regrow.machine import Train
 from testbed.conditions import attendances, nightly
 from testbed.links import Constant, Latency, Trace
+from testbed.outcome import Spec
 from testbed.scenario import latencies, speeds, spread
-from testbed.simulate import Simulation, Spec, links_of, task_of
+from testbed.simulate import Simulation, links_of, task_of
 from tests.testbed.bars import outcome_of, spec
 
 

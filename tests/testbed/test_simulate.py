@@ -11,7 +11,8 @@ from cli.main import main
 from regrow.errors import LocalError
 from testbed.grid import parse_settings
 from testbed.links import Constant, WithOutages
-from testbed.simulate import Simulation, Spec, links_of, task_of
+from testbed.outcome import Spec
+from testbed.simulate import Simulation, links_of, task_of
 from tests.testbed.bars import outcome_bytes, spec
 
 

@@ -26,7 +26,8 @@ from regrow.machine import Train
 from regrow.parameters import Layout
 from regrow.unit_order import build_unit_order
 from regrow.units import Units
-from testbed.simulate import Outcome, Simulation, Spec, task_of
+from testbed.outcome import Outcome, Spec
+from testbed.simulate import Simulation, task_of
 from testbed.torch_training import Share, TorchEngine, TorchTrainer
 from testbed.trainers import OnnxEngine, engine_of
 from testbed.waves import Waves
