@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from broker_server.credentials import Credentials, write_private
+from broker_server.stopping import ending_with_parent
 from regrow.errors import LocalError
 
 Kind = Literal["mosquitto", "amqtt"]
@@ -34,16 +35,6 @@ MESSAGE_LIMIT_BYTES = 1024 * 1024  # a chunk is at most 256 KiB
 MAX_CONNECTIONS = 2000
 # An anonymous CONNECT (MQTT 3.1.1, clean session, client id "r"); the answer must be a CONNACK that refuses it.
 _PROBE = b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x0a\x00\x01r"
-# Ask the kernel to end the child with its parent, check that the parent was not gone before that, become the broker.
-_PRELUDE = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(0)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def find_mosquitto() -> str | None:
@@ -199,7 +190,7 @@ class Broker:
         with self.log_path.open("ab") as output:
             self.log_path.chmod(0o600)
             self._child = subprocess.Popen(
-                [sys.executable, "-S", "-c", _PRELUDE, str(os.getpid()), *command],
+                ending_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -1,13 +1,29 @@
-"""Ctrl-C and SIGTERM for a command that has work to end properly: both ask for the end, and a second Ctrl-C is the end."""
+"""How commands end: properly at Ctrl-C and SIGTERM, at once at a second Ctrl-C, and never without what they have started."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
+
+# Ask the kernel to end the child with its parent, check that the parent was not gone before that, become the command.
+_PRELUDE = """
+import os, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(0)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """The same command, ended by the kernel (Linux) when this process is gone, even by SIGKILL."""
+    return [sys.executable, "-S", "-c", _PRELUDE, str(os.getpid()), *command]
 
 
 def stop_at_signals(stop: Callable[[], None], ending: str) -> None:

@@ -196,6 +196,8 @@ class Device:
 
     def _hear_claim(self, claim: wire.Claim) -> None:
         if self.names is not None and claim.run == self.names.run:
+            if self.phase not in (Phase.IDLE, Phase.WAITING):
+                self._presence.at_work(self.now)
             self._hear_term(claim.term)
         elif claim.term > self.term:  # another run leads this task now and may not know us; ours will not answer any more
             self._hello()
@@ -246,7 +248,7 @@ class Device:
         self._effects += self._fetching.stop(self.connected)
         self.assignment, self._next, self._fetching.wanted = assignment, None, None
         self.phase = Phase.FETCHING
-        self._presence.hello_s = float("inf")
+        self._presence.at_work(self.now)
         self._fetching.progress_s = self.now
         self._fetch_on()
 

@@ -9,6 +9,7 @@ from regrow.machine import Publish
 
 HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
+LEADER_SILENT_S = 60.0  # a leader beats every two seconds; after this long it may be gone, and another may not know of us
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,10 @@ class Presence:
         self.heartbeat_s = heartbeat_s
         self.beat_s = min(self.beat_s, now + heartbeat_s)
 
+    def at_work(self, now: float) -> None:
+        """The device works for a coordinator that is heard of: no need for another hello unless that one falls silent."""
+        self.hello_s = now + LEADER_SILENT_S
+
     def hello_soon(self, now: float) -> None:
         self.hello_s = min(self.hello_s, now + HELLO_AGAIN_S)
 
@@ -75,7 +80,7 @@ class Presence:
             step_s=self.meters.step_s,
             software=me.software,
         )
-        self.hello_s = now + self._hello_wait_s if again else float("inf")
+        self.hello_s = now + (self._hello_wait_s if again else LEADER_SILENT_S)
         self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_AGAIN_S)
         return Publish(topics.hello(me.name), wire.encode(message))
 

@@ -29,7 +29,7 @@ from broker_server.gateway import Gateway
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, load_task, recover
 from broker_server.shelf import MappedShelf
-from broker_server.stopping import stop_at_signals
+from broker_server.stopping import ending_with_parent, stop_at_signals
 from broker_server.store import Store
 from broker_server.view import FleetView, watch
 from edge_agent.trainer import Trainer
@@ -105,11 +105,13 @@ def command(options: argparse.Namespace) -> int:
                 f"it ended before the first aggregation, so there is nothing to report; the agents' logs are in {path / 'devices'}"
             )
         summary = _report(console, path, folder, store, ledger, devices, test, kind, seconds)
+    early = ", interrupted" if summary["interrupted"] else ""
     console.print(
         f"\naccuracy on unseen test data [bold]{summary['accuracy']:.3f}[/], trained centrally {summary['accuracy_central']:.3f}; "
-        f"{summary['aggregations']} aggregations in {seconds:.0f} s\n{path} holds summary.json, plot.png, model.onnx, metrics and the store"
+        f"{summary['aggregations']} aggregations in {seconds:.0f} s{early}\n"
+        f"{path} holds summary.json, plot.png, model.onnx, metrics and the store"
     )
-    return 0
+    return 130 if summary["interrupted"] else 0
 
 
 def _make_run(runs: Path, seconds: float, seed: int) -> Path:
@@ -193,7 +195,7 @@ def _start_agent(device: DemoDevice, credentials: Credentials, url: str, path: P
     rooms = str(Path(__file__).resolve().parent.parent)
     with (path / "devices" / f"{device.name}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "cli.main", *map(str, arguments), *map(str, links)],
+            ending_with_parent([sys.executable, "-m", "cli.main", *map(str, arguments), *map(str, links)]),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -249,6 +251,7 @@ def _report(
         "central_examples": central_examples,
         "fleet_examples": fleet_examples,
         "seconds": seconds,
+        "interrupted": not ledger.finished,
         "aggregations": ledger.version,
         "bytes_down": sum(row["bytes_down"] for row in meters.values()),
         "bytes_up": sum(row["bytes_up"] for row in meters.values()),

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -285,9 +286,24 @@ def test_ctrl_c_ends_the_demo_with_its_report(tmp_path: Path) -> None:
         children = family(demo)
         assert len([child for child in children if "agent" in child.cmdline()]) == 10
         os.kill(demo.pid, signal.SIGINT)
-        assert demo.ended(90) == 0
+        assert demo.ended(90) == 130
     finally:
         demo.kill()
     until(lambda: not any(child.is_running() for child in children), "every child has ended")
-    assert "holds summary.json" in demo.text().replace("\n", " ")
+    said = demo.text().replace("\n", " ")
+    assert "interrupted" in said
+    assert "holds summary.json" in said
     assert "Traceback" not in demo.text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_a_demo_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    obtain(tmp_path / "watch")
+    demo = Child(["demo", "--plain", "--seconds", 600, "--runs", tmp_path / "runs", "--data", tmp_path], tmp_path / "demo.log")
+    try:
+        demo.said(r"version [1-9]")
+        children = family(demo)
+        assert len(children) >= 11
+    finally:
+        demo.kill()
+    until(lambda: not any(child.is_running() for child in children), "every child has ended")

@@ -28,6 +28,7 @@ from regrow.machine import (
     TrainingFailed,
     Woken,
 )
+from testbed.memory import COORDINATOR
 from tests.regrow.device_worlds import RUN, SLOW, accepted_by, ended, running, until
 from tests.regrow.fleet import LAYOUT, identity, task, train
 from tests.regrow.harness import NAMES, TWO, Tape, begin, check_run, feed, phase_reached, snapshot
@@ -259,6 +260,24 @@ def test_after_a_run_the_device_is_idle_and_a_new_run_starts_it_again() -> None:
     world.run(world.now + 300, stop=lambda: "next" in world.finished)
     assert world.finished["next"] == "6 aggregations"
     assert world.device("d1").sequence > 0
+
+
+@pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.TRAINING, Phase.SENDING])
+def test_a_device_at_work_for_a_coordinator_that_is_gone_is_found_by_another_task(phase: Phase) -> None:
+    """Nothing was cleared, so the broker still holds what the dead one had given it to do."""
+    world = until(phase)
+    world.kill(COORDINATOR)
+    other = msgspec.structs.replace(RUN, name="other")
+    world.add("next", rival(settings=other))
+    world.run(world.now + 300, stop=lambda: "next" in world.finished)
+    assert world.finished["next"] == "6 aggregations"
+
+
+def test_a_device_whose_coordinator_is_alive_says_hello_once() -> None:
+    world = begin(task(fleet={"min_devices": 2}, stop={"seconds": 400.0}), TWO)
+    world.finish()
+    hellos = [topic for _, who, topic, _ in world.sent if who == "d0" and topic.endswith("/hello")]
+    assert len(hellos) <= 4, hellos
 
 
 def test_a_result_of_an_earlier_job_is_not_taken_for_this_one() -> None:

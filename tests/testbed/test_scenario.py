@@ -21,7 +21,7 @@ from tests.testbed.bars import outcome_of, spec
 
 def test_the_names_of_earlier_outcomes_hold() -> None:
     encoded = msgspec.json.decode(msgspec.json.encode(Spec()))
-    fields = "method settings seed data data_folder split clients links outages step_s slowdown seconds points"
+    fields = "method settings seed data data_folder split clients links outages step_s slowdown seconds points trainer"
     assert list(encoded) == fields.split()
     fuller = Spec(latency=(0.1, 0.0), slowdown=(1.0, 4.0), step_by_density=((0.5, 0.6),), attend="nightly:22-6")
     assert msgspec.json.decode(msgspec.json.encode(fuller), type=Spec) == fuller
