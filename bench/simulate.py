@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from machine import write_result
 
-import testbed.simulate
+import testbed.trainers
 from broker_server.runs import load_task
 from cli.main import main as regrow
 from edge_agent.trainer import Trainer
@@ -38,7 +38,7 @@ METHODS = ("fedgmr", "fedasync")
 PLACES: tuple[tuple[Any, str, str], ...] = (
     (Trainer, "train", "sgd"),
     (Trainer, "evaluate", "validation"),
-    (testbed.simulate, "train_job", "training"),
+    (testbed.trainers, "train_job", "training"),
     (Coordinator, "step", "coordinator"),
     (Device, "step", "devices"),
 )
