@@ -109,7 +109,17 @@ class Planner:
         before = {who: device.density for who, device in raisable}
         progress = elapsed_s / planned if planned else 0.0
         config = restoration_config(task)
-        state, after, finished, reasons = restoration.evaluate(ledger.restoration, config, before, scores, global_score, progress)
+        rounds = ((who, density.mean_round_s(ledger.devices[who].full_round_s)) for who in before)
+        state, after, finished, reasons = restoration.evaluate(
+            ledger.restoration,
+            config,
+            before,
+            scores,
+            global_score,
+            progress,
+            elapsed_s=elapsed_s,
+            full_round_s={who: round_s for who, round_s in rounds if round_s is not None},
+        )
         changed = {who: value for who, value in after.items() if value != before[who]}
         self._coordinator.commit(
             records.Restored(

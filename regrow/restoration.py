@@ -1,4 +1,4 @@
-"""Gradual model restoration: when training stalls, somebody gets a larger part of the model.
+"""Gradual model restoration: when training stalls, or when it costs no more, somebody gets a larger part of the model.
 
 One early-stopping counter per client and one for the global model. The state is a frozen value that msgspec writes
 as JSON, because the coordinator snapshots it; `evaluate` is called once every `every` aggregations.
@@ -6,6 +6,13 @@ as JSON, because the coordinator snapshots it; `evaluate` is called once every `
 Where the paper leaves it open, ours: a raise of rho_min resets every counter completely, also the pause after a raise;
 a scheduled point raises rho_min and every client by one rung; the `fixed` trigger finishes like `plateau` does, by the
 global model's counter, which runs only when the last point has passed.
+
+The `pace` trigger is ours. Learning curves are about straight over the logarithm of time: what a model gains in a round of tau seconds at
+time t is a share of tau / t. An update is late by its round, so what it loses by that depends on tau / t alone, and a round may become
+longer as t grows, at no cost. So a client has the largest density whose round takes at most 1 / PACE_ROUNDS of the time that training
+has lasted: rho_i(t) = t / (PACE_ROUNDS * tbar_i), tbar_i being its measured round time normalised to full density, as in PR-FL's rule.
+Nobody waits for a stall, and nothing is to be tuned: another link, model or local work changes tbar_i. A stall of the global model, for the
+final patience, still raises rho_min and at last ends training.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from regrow.errors import LocalError
 
 GRID = 64  # densities that no ladder gives are rounded to 1/64, which bounds the number of levels
 MAX_FINAL_PATIENCE = 50  # evaluations
+PACE_ROUNDS = 16  # rounds of its length that training must have lasted before a client gets it
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class RestorationConfig:
     """How the model is restored.
 
     Args:
-        trigger: `none`; `plateau` by the counters; `fixed` at the planned points; `mixed` by both.
+        trigger: `none`; `plateau` by the counters; `fixed` at the planned points; `mixed` by both; `pace` by round times.
         step: to the next rung of the `ladder`, or by a `fixed` delta_density (PR-FL: 0.2), rounded to 1/64.
         delta_density: size of a fixed step, (0, 1].
         patience: p, evaluations without progress that a counter bears, >= 1.
@@ -39,7 +47,7 @@ class RestorationConfig:
         LocalError: a value is out of range.
     """
 
-    trigger: Literal["none", "plateau", "fixed", "mixed"] = "plateau"
+    trigger: Literal["none", "plateau", "pace", "fixed", "mixed"] = "plateau"
     step: Literal["ladder", "fixed"] = "ladder"
     delta_density: float = 0.2
     patience: int = 5
@@ -49,7 +57,7 @@ class RestorationConfig:
     planned: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
 
     def __post_init__(self) -> None:
-        if self.trigger not in ("none", "plateau", "fixed", "mixed") or self.step not in ("ladder", "fixed"):
+        if self.trigger not in ("none", "plateau", "pace", "fixed", "mixed") or self.step not in ("ladder", "fixed"):
             raise LocalError(f"restoration: unknown trigger {self.trigger!r} or step {self.step!r}")
         if not 0.0 < self.delta_density <= 1.0 or self.patience < 1 or self.every < 1:
             raise LocalError("restoration: needs delta_density in (0, 1], patience >= 1 and every >= 1")
@@ -92,6 +100,9 @@ def evaluate(
     level_scores: Mapping[float, float],
     global_score: float | None,
     progress: float,
+    *,
+    elapsed_s: float = 0.0,
+    full_round_s: Mapping[str, float] | None = None,
 ) -> tuple[RestorationState, dict[str, float], bool, list[str]]:
     """One evaluation: who is raised to which density, and whether training is finished.
 
@@ -103,6 +114,8 @@ def evaluate(
             absent and leaves its clients' counters as they are.
         global_score: of the global model, or None when nobody reported.
         progress: elapsed / planned duration, 0 without a plan.
+        elapsed_s: how long training has lasted, for `pace`.
+        full_round_s: client -> tbar_i, for `pace`; clients without a measured round stay where they are.
 
     Returns:
         The new state; client -> density for every client; whether training is finished; a reason for each change.
@@ -116,10 +129,12 @@ def evaluate(
     if config.trigger in ("fixed", "mixed"):
         state, raised = _planned(state, config, raised, progress, reasons)
     finished = False
+    if config.trigger == "pace":
+        state, raised = _paced(state, config, raised, elapsed_s, full_round_s or {}, reasons)
     if config.trigger in ("plateau", "mixed"):
         state, raised = _clients_plateau(state, config, raised, densities, level_scores, reasons)
     plans_done = state.points == len(config.planned)
-    if config.trigger in ("plateau", "mixed") or (config.trigger == "fixed" and plans_done):
+    if config.trigger in ("plateau", "mixed", "pace") or (config.trigger == "fixed" and plans_done):
         state, raised, finished = _whole_plateau(state, config, raised, global_score, reasons)
     return state, raised, finished, reasons
 
@@ -165,6 +180,28 @@ def _planned(
     return state, densities
 
 
+def _paced(
+    state: RestorationState,
+    config: RestorationConfig,
+    densities: dict[str, float],
+    elapsed_s: float,
+    full_round_s: Mapping[str, float],
+    reasons: list[str],
+) -> tuple[RestorationState, dict[str, float]]:
+    """Every client at the largest density whose round is short against the time that training has lasted; nobody is lowered."""
+    raised = dict(densities)
+    for who, density in densities.items():
+        if density >= 1.0 or who not in full_round_s:
+            continue
+        bearable = elapsed_s / (PACE_ROUNDS * full_round_s[who])
+        while raised[who] < 1.0 and next_density(config, raised[who]) <= bearable:
+            raised[who] = next_density(config, raised[who])
+        if raised[who] > density:
+            reasons.append(f"{who}: after {elapsed_s:.0f} s a round at density {raised[who]:g} is short enough")
+    minimum = {who: value for who, value in raised.items() if value > densities[who]}
+    return replace(state, minimum={**state.minimum, **minimum}), raised
+
+
 def _clients_plateau(
     state: RestorationState,
     config: RestorationConfig,
@@ -196,7 +233,7 @@ def _whole_plateau(
 ) -> tuple[RestorationState, dict[str, float], bool]:
     """A rung for the smallest density when the global model has stalled; the end when there is none left."""
     last = state.rho_min >= 1.0 or config.trigger == "fixed"  # a plan without further points raises no more
-    patience = min(5 * config.patience, MAX_FINAL_PATIENCE) if last else config.patience
+    patience = min(5 * config.patience, MAX_FINAL_PATIENCE) if last or config.trigger == "pace" else config.patience
     whole, stalled = _count(state.whole, config, score, patience)
     if not stalled:
         return replace(state, whole=whole), densities, False

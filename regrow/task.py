@@ -77,7 +77,7 @@ class Trigger(Section, frozen=True, kw_only=True):
 class Restoration(Section, frozen=True, kw_only=True):
     """Gradual model restoration (algorithms: section 5)."""
 
-    trigger: Literal["none", "plateau", "fixed", "mixed"] = "plateau"
+    trigger: Literal["none", "plateau", "pace", "fixed", "mixed"] = "plateau"
     step: Literal["ladder", "fixed"] = "ladder"
     delta_density: Fraction = 0.2
     patience: AtLeastOne = 5

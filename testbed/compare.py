@@ -45,7 +45,9 @@ outcome lies at `result_path`. Closing the iterator ends what still runs."""
 
 def result_path(out: Path, folder: Path, spec: Spec) -> Path:
     """Where the outcome of this specification of this task lies: the name tells method and seed, the digest everything else."""
-    content = msgspec.json.encode(spec) + (folder / "task.toml").read_bytes() + (folder / "build" / "build.json").read_bytes()
+    tables = tomllib.loads((folder / "task.toml").read_text())
+    task = task_of(load_task(folder), tables, spec)  # with all defaults: a name whose meaning has changed is another run
+    content = msgspec.json.encode(spec) + msgspec.json.encode(task) + (folder / "build" / "build.json").read_bytes()
     return out / f"{spec.method or 'task'}-s{spec.seed}-{hashlib.sha256(content).hexdigest()[:10]}.json"
 
 

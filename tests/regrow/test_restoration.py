@@ -2,7 +2,7 @@ import msgspec
 import pytest
 
 from regrow.errors import LocalError
-from regrow.restoration import Counter, RestorationConfig, RestorationState, evaluate, next_density, score_levels
+from regrow.restoration import PACE_ROUNDS, Counter, RestorationConfig, RestorationState, evaluate, next_density, score_levels
 
 LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -96,6 +96,36 @@ def test_mixed_uses_both() -> None:
     assert run.step({0.05: 0.5}, None, times=3) == {"a": 0.1}
     assert run.step({}, None, 0.2) == {"a": 0.2}
     assert run.state.rho_min == 0.1
+
+
+def test_pace_gives_the_largest_density_whose_round_is_short_against_the_time_that_training_has_lasted() -> None:
+    """tbar 100 s, 16 rounds: density 0.05 is a round of 5 s, borne from 80 s on; 0.1 from 160 s, 0.2 from 320 s, 1.0 from 1600 s."""
+    assert PACE_ROUNDS == 16
+    config = RestorationConfig(trigger="pace")
+    rounds = {"slow": 100.0, "quick": 5.0}
+    densities = {"slow": 0.05, "quick": 0.5, "silent": 0.05}
+    seen = {}
+    for elapsed_s in (0.0, 79.0, 159.0, 160.0, 319.0, 320.0, 1599.0, 1600.0):
+        _, after, finished, reasons = evaluate(
+            RestorationState(), config, densities, {}, None, 0.0, elapsed_s=elapsed_s, full_round_s=rounds
+        )
+        seen[elapsed_s] = after["slow"]
+        assert not finished
+        assert after["silent"] == 0.05, "without a measured round it stays where it is"
+        assert (after["quick"] == 1.0) == (elapsed_s >= 80.0)
+        assert len(reasons) == sum(after[who] != densities[who] for who in densities)
+    assert list(seen.values()) == [0.05, 0.05, 0.05, 0.1, 0.1, 0.2, 0.5, 1.0]
+
+
+def test_pace_never_lowers_and_ends_by_the_final_patience() -> None:
+    config = RestorationConfig(trigger="pace", patience=2)
+    state, densities, finished, evaluations = RestorationState(), {"a": 0.5}, False, 0
+    while not finished:
+        state, densities, finished, _ = evaluate(state, config, densities, {}, 0.6, 0.0, elapsed_s=10.0, full_round_s={"a": 1000.0})
+        evaluations += 1
+        assert densities["a"] >= 0.5
+    # A stalled global model raises rho_min from 0.05 over 0.1, 0.2 and 0.5 to 1.0 and then ends it: five times the final patience.
+    assert (evaluations, densities) == (5 * (5 * 2 + 1), {"a": 1.0})
 
 
 def test_prfl_recovers_by_a_fixed_step_and_remembers_the_minimum() -> None:
