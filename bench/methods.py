@@ -6,55 +6,78 @@ Ten clients, Dirichlet(0.3), FedGMR's classes of high heterogeneity, reduced CNN
 both ways, three seeds; before that every method is run once with each of three learning rates on another seed, judged by the devices'
 validation data. Ablations and restored methods take the learning rate of their base. It goes on where it was interrupted: what is finished
 lies in the folder.
+
+    python bench/methods.py --precision
+
+The same with updates of float32, int8 and int4 (error feedback), models as float16, each method at the learning rate that was chosen above.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 from cli.main import main as regrow
 
-BENCH = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results"
 METHODS = (
     "fedgmr,prfl,fedavg,fedasync,fedfix,fedbuff,asyncfeded,heterofl,fjord,fedrolex,fiarse,subfedavg,fedmr,"
     "heterofl+restore,fjord+restore,fedrolex+restore,fiarse+restore,"
     "fedgmr-sync,fedgmr-no-buffer,fedgmr-no-restore,fedgmr-ga,fedgmr-fa,fedgmr-fixed"
 )
-OPTIONS = {
-    "--seeds": "3",
-    "--seconds": "3000",
-    "--points": "100",
-    "--validation": "0.05",
-    "--journal-gb": "0",
-    "--tune": "training.learning_rate=0.05,0.1,0.2",
-    "--tune-seconds": "900",
-}
-SETTINGS = ("training.local_steps=5", 'wire.up="float32"', 'wire.down="float32"')
+OPTIONS = ["--seeds", "3", "--points", "100", "--validation", "0.05", "--journal-gb", "0"]
+TUNE = ["--tune", "training.learning_rate=0.05,0.1,0.2", "--tune-seconds", "900", "--tune-base"]
+FLOAT32 = ["--set", 'wire.up="float32"', "--set", 'wire.down="float32"']
+PRECISIONS = ["--grid", 'wire.up="float32","int8","int4"', "--set", 'wire.down="float16"']
 
 
 def main() -> int:
     """Compare, then put summary and report where they are committed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the task and of finished runs (default: %(default)s)")
-    folder = parser.parse_args().folder
-    task, out = folder / "fashion", folder / "compared"
+    parser.add_argument("--precision", action="store_true", help="compare precisions too, at the learning rates of the main comparison")
+    parser.add_argument("--methods", default=METHODS, help="names, with commas between (default: all)")
+    parser.add_argument("--seconds", default="3000", help="virtual seconds of every run (default: %(default)s)")
+    options = parser.parse_args()
+    name = "methods-precision" if options.precision else "methods-fashion"
+    task, out = options.folder / "fashion", options.folder / name
     if not (task / "task.toml").exists():
         regrow(["task", "new", str(task), "--model", "reduced_cnn"])
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    options = [word for option in OPTIONS.items() for word in option]
-    status = regrow(["compare", str(task), "--methods", METHODS, *options, "--tune-base", *settings, "--out", str(out)])
+    more = [*_rates(options.methods.split(",")), *PRECISIONS] if options.precision else [*TUNE, *FLOAT32]
+    words = [
+        "compare",
+        str(task),
+        "--methods",
+        options.methods,
+        "--seconds",
+        options.seconds,
+        *OPTIONS,
+        "--set",
+        "training.local_steps=5",
+        *more,
+        "--out",
+        str(out),
+    ]
+    status = regrow(words)
     if status:
         return status
     summary = json.loads((out / "summary.json").read_text())
-    summary["command"] = "python bench/methods.py"
-    (BENCH / "results" / "methods-fashion.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for name in ("report.html", "report.md", "curves.png"):
-        shutil.copyfile(out / name, BENCH / "results" / f"methods-fashion-{name}")
+    summary["command"] = shlex.join(["python", "bench/methods.py", *sys.argv[1:]])
+    (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for file in ("report.html", "report.md", "curves.png"):
+        shutil.copyfile(out / file, RESULTS / f"{name}-{file}")
     return 0
+
+
+def _rates(methods: list[str]) -> list[str]:
+    """What the main comparison chose for each method."""
+    found = json.loads((RESULTS / "methods-fashion.json").read_text())["methods"]
+    key = "training.learning_rate"
+    return [word for method in methods for word in ("--set-for", f"{method}:{key}={found[method]['tuned'][key]}")]
 
 
 if __name__ == "__main__":
