@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = (
     "fedgmr,prfl,fedavg,fedasync,fedfix,fedbuff,asyncfeded,heterofl,fjord,fedrolex,fiarse,subfedavg,fedmr,"
     "heterofl+restore,fjord+restore,fedrolex+restore,fiarse+restore,"
-    "fedgmr-sync,fedgmr-no-buffer,fedgmr-no-restore,fedgmr-ga,fedgmr-fa,fedgmr-fixed"
+    "fedgmr-sync,fedgmr-no-buffer,fedgmr-no-restore,fedgmr-ga,fedgmr-fa,fedgmr-fixed,fedgmr-pace"
 )
 OPTIONS = ["--seeds", "3", "--points", "100", "--validation", "0.05", "--journal-gb", "0"]
 TUNE = ["--tune", "training.learning_rate=0.05,0.1,0.2", "--tune-seconds", "900", "--tune-base"]

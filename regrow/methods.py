@@ -73,6 +73,7 @@ ABLATIONS: Mapping[str, Defaults] = {
     "ga": {"method": {"aggregation": "gradient"}},
     "fa": {"method": {"aggregation": "plain"}},
     "fixed": {"restoration": {"trigger": "fixed"}},
+    "pace": {"restoration": {"trigger": "pace"}},
 }
 
 
@@ -85,7 +86,7 @@ def defaults_of(name: object) -> Defaults:
 
 
 def named(name: str) -> dict[str, dict[str, Any]]:
-    """The tables of a method, restored (`fiarse+restore`) or with one part taken away (`fedgmr-no-restore`).
+    """The tables of a method, restored (`fiarse+restore`) or with one part taken away or changed (`fedgmr-no-restore`, `fedgmr-pace`).
 
     Raises:
         LocalError: no such name; the message lists them.
@@ -94,7 +95,7 @@ def named(name: str) -> dict[str, dict[str, Any]]:
     base, addition, ablation = parts.groups() if parts else ("", None, None)
     if base not in METHODS or (ablation is not None and ablation not in ABLATIONS):
         raise LocalError(
-            f"method {name!r}: known are {', '.join(METHODS)}, each with +restore or +async, or without a part: {', '.join(ABLATIONS)}"
+            f"method {name!r}: known are {', '.join(METHODS)}, each with +restore or +async, or with one part taken away or changed: {', '.join(ABLATIONS)}"
         )
     layers: list[Defaults] = [{"method": {"name": base}}, METHODS[base]]
     if addition:
