@@ -86,7 +86,7 @@ def defaults_of(name: object) -> Defaults:
 
 
 def named(name: str) -> dict[str, dict[str, Any]]:
-    """The tables of a method, restored (`fiarse+restore`) or with one part taken away or changed (`fedgmr-no-restore`, `fedgmr-pace`).
+    """The tables of a method, restored (`fiarse+restore`) or with one part taken away or changed (`fedgmr-fa`, `fedgmr-pace`).
 
     Raises:
         LocalError: no such name; the message lists them.
