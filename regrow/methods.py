@@ -94,9 +94,8 @@ def named(name: str) -> dict[str, dict[str, Any]]:
     parts = re.fullmatch(r"(\w+)(?:\+(restore|async))?(?:-([\w-]+))?", name)
     base, addition, ablation = parts.groups() if parts else ("", None, None)
     if base not in METHODS or (ablation is not None and ablation not in ABLATIONS):
-        raise LocalError(
-            f"method {name!r}: known are {', '.join(METHODS)}, each with +restore or +async, or with one part taken away or changed: {', '.join(ABLATIONS)}"
-        )
+        known = f"known are {', '.join(METHODS)}, each with +restore or +async, or changed in a part: {', '.join(ABLATIONS)}"
+        raise LocalError(f"method {name!r}: {known}")
     layers: list[Defaults] = [{"method": {"name": base}}, METHODS[base]]
     if addition:
         layers.append(RESTORED if addition == "restore" else ASYNCHRONOUS)
