@@ -274,6 +274,7 @@ class Device:
         self._fetch_on()
 
     def _hear_part(self, event: Received) -> None:
+        self._presence.at_work(self.now)  # on a slow link claims wait behind the parts
         if self._fetching.wanted is not None:
             self._effects += self._fetching.take(event.topic, event.payload, self.now)
             self._fetch_on()
