@@ -46,6 +46,7 @@ class _Meta(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     since_refresh: int
     elapsed_s: float
+    began_s: float = 0.0
     devices: dict[str, Device]
     arrived: list[str]
     recombined: int = 0
@@ -70,6 +71,7 @@ def dump(ledger: Ledger) -> tuple[bytes, dict[str, NDArray[Any]]]:
         epoch=ledger.order.epoch,
         since_refresh=ledger.since_refresh,
         elapsed_s=ledger.elapsed_s,
+        began_s=ledger.began_s,
         devices=ledger.devices,
         arrived=list(ledger.arrived),
         recombined=len(ledger.recombined),
@@ -146,6 +148,7 @@ def load(
             version=meta.version,
             since_refresh=meta.since_refresh,
             elapsed_s=meta.elapsed_s,
+            began_s=meta.began_s,
             devices=meta.devices,
             buffer={item.device: shelved(_buffered(item, arrays), shelf) for item in meta.buffer},
             arrived=dict.fromkeys(meta.arrived),

@@ -248,7 +248,8 @@ class Device:
         self._effects += self._fetching.stop(self.connected)
         self.assignment, self._next, self._fetching.wanted = assignment, None, None
         self.phase = Phase.FETCHING
-        self._presence.at_work(self.now)
+        if self.connected:
+            self._presence.at_work(self.now)
         self._fetching.progress_s = self.now
         self._fetch_on()
 

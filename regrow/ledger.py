@@ -71,7 +71,9 @@ class Device:
 class Ledger:
     """The durable state of a run. Vectors are float32 [n] in the position order of the current epoch.
 
-    `published` goes by number (publication.number_of); `recombined` are this version's models by slot, empty unless it has several.
+    `elapsed_s`: how long the run had been led at the last aggregation; `began_s`: at the first one, since before it the gateway may have
+    waited for its fleet. `published` goes by number (publication.number_of). `recombined` are this version's models by slot, empty unless
+    it has several.
     """
 
     task: Task
@@ -84,6 +86,7 @@ class Ledger:
     version: int = 0
     since_refresh: int = 0
     elapsed_s: float = 0.0
+    began_s: float = 0.0
     devices: dict[str, Device] = field(default_factory=dict)
     buffer: dict[str, Buffered] = field(default_factory=dict)
     arrived: dict[str, None] = field(default_factory=dict)
@@ -202,6 +205,8 @@ def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
     device.number = entry.number
     device.lease = Lease(entry.number, entry.version, entry.epoch, entry.level, entry.deadline_s, entry.evaluate_level)
     device.rounds_since_full = 0 if entry.evaluate_level is not None else device.rounds_since_full + 1
+    if ledger.task.method.density == "relative":
+        device.density = ledger.density_of(entry.level)  # round times decide anew with every assignment
 
 
 def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None:
@@ -252,6 +257,8 @@ def _aggregated(ledger: Ledger, entry: records.Aggregated, _: Payload) -> None:
     ledger.weights = _mean(ledger)
     ledger.recombined = _recombined(ledger, entry.version)
     ledger.squares = ledger.squares + np.square(ledger.weights - previous)
+    if ledger.version == 0:
+        ledger.began_s = entry.elapsed_s
     ledger.version, ledger.elapsed_s = entry.version, entry.elapsed_s
     ledger.since_refresh += 1
     ledger.arrived = {}

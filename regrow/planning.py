@@ -117,7 +117,7 @@ class Planner:
             scores,
             global_score,
             progress,
-            elapsed_s=elapsed_s,
+            elapsed_s=elapsed_s - ledger.began_s,
             full_round_s={who: round_s for who, round_s in rounds if round_s is not None},
         )
         changed = {who: value for who, value in after.items() if value != before[who]}
@@ -274,7 +274,9 @@ class Planner:
         fastest_s, mean_s = self._coordinator.roster.rounds.least(), density.mean_round_s(device.full_round_s)
         if fastest_s is None or mean_s is None:
             return device.density
-        return density.relative_density(fastest_s, mean_s, self._ledger.restoration.minimum.get(who, 0.0))
+        state = self._ledger.restoration
+        raised = state.rho_min if state.rho_min > self._ledger.task.method.ladder[0] else 0.0
+        return density.relative_density(fastest_s, mean_s, max(state.minimum.get(who, 0.0), raised))
 
     def _predicted_round_s(self, who: str, version: int, level: int) -> float:
         """Download, training and upload at this level; the downlink is taken to be no slower than the measured uplink."""

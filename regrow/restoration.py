@@ -114,7 +114,7 @@ def evaluate(
             absent and leaves its clients' counters as they are.
         global_score: of the global model, or None when nobody reported.
         progress: elapsed / planned duration, 0 without a plan.
-        elapsed_s: how long training has lasted, for `pace`.
+        elapsed_s: since the first aggregation, for `pace`.
         full_round_s: client -> tbar_i, for `pace`; clients without a measured round stay where they are.
 
     Returns:
@@ -124,8 +124,9 @@ def evaluate(
     """
     clients = {who: state.clients.get(who, Counter()) for who in densities}  # who left is forgotten
     state = replace(state, rho_min=max(state.rho_min, config.ladder[0]), clients=clients)
-    raised = dict(densities)
-    reasons: list[str] = []
+    # Who came late is as far as everybody; before the first raise a continuous rule may be below the first rung.
+    raised = _at_least(densities, state.rho_min if state.rho_min > config.ladder[0] else 0.0)
+    reasons = [f"{who}: joined below {state.rho_min:g}" for who in raised if raised[who] > densities[who]]
     if config.trigger in ("fixed", "mixed"):
         state, raised = _planned(state, config, raised, progress, reasons)
     finished = False

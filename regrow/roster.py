@@ -146,7 +146,8 @@ class Roster:
                 self.deadlines.put(entry.device, now + entry.deadline_s)
             elif isinstance(entry, records.Accepted):
                 self._arrived.append(entry.device)
-            if isinstance(entry, (records.Joined, records.Accepted)):
+            moved = isinstance(entry, records.Assigned) and self._ledger.task.method.density == "relative"
+            if moved or isinstance(entry, (records.Joined, records.Accepted)):
                 self.scores.look(entry.device)
         elif isinstance(entry, records.Aggregated):
             arrived, self._arrived = self._arrived, []

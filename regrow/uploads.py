@@ -110,8 +110,8 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
         raise PeerError(f"assignment {head.assignment} was never given")
     if head.version not in ledger.published:
         if version_of(head.version) > ledger.version:
-            raise PeerError(f"version {head.version} was never given")
-        raise TooLateError(f"version {head.version} is no longer held: the update came after its deadline")
+            raise PeerError(f"version {version_of(head.version)} was never given")
+        raise TooLateError(f"version {version_of(head.version)} is no longer held: the update came after its deadline")
     publication = ledger.published[head.version]
     order = publication.order
     if head.epoch != order.epoch or head.level >= len(order.lengths):
@@ -121,6 +121,8 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
     expected = ledger.largest_update_bytes(order, head.level, head.dtype)
     if head.size != expected and ledger.task.method.local != "personal_masks":  # theirs are as long as their mask says: reconstruct sees
         raise PeerError(f"{head.size} bytes, level {head.level} has {expected} in {head.dtype}")
+    # A step with masks costs what a full one does; only models of whole units become smaller.
+    share = ledger.density_of(head.level) if ledger.task.method.granularity == "unit" else 1.0
     full_bytes = values.encoded_size(head.dtype, order.size, order.always_kept)
     entry = records.Accepted(
         device=device,
@@ -134,7 +136,7 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
         norm=0.0,
         loss=head.loss,
         seconds=head.seconds,
-        round_s=full_density_round_s(head.seconds, ledger.density_of(head.level), full_bytes, uplink_bps),
+        round_s=full_density_round_s(head.seconds, share, full_bytes, uplink_bps),
         uplink_bps=uplink_bps,
         scores=[score for score in head.scores if score.level < len(order.lengths)],
     )

@@ -17,6 +17,7 @@ from testbed.links import LogNormal
 from testbed.memory import World
 
 DAY_S = 86_400.0
+NIGHTLY = "nightly:"  # how an --attend begins that is no file
 
 # ---- who is there when ---------------------------------------------------------------------------------------------------------------
 
@@ -102,8 +103,8 @@ def attendances(text: str, names: Sequence[str]) -> dict[str, Attendance]:
     Raises:
         LocalError: with the place, for anything else.
     """
-    if text.startswith("nightly:"):
-        always = _attendance(f"--attend {text}", {"hours": text.removeprefix("nightly:")})
+    if text.startswith(NIGHTLY):
+        always = _attendance(f"--attend {text}", {"hours": text.removeprefix(NIGHTLY)})
         return dict.fromkeys(names, always)
     path = Path(text)
     found: dict[str, Attendance] = {}

@@ -191,13 +191,13 @@ def remembered(train: Wave, journal: Journal, contexts: dict[str, bytes]) -> Wav
     def run(jobs: Jobs) -> list[Result]:
         keys = [_job_key(contexts[name], name, job) for name, job in jobs]
         found = [journal.recall(key) for key in keys]
-        new = iter(train([job for job, known in zip(jobs, found, strict=True) if known is None]) if None in found else ())
-        results = []
-        for key, known in zip(keys, found, strict=True):
-            result = next(new) if known is None else _result(*known)
-            if known is None:
+        known = [_result(*entry) for entry in found if entry is not None]
+        if len(known) == len(jobs):
+            return known
+        results = list(train(jobs))  # all of them: who is trained together decides how sums are rounded
+        for key, entry, result in zip(keys, found, results, strict=True):
+            if entry is None:
                 journal.append(key, *_entry(result))
-            results.append(result)
         return results
 
     return run

@@ -17,7 +17,7 @@ from testbed.journal import Journal
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a simulated run depends on, beside its task folder; `settings` are keys of task.toml, dotted, above the method's.
 
-    The fields of testbed.scenario that came later are left out where they say nothing, so that the names of earlier outcomes hold.
+    The fields of testbed.scenario that came later are left out where they say nothing, so that outcomes written before still read.
 
     Args:
         slowdown: how many times slower than `step_s` devices are; several are spread over them.

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import psutil
+from msgspec import UNSET
 
 import broker_server
 import edge_agent
@@ -26,6 +27,7 @@ import testbed
 from broker_server.runs import read_task
 from regrow.errors import LocalError, RegrowError
 from testbed.compare import Engine, outcome_of, result_path
+from testbed.conditions import NIGHTLY
 from testbed.outcome import Spec, outcome_text, write_text
 
 LOCALHOST = "127.0.0.1"
@@ -117,7 +119,9 @@ def _finished(ray: Any, reference: Any, spec: Spec, folder: Path, out: Path) -> 
     except ray.exceptions.RayError as error:
         return spec, " ".join(str(error).split())
     if text is not None:
-        write_text(result_path(out, folder, spec), text)
+        path = result_path(out, folder, spec)
+        write_text(path, text)
+        path.with_suffix(".journal").unlink(missing_ok=True)  # of a run on this machine that was interrupted
     return spec, wrong
 
 
@@ -140,4 +144,6 @@ def _here(spec: Spec, place: Path) -> Spec:
     """Relative paths mean what they mean where the command was given, not in a worker's own folder."""
     data_folder = None if spec.data_folder is None else str(place / spec.data_folder)
     links = f"{TRACES}{place / spec.links.removeprefix(TRACES)}" if spec.links.startswith(TRACES) else spec.links
-    return msgspec.structs.replace(spec, data_folder=data_folder, links=links)
+    steps = spec.steps_trace if spec.steps_trace is UNSET else str(place / spec.steps_trace)
+    attend = spec.attend if spec.attend is UNSET or spec.attend.startswith(NIGHTLY) else str(place / spec.attend)
+    return msgspec.structs.replace(spec, data_folder=data_folder, links=links, steps_trace=steps, attend=attend)

@@ -18,7 +18,6 @@ from msgspec import UNSET
 from numpy.typing import NDArray
 
 from broker_server.runs import TaskFolder
-from edge_agent import trainer, worker
 from edge_agent.data import source as data_source
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Score
@@ -276,7 +275,10 @@ def _check_fit(model: Training, folder: TaskFolder, data: Loaded) -> None:
 
 def _code_digest(engine: str, programs: Mapping[str, bytes]) -> bytes:
     """What results depend on beside data and job: the programs, the code that trains, and what computes them."""
-    files = [Path(module.__file__).read_bytes() for module in (trainer, worker, data_source) if module.__file__ is not None]
+    rooms = Path(__file__).parent.parent
+    torch = ("testbed/torch_training.py", "export/torch_graph.py", "export/torch_ops.py") if engine != "onnxruntime" else ()
+    names = ("edge_agent/trainer.py", "edge_agent/worker.py", "edge_agent/data/source.py", "regrow/local_rules.py", *torch)
+    files = [(rooms / name).read_bytes() for name in names]
     backend = "onnxruntime" if engine == "onnxruntime" else "torch"
     machine = f"{platform.machine()} {engine} {version(backend)} {version('numpy')}"
     return digest(machine, *files, *(part for name in sorted(programs) for part in (name, programs[name])))

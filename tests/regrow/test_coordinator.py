@@ -29,7 +29,7 @@ from regrow.machine import (
 from regrow.methods import ABLATIONS, METHODS
 from regrow.task import Task
 from testbed.memory import COORDINATOR
-from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, task
+from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, task, train
 from tests.regrow.harness import NAMES, TWO, Tape, begin, check_run, leftovers, phase_reached, restart_coordinator, snapshot
 
 PAIR = task(fleet={"min_devices": 2}, stop={"aggregations": 4})
@@ -456,3 +456,34 @@ def test_bytes_that_are_no_message_are_noted_and_change_nothing() -> None:
             effects = leader.step(Received(topic, b"RG\x01\x63junk"), leader.now)
             assert any(isinstance(effect, Note) and effect.kind == "refused" for effect in effects)
         assert snapshot(leader) == before
+
+
+# ---- restoration in whole runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_prfl_keeps_the_density_that_devices_train() -> None:
+    world = begin(task(method={"name": "prfl"}, stop={"aggregations": 60}), LINKS)
+    world.finish()
+    ledger = world.coordinator().ledger
+    trained = {note.fields["device"]: note.fields["density"] for _, _, note in world.notes if note.kind == "assigned"}
+    raised = {who for _, _, note in world.notes if note.kind == "restored" for who in [note.fields["device"]]}
+    for who, device in ledger.devices.items():
+        assert device.density >= trained[who]
+        assert device.density == trained[who] or who in raised, "only a raise after the last assignment may differ"
+        assert ledger.level_of(trained[who]) in device.reports, "reports are of the level that is looked up"
+    assert set(trained.values()) & set(ledger.level_scores), "and they count"
+    assert all(density >= ledger.restoration.rho_min - 1e-9 for density in trained.values()) or ledger.restoration.rho_min <= 0.05
+
+
+def test_pace_counts_from_the_first_aggregation_however_long_the_gateway_waited_for_its_fleet() -> None:
+    def raised(wait_s: float) -> list[Any]:
+        world = Tape(train)
+        world.add(COORDINATOR, new_coordinator(task(restoration={"trigger": "pace"}, stop={"aggregations": 30})))
+        world.run(wait_s)
+        for name, bps in LINKS.items():
+            world.add(name, Device(identity(name), {}), up_bps=bps, down_bps=4 * bps)
+        world.finish()
+        return [(note.fields["device"], note.fields["density"]) for _, _, note in world.notes if note.kind == "restored"]
+
+    assert raised(0.0)
+    assert raised(7200.0)[:3] == raised(0.0)[:3]

@@ -140,6 +140,16 @@ def test_prfl_recovers_by_a_fixed_step_and_remembers_the_minimum() -> None:
     assert next_density(RestorationConfig(), 0.3) == 0.5
 
 
+def test_who_joins_late_is_as_far_as_everybody() -> None:
+    config = RestorationConfig(patience=5)
+    late = RestorationState(rho_min=0.5)
+    _, after, _, reasons = evaluate(late, config, {"old": 1.0, "new": 0.05}, {}, None, 0.0)
+    assert after == {"old": 1.0, "new": 0.5}
+    assert reasons == ["new: joined below 0.5"]
+    _, after, _, _ = evaluate(RestorationState(), config, {"tiny": 1 / 64}, {}, None, 0.0)
+    assert after == {"tiny": 1 / 64}, "nobody was raised yet"
+
+
 def test_who_left_is_forgotten_and_who_joins_starts_afresh() -> None:
     run = Run(RestorationConfig(patience=2), {"a": 0.05})
     run.step({0.05: 0.5}, None, times=2)

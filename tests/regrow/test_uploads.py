@@ -173,6 +173,16 @@ def test_an_update_that_is_not_what_was_assigned_is_refused(fields: dict[str, An
     assert not isinstance(caught.value, uploads.TooLateError)
 
 
+def test_a_step_with_masks_costs_what_a_full_one_does() -> None:
+    """tbar of 20 s of compute at any level: masks do not make it shorter, so nothing is scaled up."""
+    ledger = leased()
+    ledger.apply(Assigned(device="d0", number=2, version=0, epoch=0, level=0, deadline_s=30.0))
+    payload = values.encode(ledger.published[0].base(ledger.order.lengths[0]), "float32", 40)
+    entry = uploads.checked(ledger, "d0", *assembled(ledger, payload, assignment=2, level=0, seconds=20.0), UP)
+    full_bytes = values.encoded_size(entry.dtype, LAYOUT.size, ledger.order.always_kept)
+    assert entry.round_s == pytest.approx(20.0 + 8 * full_bytes / UP)
+
+
 @pytest.mark.parametrize("up", values.DELTA_DTYPES)
 def test_a_delta_is_checked_as_the_values_that_it_makes(up: values.WireDtype) -> None:
     ledger = leased(up)

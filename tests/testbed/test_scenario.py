@@ -19,7 +19,7 @@ from testbed.simulate import Simulation, links_of, task_of
 from tests.testbed.bars import outcome_of, spec
 
 
-def test_the_names_of_earlier_outcomes_hold() -> None:
+def test_options_that_say_nothing_are_left_out_of_a_specification() -> None:
     encoded = msgspec.json.decode(msgspec.json.encode(Spec()))
     fields = "method settings seed data data_folder split clients links outages step_s slowdown seconds points trainer"
     assert list(encoded) == fields.split()
