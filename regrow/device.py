@@ -176,7 +176,6 @@ class Device:
                 self.phase = Phase.SENDING
                 self._ask_receipt()
         else:
-            self.outgoing = None
             if self.uplink_bps is None:
                 self.phase = Phase.PROBING
                 self._begin_probe()
@@ -313,13 +312,17 @@ class Device:
         self._job += 1
         self._emit(Note("training", {"number": wanted.assignment.number}))
         self._telemetry()
-        self._emit(training.job(self._job, self._fetched, self.outgoing))
+        self._emit(training.job(self._job, self._fetched, self._last()))
+
+    def _last(self) -> outgoing.Outgoing | None:
+        """The update before, whose debt and mask the next one takes on; an update of another run is none."""
+        return self.outgoing if self.outgoing is not None and self.names is not None and self.outgoing.run == self.names.root else None
 
     def _take_trained(self, trained: Trained) -> None:
         if self._fetched is None or self.names is None or trained.number != self._job:
             return
         try:
-            self.outgoing = training.update(trained, self._fetched, self.names.root, self.sequence + 1, self.outgoing)
+            self.outgoing = training.update(trained, self._fetched, self.names.root, self.sequence + 1, self._last())
         except PeerError as error:
             self._give_up(str(error), phase="diverged")
             return

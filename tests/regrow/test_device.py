@@ -273,6 +273,20 @@ def test_a_device_at_work_for_a_coordinator_that_is_gone_is_found_by_another_tas
     assert world.finished["next"] == "6 aggregations"
 
 
+def test_a_device_that_comes_back_from_another_run_still_has_its_mask_and_its_debt() -> None:
+    world = begin(task(method={"name": "subfedavg"}, fleet={"min_devices": 2}, wire={"up": "int8"}), TWO)
+    world.run(300, stop=lambda: world.device("d1").sequence >= 3 and world.device("d1").phase is Phase.WAITING)
+    device = world.device("d1")
+    for run in ("other", "r1"):
+        reference = wire.TaskRef(task="toy", run=run, term=device.term + 1)
+        device.step(Received(topics.tasks("d1"), wire.encode(wire.Tasks(tasks=[reference], heartbeat_s=3.0))), world.now)
+        last = device._last()
+        assert (last is not None) == (run == "r1")
+    assert last is not None
+    assert last.mask is not None
+    assert last.owed is not None
+
+
 def test_a_device_whose_coordinator_is_alive_says_hello_once() -> None:
     world = begin(task(fleet={"min_devices": 2}, stop={"seconds": 400.0}), TWO)
     world.finish()
