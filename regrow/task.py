@@ -10,7 +10,7 @@ import msgspec
 
 from regrow.errors import LocalError
 from regrow.local_rules import LocalRule
-from regrow.methods import defaults_of, named
+from regrow.methods import DEFAULT_METHOD, defaults_of, named
 from regrow.values import WireDtype
 
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -32,7 +32,7 @@ class Method(Section, frozen=True, kw_only=True):
     still be set.
     """
 
-    name: str = "fedgmr"
+    name: str = DEFAULT_METHOD
     density: Literal["full", "class", "relative"] = "class"
     ladder: Annotated[tuple[Fraction, ...], msgspec.Meta(min_length=1, max_length=64)] = (0.05, 0.1, 0.2, 0.5, 1.0)
     granularity: Literal["weight", "unit"] = "weight"
@@ -77,7 +77,7 @@ class Trigger(Section, frozen=True, kw_only=True):
 class Restoration(Section, frozen=True, kw_only=True):
     """Gradual model restoration (algorithms: section 5)."""
 
-    trigger: Literal["none", "plateau", "pace", "fixed", "mixed"] = "plateau"
+    trigger: Literal["none", "plateau", "pace", "fixed", "mixed"] = "pace"
     step: Literal["ladder", "fixed"] = "ladder"
     delta_density: Fraction = 0.2
     patience: AtLeastOne = 5
@@ -214,9 +214,12 @@ def with_method_defaults(table: dict[str, Any]) -> dict[str, Any]:
 
     A table that is malformed stays as it is: validation has the better words for it.
     """
-    method = table.get("method", {})
-    name = method.get("name", "fedgmr") if isinstance(method, dict) else None
     filled = dict(table)
+    method = table.get("method", {})
+    name = None
+    if isinstance(method, dict):
+        filled["method"] = {"name": DEFAULT_METHOD, **method}
+        name = filled["method"]["name"]
     for section, defaults in defaults_of(name).items():
         if isinstance(filled.get(section, {}), dict):
             filled[section] = {**defaults, **filled.get(section, {})}

@@ -33,7 +33,7 @@ def task(**sections: Mapping[str, Any]) -> Task:
     tables: dict[str, Any] = {
         "name": "toy",
         "fleet": {"min_devices": len(LINKS), "join_s": 0.0, "min_deadline_s": 20.0, "heartbeat_s": 3.0},
-        "method": {"refresh_every": 10},
+        "method": {"name": "fedgmr", "refresh_every": 10},
         "stop": {"aggregations": 60},
     }
     for name, section in sections.items():

@@ -26,8 +26,12 @@ def test_a_name_alone_is_a_whole_task(name: str) -> None:
     assert (densities_of(task) == (1.0,)) == (task.method.density == "full")
 
 
-def test_no_name_is_fedgmr() -> None:
-    assert parsed("").method == parsed('[method]\nname = "fedgmr"\n').method
+def test_no_name_is_fedgmr_by_our_own_trigger() -> None:
+    assert parsed("") == parsed('[method]\nname = "fedgmr-pace"\n')
+    assert parsed("").restoration.trigger == "pace"
+    papers = parsed('[method]\nname = "fedgmr"\n')
+    assert papers.restoration.trigger == "plateau"
+    assert msgspec.structs.replace(papers.method, name="fedgmr-pace") == parsed("").method
 
 
 def test_what_the_table_of_algorithms_says() -> None:
@@ -57,7 +61,7 @@ def test_additions_and_ablations() -> None:
     assert restored["trigger"]["kind"] == "fastest"
     assert "restoration" in named("fiarse+async")
     assert named("fiarse+async")["restoration"]["trigger"] == "none"
-    assert named("fedgmr-ga") == {"method": {"name": "fedgmr", "aggregation": "gradient"}}
+    assert named("fedgmr-ga")["method"] == {"name": "fedgmr", "aggregation": "gradient"}
     assert all(named(f"fedgmr-{part}") for part in ABLATIONS)
 
 
