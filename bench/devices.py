@@ -27,24 +27,21 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
+from machine import write_result
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from machine import write_result  # noqa: E402
-
-from broker_server.shelf import MappedShelf  # noqa: E402
-from regrow.coordinator import Coordinator  # noqa: E402
-from regrow.device import Device  # noqa: E402
-from regrow.ledger import Ledger  # noqa: E402
-from regrow.machine import Connected, Effect, Event, Persisted, Received, Train, Trained, Woken  # noqa: E402
-from regrow.parameters import Layout, Tensor  # noqa: E402
-from regrow.presence import Identity  # noqa: E402
-from regrow.shelf import Shelf, in_memory  # noqa: E402
-from regrow.task import Task, task_from_tables  # noqa: E402
-from testbed.memory import COORDINATOR, World  # noqa: E402
+from broker_server.shelf import MappedShelf
+from regrow.coordinator import Coordinator
+from regrow.device import Device
+from regrow.ledger import Ledger
+from regrow.machine import Connected, Effect, Event, Persisted, Received, Train, Trained, Woken
+from regrow.parameters import Layout, Tensor
+from regrow.presence import Identity
+from regrow.shelf import Shelf, in_memory
+from regrow.task import Task, task_from_tables
+from testbed.memory import COORDINATOR, World
 
 LAYOUT = Layout((Tensor("dense.weight", (10, 64)), Tensor("dense.bias", (10,), always_kept=True)))
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("fedgmr", "fedasync")
 LEAST_UPDATES = 600
 SIZES = (10, 30, 100, 300, 1000, 3000, 10_000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from regrow.errors import LocalError
 
@@ -11,35 +11,18 @@ SLACK = 0.9  # a rung is given when the link carries 0.9 of what it needs, up to
 GRID = 64  # PR-FL's densities are rounded to 1/64, which bounds the chunks of a large fleet (ours)
 
 
-def full_density_goodput_bps(live_uplinks_bps: Sequence[float]) -> float:
-    """The link that deserves the whole model: the 90th percentile (nearest rank) of the live ones, in bit/s.
-
-    Raises:
-        LocalError: no link, or one that is not finite and > 0.
-    """
-    if not live_uplinks_bps or not all(math.isfinite(link) and link > 0.0 for link in live_uplinks_bps):
-        raise LocalError("density: needs measured links, each finite and > 0 bit/s")
-    return nearest_rank(sorted(live_uplinks_bps))
+def full_density_goodput_bps(ascending_bps: Sequence[float]) -> float:
+    """The link that deserves the whole model, bit/s: the 90th percentile (nearest rank) of the live ones, which ascend; at least one."""
+    return ascending_bps[math.ceil(0.9 * len(ascending_bps)) - 1]
 
 
-def nearest_rank(ascending: Sequence[float]) -> float:
-    """The 90th percentile of values in ascending order, at least one."""
-    return ascending[math.ceil(0.9 * len(ascending)) - 1]
-
-
-def initial_density(
-    uplink_bps: float,
-    live_uplinks_bps: Sequence[float],
-    ladder: Sequence[float],
-    full_density_bps: float | None = None,
-) -> float:
+def initial_density(uplink_bps: float, ladder: Sequence[float], full_density_bps: float) -> float:
     """FedGMR's class of a device: the lowest rung >= 0.9 x its link relative to the full-density link.
 
     Args:
         uplink_bps: the device's measured goodput, > 0.
-        live_uplinks_bps: goodput of every live device, this one included; not looked at with full_density_bps.
         ladder: densities, ascending, the last 1.0.
-        full_density_bps: the link that carries the whole model, when the task names it.
+        full_density_bps: the link that carries the whole model: what the task names, or `full_density_goodput_bps` of the live devices.
 
     Returns:
         A rung of the ladder.
@@ -49,12 +32,11 @@ def initial_density(
 
     Source: FedGMR, classes by bandwidth; the percentile and the slack are ours (algorithms.md section 4).
     """
-    full_bps = full_density_goodput_bps(live_uplinks_bps) if full_density_bps is None else full_density_bps
-    if not (math.isfinite(uplink_bps) and uplink_bps > 0.0 and math.isfinite(full_bps) and full_bps > 0.0):
-        raise LocalError(f"density: link of {uplink_bps} bit/s against {full_bps} bit/s")
+    if not (math.isfinite(uplink_bps) and uplink_bps > 0.0 and math.isfinite(full_density_bps) and full_density_bps > 0.0):
+        raise LocalError(f"density: link of {uplink_bps} bit/s against {full_density_bps} bit/s")
     if not ladder or list(ladder) != sorted(ladder) or ladder[-1] != 1.0:
         raise LocalError(f"density: ladder {tuple(ladder)} does not ascend to 1.0")
-    wanted = SLACK * uplink_bps / full_bps
+    wanted = SLACK * uplink_bps / full_density_bps
     return next((rung for rung in ladder if rung >= wanted - 1e-9), 1.0)
 
 
@@ -92,26 +74,17 @@ def mean_round_s(window: Sequence[float]) -> float | None:
 
 
 def relative_density(fastest_s: float, mean_s: float, minimum: float = 0.0) -> float:
-    """PR-FL's rule for one device, as in `relative_densities`: seconds of the fastest device and of this one, and its rho_min_i."""
-    steps = max(1, round(fastest_s / mean_s * GRID), math.ceil(minimum * GRID - 1e-9))
-    return min(steps / GRID, 1.0)
-
-
-def relative_densities(windows: Mapping[str, Sequence[float]], minimum: Mapping[str, float] | None = None) -> dict[str, float]:
     """PR-FL's rule: rho_i = max(min_j tbar_j / tbar_i, rho_min_i), to the nearest 1/64 and at least 1/64.
 
     Args:
-        windows: device -> its last round times normalised to full density, seconds; devices without any are left out.
-        minimum: device -> rho_min_i, as restoration raised it; applied before rounding, and never rounded below.
+        fastest_s: min_j tbar_j, the fastest device's mean round time normalised to full density, seconds, > 0.
+        mean_s: tbar_i, this device's.
+        minimum: rho_min_i, as restoration raised it; applied before rounding, and never rounded below.
 
     Returns:
-        device -> density in (0, 1].
+        Its density in (0, 1].
 
     Source: PR-FL; the normalisation and the rounding are ours (algorithms.md sections 2 and 4).
     """
-    means = {who: mean for who, times in windows.items() if (mean := mean_round_s(times)) is not None}
-    if any(not (math.isfinite(mean) and mean > 0.0) for mean in means.values()):
-        raise LocalError("density: round times must be finite and > 0")
-    fastest = min(means.values(), default=0.0)
-    lower = minimum or {}
-    return {who: relative_density(fastest, mean, lower.get(who, 0.0)) for who, mean in means.items()}
+    steps = max(1, round(fastest_s / mean_s * GRID), math.ceil(minimum * GRID - 1e-9))
+    return min(steps / GRID, 1.0)

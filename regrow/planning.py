@@ -61,7 +61,7 @@ class Planner:
             full_bps = self._coordinator.roster.full_density_bps(join.uplink_bps for join in waiting.values())
         for join in waiting.values():
             ladder = densities_of(self._ledger.task) if method.density == "full" else method.ladder
-            first = density.initial_density(join.uplink_bps, (), ladder, full_bps)
+            first = density.initial_density(join.uplink_bps, ladder, full_bps)
             self._coordinator.commit(msgspec.structs.replace(join, density=first))
             fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first}
             self._coordinator.emit(Note("joined", fields))

@@ -5,7 +5,7 @@ Nothing here knows of orders, prefixes or increments. Symbols are those of algor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -148,3 +148,19 @@ def mask_of_density(importance: Floats, always_kept: NDArray[np.uint32], length:
     ranked = sorted(np.flatnonzero(~m).tolist(), key=lambda j: (-importance[j], j))
     m[ranked[: length - always_kept.size]] = True
     return m
+
+
+def score_levels(reports: Iterable[tuple[float, float, int]]) -> dict[float, float]:
+    """The example-weighted mean score of each level.
+
+    Args:
+        reports: (density, score, examples) of every device's latest report; without examples it counts nothing.
+
+    Returns:
+        density -> score, ascending; levels without examples are absent.
+    """
+    sums: dict[float, tuple[float, int]] = {}
+    for density, score, examples in reports:
+        total, count = sums.get(density, (0.0, 0))
+        sums[density] = (total + score * examples, count + examples)
+    return {density: sums[density][0] / sums[density][1] for density in sorted(sums) if sums[density][1]}

@@ -18,7 +18,7 @@ final patience, still raises rho_min and at last ends training.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -146,24 +146,6 @@ def next_density(config: RestorationConfig, density: float) -> float:
         return next((rung for rung in config.ladder if rung > density + 1e-9), 1.0)
     steps = max(round((density + config.delta_density) * GRID), math.floor(density * GRID) + 1)
     return min(steps / GRID, 1.0)
-
-
-def score_levels(reports: Iterable[tuple[float, float, int]]) -> dict[float, float]:
-    """The example-weighted mean score of each level.
-
-    Args:
-        reports: (density, score, examples) of every device's latest report; without examples it counts nothing.
-
-    Returns:
-        density -> score, ascending; levels without examples are absent.
-    """
-    sums: dict[float, tuple[float, int]] = {}
-    for density, score, examples in reports:
-        if examples < 0 or not math.isfinite(score):
-            raise LocalError(f"restoration: a report of {examples} examples scoring {score}")
-        total, count = sums.get(density, (0.0, 0))
-        sums[density] = (total + score * examples, count + examples)
-    return {density: sums[density][0] / sums[density][1] for density in sorted(sums) if sums[density][1]}
 
 
 def _planned(

@@ -255,7 +255,7 @@ class Roster:
         joining = list(joining_bps)
         for link in joining:
             insort(ascending, link)
-        full_bps = density.nearest_rank(ascending)
+        full_bps = density.full_density_goodput_bps(ascending)
         for link in joining:
             del ascending[bisect_left(ascending, link)]
         return full_bps

@@ -18,7 +18,7 @@ class Scoreboard:
     """Sums of reports per level.
 
     A device counts for the level that it trains, and for the full model where it was asked to fetch that. The sums are those of
-    `restoration.score_levels` to the bit: NumPy's accumulate adds one after the other, in the order in which devices joined.
+    `reference.score_levels` to the bit: NumPy's accumulate adds one after the other, in the order in which devices joined.
     """
 
     def __init__(self, ledger: Ledger) -> None:

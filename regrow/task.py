@@ -226,12 +226,6 @@ def with_method_defaults(table: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def task_text(task: Task) -> dict[str, Any]:
-    """The task as plain tables, for a store or a report; parse_task of it as TOML gives the same task."""
-    tables: dict[str, Any] = msgspec.to_builtins(task)
-    return tables
-
-
 def _line_of(text: str, message: str) -> int | None:
     """Line of the key that a validation message names: "unknown field `x` - at `$.method`" or "... - at `$.method.x`"."""
     path = re.search(r"at `?\$((?:\.[A-Za-z_]\w*)*)", message)

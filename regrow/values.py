@@ -117,49 +117,6 @@ def decode(payload: bytes | bytearray | memoryview, dtype: WireDtype, length: in
     return values
 
 
-def encode_slice(values: NDArray[np.float32], start: int, stop: int, dtype: Literal["float32", "float16"], always_kept: int) -> bytes:
-    """The bytes of positions [start, stop): consecutive slices concatenate to `encode` of the whole.
-
-    Args:
-        values: float32 [length], the whole vector, of which only the slice is looked at.
-
-    Raises:
-        LocalError: the slice lies outside, its values are not finite, or the dtype (int8, int4) has no slices.
-    """
-    _check_slice(start, stop, dtype)
-    if stop > values.size:
-        raise LocalError(f"values: slice [{start}, {stop}) of {values.size}")
-    return encode(values[start:stop], dtype, _kept_in(start, stop, always_kept))
-
-
-def decode_slice(
-    payload: bytes | bytearray | memoryview,
-    start: int,
-    stop: int,
-    dtype: Literal["float32", "float16"],
-    always_kept: int,
-) -> NDArray[np.float32]:
-    """float32 [stop - start]: the positions [start, stop) that `encode_slice` wrote.
-
-    Raises:
-        PeerError: wrong size or a non-finite number.
-        LocalError: an impossible slice, or a dtype without slices.
-    """
-    _check_slice(start, stop, dtype)
-    return decode(payload, dtype, stop - start, _kept_in(start, stop, always_kept))
-
-
-def slice_size(start: int, stop: int, dtype: Literal["float32", "float16"], always_kept: int) -> int:
-    """The bytes of positions [start, stop)."""
-    _check_slice(start, stop, dtype)
-    return encoded_size(dtype, stop - start, _kept_in(start, stop, always_kept))
-
-
-def rounded(values: NDArray[np.float32], dtype: WireDtype, always_kept: int) -> NDArray[np.float32]:
-    """What the receiver will hold: decode(encode(values))."""
-    return decode(encode(values, dtype, always_kept), dtype, values.size, always_kept)
-
-
 def quantise_with_feedback(
     delta: NDArray[np.float32], residual: NDArray[np.float32], dtype: WireDtype, always_kept: int
 ) -> tuple[bytes, NDArray[np.float32], NDArray[np.float32]]:
@@ -231,17 +188,6 @@ def _unpacked(packed: NDArray[np.uint8], size: int) -> NDArray[np.int8]:
     if size % 2 and packed[-1] >> 4:
         raise PeerError("values: the padding behind the last int4 value is not 0")
     return _PAIR_WORDS.take(packed).view(np.int8)[:size]
-
-
-def _kept_in(start: int, stop: int, always_kept: int) -> int:
-    return min(max(always_kept - start, 0), stop - start)
-
-
-def _check_slice(start: int, stop: int, dtype: str) -> None:
-    if dtype not in ("float32", "float16"):
-        raise LocalError(f"values: wire dtype {dtype!r} has no slices")
-    if not 0 <= start <= stop:
-        raise LocalError(f"values: slice [{start}, {stop})")
 
 
 def _check_finite(values: NDArray[Any]) -> None:

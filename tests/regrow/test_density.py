@@ -4,7 +4,8 @@ from regrow.density import (
     full_density_goodput_bps,
     full_density_round_s,
     initial_density,
-    relative_densities,
+    mean_round_s,
+    relative_density,
     remember_round,
 )
 from regrow.errors import LocalError
@@ -14,22 +15,22 @@ LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 def test_initial_classes_of_the_papers_ten_clients() -> None:
     links = [5e6, 2.5e6, 1e6, 0.5e6, *[0.25e6] * 6]
-    full = full_density_goodput_bps(links)
+    full = full_density_goodput_bps(sorted(links))
     assert full == 2.5e6  # the nearest rank of 90 % of ten is the ninth
-    explicit = [initial_density(link, [], LADDER, full_density_bps=5e6) for link in links]
+    explicit = [initial_density(link, LADDER, 5e6) for link in links]
     assert explicit == [1.0, 0.5, 0.2, 0.1, *[0.05] * 6]
-    assert [initial_density(link, links, LADDER) for link in links[:5]] == [1.0, 1.0, 0.5, 0.2, 0.1]
+    assert [initial_density(link, LADDER, full) for link in links[:5]] == [1.0, 1.0, 0.5, 0.2, 0.1]
 
 
 @pytest.mark.parametrize(("ratio", "density"), [(0.01, 0.05), (0.055, 0.05), (0.056, 0.1), (0.55, 0.5), (0.56, 1.0), (7.0, 1.0)])
 def test_the_lowest_rung_that_holds_nine_tenths(ratio: float, density: float) -> None:
-    assert initial_density(ratio * 1e6, [], LADDER, full_density_bps=1e6) == density
+    assert initial_density(ratio * 1e6, LADDER, 1e6) == density
 
 
 def test_wrong_links_are_refused() -> None:
-    for link, live, ladder in ((0.0, [1.0], LADDER), (1.0, [], LADDER), (1.0, [float("nan")], LADDER), (1.0, [1.0], (0.5,))):
+    for link, full, ladder in ((0.0, 1.0, LADDER), (1.0, 0.0, LADDER), (1.0, float("nan"), LADDER), (1.0, 1.0, (0.5,))):
         with pytest.raises(LocalError):
-            initial_density(link, live, ladder)
+            initial_density(link, ladder, full)
 
 
 def simulate(links_bps: list[float], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -43,7 +44,8 @@ def simulate(links_bps: list[float], rounds: int) -> tuple[dict[str, float], dic
         for who, link in links.items():
             normalised = full_density_round_s(compute_s * densities[who], densities[who], model_bytes, link)
             windows[who] = remember_round(windows[who], normalised, 5)
-        densities = relative_densities(windows)
+        means = {who: mean for who, times in windows.items() if (mean := mean_round_s(times)) is not None}
+        densities = {who: relative_density(min(means.values()), mean) for who, mean in means.items()}
         times = {who: compute_s * rho + 8 * model_bytes * rho / links[who] for who, rho in densities.items()}
     return densities, times
 
@@ -60,12 +62,9 @@ def test_the_rule_does_not_chase_its_tail() -> None:
 
 
 def test_a_raised_minimum_holds_and_the_grid_bounds_below() -> None:
-    windows = {"fast": (1.0,), "slow": (1000.0,), "new": ()}
-    assert relative_densities(windows) == {"fast": 1.0, "slow": 1 / 64}
-    assert relative_densities(windows, {"slow": 0.45})["slow"] == 29 / 64
-    assert relative_densities({}) == {}
-    with pytest.raises(LocalError):
-        relative_densities({"a": (0.0,)})
+    assert (relative_density(1.0, 1.0), relative_density(1.0, 1000.0)) == (1.0, 1 / 64)
+    assert relative_density(1.0, 1000.0, 0.45) == 29 / 64
+    assert mean_round_s(()) is None
 
 
 def test_the_window_is_a_fifo() -> None:

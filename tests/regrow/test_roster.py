@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regrow import density, restoration
+from regrow import density, reference
 from regrow.coordinator import Coordinator, Phase
 from regrow.device import Device
 from regrow.levels import densities_of
@@ -53,8 +53,8 @@ def expected(leader: Coordinator) -> dict[str, Any]:
         "live transfer": min((transfers[who] for who in live), default=None),
         "rounds": min(rounds, default=None) if method.density == "relative" else None,
         "unready": bool(slow) and min(slow) < method.refresh_min_rounds,
-        "scores": restoration.score_levels(reports),
-        "full": density.full_density_goodput_bps([3e5, *(devices[who].uplink_bps for who in sorted(live))]),
+        "scores": reference.score_levels(reports),
+        "full": density.full_density_goodput_bps(sorted([3e5, *(devices[who].uplink_bps for who in live)])),
     }
 
 
