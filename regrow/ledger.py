@@ -41,6 +41,7 @@ class Lease:
     version: int
     epoch: int
     level: int
+    dtype: values.WireDtype
     deadline_s: float
     evaluate_level: int | None = None
 
@@ -203,7 +204,7 @@ def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
 def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
     device = ledger.devices[entry.device]
     device.number = entry.number
-    device.lease = Lease(entry.number, entry.version, entry.epoch, entry.level, entry.deadline_s, entry.evaluate_level)
+    device.lease = Lease(entry.number, entry.version, entry.epoch, entry.level, entry.dtype, entry.deadline_s, entry.evaluate_level)
     device.rounds_since_full = 0 if entry.evaluate_level is not None else device.rounds_since_full + 1
     if ledger.task.method.density == "relative":
         device.density = ledger.density_of(entry.level)  # round times decide anew with every assignment

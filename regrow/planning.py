@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from regrow import density, records, restoration
+from regrow import density, records, restoration, values
 from regrow.broadcast import chunk_bytes
 from regrow.ledger import Device, Ledger
 from regrow.levels import densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.order import importance
+from regrow.precision import update_dtype
 from regrow.publication import CodedOrder, number_of, version_of
 from regrow.task import Task
+from regrow.values import WireDtype
 
 SLOW_DOWNLOAD = 4.0
 
@@ -249,8 +251,9 @@ class Planner:
         level = ledger.level_of(self._density_now(who, device))
         every = ledger.task.restoration.full_model_every
         top = len(order.lengths) - 1
+        dtype = self._dtype_now(device, ledger.density_of(level))
         asks_full = bool(every) and level < top and device.rounds_since_full + 1 >= every
-        deadline_s = max(ledger.task.fleet.min_deadline_s, 3 * self._predicted_round_s(who, version, level))
+        deadline_s = max(ledger.task.fleet.min_deadline_s, 3 * self._predicted_round_s(who, version, level, dtype))
         self._coordinator.commit(
             records.Assigned(
                 device=who,
@@ -258,6 +261,7 @@ class Planner:
                 version=version,
                 epoch=order.epoch,
                 level=level,
+                dtype=dtype,
                 deadline_s=deadline_s,
                 evaluate_level=top if asks_full else None,
             )
@@ -278,14 +282,25 @@ class Planner:
         raised = state.rho_min if state.rho_min > self._ledger.task.method.ladder[0] else 0.0
         return density.relative_density(fastest_s, mean_s, max(state.minimum.get(who, 0.0), raised))
 
-    def _predicted_round_s(self, who: str, version: int, level: int) -> float:
+    def _dtype_now(self, device: Device, trains: float) -> WireDtype:
+        """What the task says; by `auto`, more bits when the link has no more coordinates to carry. Rounds are measured with the fewest."""
+        dtypes, order = self._ledger.task.wire.dtypes, self._ledger.order
+        if len(dtypes) == 1:
+            return dtypes[0]
+        least, more = (values.encoded_size(dtype, order.size, order.always_kept) for dtype in dtypes)
+        mean_s = density.mean_round_s(device.full_round_s)
+        longer_s = None if mean_s is None else mean_s + 8 * (more - least) / device.uplink_bps
+        trained_s = self._coordinator.elapsed_s() - self._ledger.began_s if self._ledger.version else 0.0
+        return update_dtype(trains, longer_s, trained_s)
+
+    def _predicted_round_s(self, who: str, version: int, level: int, dtype: WireDtype) -> float:
         """Download, training and upload at this level; the downlink is taken to be no slower than the measured uplink."""
         ledger = self._ledger
         order = ledger.published[version].order
         length = ledger.reach(order, level)
         sets = ledger.orders[order.epoch].levels
         down = ledger.published[version].offset(length) + sum(map(len, sets if length == order.size else sets[: level + 1]))
-        up = ledger.largest_update_bytes(order, level, ledger.task.wire.up)
+        up = ledger.largest_update_bytes(order, level, dtype)
         train_s = ledger.task.training.local_steps * self._coordinator.step_s.get(who, 0.1)
         return min(8 * (down + up) / ledger.devices[who].uplink_bps + train_s, MAX_ROUND_S)
 

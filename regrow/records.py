@@ -46,6 +46,7 @@ class Assigned(Entry, frozen=True, kw_only=True):
     version: int
     epoch: int
     level: int
+    dtype: WireDtype
     deadline_s: float
     evaluate_level: int | None = None
 

@@ -11,6 +11,7 @@ import msgspec
 from regrow.errors import LocalError
 from regrow.local_rules import LocalRule
 from regrow.methods import DEFAULT_METHOD, defaults_of, named
+from regrow.precision import AUTO_DTYPES
 from regrow.values import WireDtype
 
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -90,10 +91,15 @@ class Restoration(Section, frozen=True, kw_only=True):
 class Wire(Section, frozen=True, kw_only=True):
     """What the values travel as, and how many versions are kept for devices that still need them."""
 
-    up: WireDtype = "int8"
+    up: WireDtype | Literal["auto"] = "auto"
     down: Literal["float32", "float16"] = "float16"
     versions_on_broker: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     versions_held: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16
+
+    @property
+    def dtypes(self) -> tuple[WireDtype, ...]:
+        """What updates of this run may travel as, the fewest bits first."""
+        return AUTO_DTYPES if self.up == "auto" else (self.up,)
 
 
 class Fleet(Section, frozen=True, kw_only=True):

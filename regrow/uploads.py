@@ -102,10 +102,11 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
     if head is None:
         raise PeerError("no head")
     known = ledger.devices[device]
-    lease = known.lease
+    lease, dtypes = known.lease, ledger.task.wire.dtypes
     if lease is not None and head.assignment == lease.number:
         if (head.version, head.epoch, head.level) != (lease.version, lease.epoch, lease.level):
             raise PeerError(f"version {head.version}, epoch {head.epoch}, level {head.level} is not what was assigned")
+        dtypes = (lease.dtype,)
     elif head.assignment > known.number:
         raise PeerError(f"assignment {head.assignment} was never given")
     if head.version not in ledger.published:
@@ -116,14 +117,15 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
     order = publication.order
     if head.epoch != order.epoch or head.level >= len(order.lengths):
         raise PeerError(f"version {head.version} has epoch {order.epoch} and {len(order.lengths)} levels, not {head.epoch}, {head.level}")
-    if head.dtype != ledger.task.wire.up:
-        raise PeerError(f"values are {head.dtype}, this run takes {ledger.task.wire.up}")
+    if head.dtype not in dtypes:
+        raise PeerError(f"values are {head.dtype}, this run takes {' or '.join(dtypes)}")
     expected = ledger.largest_update_bytes(order, head.level, head.dtype)
     if head.size != expected and ledger.task.method.local != "personal_masks":  # theirs are as long as their mask says: reconstruct sees
         raise PeerError(f"{head.size} bytes, level {head.level} has {expected} in {head.dtype}")
     # A step with masks costs what a full one does; only models of whole units become smaller.
     share = ledger.density_of(head.level) if ledger.task.method.granularity == "unit" else 1.0
-    full_bytes = values.encoded_size(head.dtype, order.size, order.always_kept)
+    # One measure for all rounds, whichever dtype this one had.
+    full_bytes = values.encoded_size(ledger.task.wire.dtypes[0], order.size, order.always_kept)
     entry = records.Accepted(
         device=device,
         install=assembly.install.hex(),

@@ -190,9 +190,20 @@ class Simulation:
     def _scorer(self, data: Dataset) -> Scorer:
         return lambda vector: self._trainer.evaluate(vector, data.x, data.y)
 
+    def _model(self) -> NDArray[np.float32]:
+        """float32 [n] by flat coordinate: what there is to deploy. While nobody trains the whole model, that is the largest part that is
+        trained (as the global score is of that level), unless it is another one in every round."""
+        ledger = self._ledger
+        flat, largest = ledger.flat_weights, max((device.density for device in ledger.devices.values()), default=1.0)
+        if largest < 1.0 and self.task.method.importance != "rolling":
+            order = ledger.order
+            flat = flat.copy()
+            flat[order.coordinates[ledger.reach(order, ledger.level_of(largest)) :]] = 0.0
+        return flat
+
     def _point(self, scorer: Scorer) -> Point:
         ledger = self._ledger
-        score, clients = scorer(ledger.flat_weights), [self.world.clients[name] for name in self.names if name in self.world.clients]
+        score, clients = scorer(self._model()), [self.world.clients[name] for name in self.names if name in self.world.clients]
         devices = ledger.devices.values()
         densities = [device.density for device in devices]
         return Point(
@@ -210,7 +221,7 @@ class Simulation:
         )
 
     def _outcome(self, points: list[Point]) -> Outcome:
-        weights, ledger = self._ledger.flat_weights, self._ledger
+        weights, ledger = self._model(), self._ledger
         own = [self._trainer.evaluate(weights, *source.validation()) for source in self._sources.values() if len(source.validation()[1])]
         counts = np.array([score.examples for score in own])
         accuracies = np.array([score.accuracy for score in own])

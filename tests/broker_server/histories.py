@@ -49,7 +49,7 @@ def play(run: Path, versions: int, *, snapshot: bool = True) -> Ledger:
             number, epoch = ledger.devices["d1"].number + 1, ledger.order.epoch
             level = 0 if ledger.task.method.local == "personal_masks" else len(ledger.order.lengths) - 1
             take(records.Published(version=version, chunk_bytes=16384))
-            take(records.Assigned(device="d1", number=number, version=version, epoch=epoch, level=level, deadline_s=30.0))
+            take(records.Assigned(device="d1", number=number, version=version, epoch=epoch, level=level, dtype="float32", deadline_s=30.0))
             entry, payload = update(ledger, version, level)
             take(entry, payload)
             take(records.Aggregated(version=version + 1, elapsed_s=float(version + 1)))

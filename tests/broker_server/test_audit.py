@@ -81,7 +81,7 @@ def play_shuffled(run: Path, versions: int) -> None:
             for number in sorted(set(numbers)):
                 take(records.Published(version=number, chunk_bytes=16384))
             for sequence, (who, number) in enumerate(zip(devices, numbers, strict=True)):
-                take(records.Assigned(device=who, number=version + 1, version=number, epoch=0, level=0, deadline_s=30.0))
+                take(records.Assigned(device=who, number=version + 1, version=number, epoch=0, level=0, dtype="float32", deadline_s=30.0))
                 entry, payload = update(ledger, number, 0)
                 take(msgspec.structs.replace(entry, device=who, sequence=sequence), payload)
             take(records.Aggregated(version=version + 1, elapsed_s=float(version + 1)))

@@ -186,7 +186,11 @@ TASK = {
     "restoration.every": ("Aggregations between evaluations.", _G),
     "restoration.planned_s": ("Planned duration in seconds; `fixed` and `mixed` need it.", _G),
     "restoration.full_model_every": ("Ask each device in every this many assignments to fetch and score the full model; 0: never.", _OURS),
-    "wire.up": ("Updates: `int8` and `int4` are deltas with error feedback, the others are values.", _OURS),
+    "wire.up": (
+        "Updates: `int8` and `int4` are deltas with error feedback, the others are values. `auto`: int4; int8 for a device that trains the "
+        "whole model, as soon as such a round takes at most a sixteenth of the time that training has lasted.",
+        _OURS,
+    ),
     "wire.down": ("The model on its way to devices; always-kept values are float32 in any case.", _OURS),
     "wire.versions_on_broker": ("Versions that lie on the broker at a time, at most, each with all its models (`recombine`).", _OURS),
     "wire.versions_held": ("Versions whose base the coordinator holds, at most; at least `versions_on_broker`.", _OURS),

@@ -90,7 +90,7 @@ def five(up: WireDtype = "float32") -> Ledger:
     ledger.apply(records.Published(version=0, chunk_bytes=wire.MIN_CHUNK_BYTES))
     for name in ("d0", "d1"):
         ledger.apply(records.Joined(device=name, install=INSTALL.hex(), uplink_bps=1e6, density=0.5))
-        ledger.apply(records.Assigned(device=name, number=1, version=0, epoch=0, level=0, deadline_s=30.0))
+        ledger.apply(records.Assigned(device=name, number=1, version=0, epoch=0, level=0, dtype=up, deadline_s=30.0))
     return ledger
 
 

@@ -129,12 +129,12 @@ def test_bytes_that_are_not_what_the_digest_promised_are_no_update() -> None:
 UP = 1_000_000.0
 
 
-def leased(up: str = "float32") -> Ledger:
+def leased(up: values.WireDtype = "float32") -> Ledger:
     """One device with a lease on version 0, level 4 (the whole model)."""
     ledger = Ledger.start(task(wire={"up": up}), LAYOUT, INITIAL)
     ledger.apply(Joined(device="d0", install=INSTALL.hex(), uplink_bps=UP, density=1.0))
     ledger.apply(Published(version=0, chunk_bytes=CHUNK))
-    ledger.apply(Assigned(device="d0", number=1, version=0, epoch=0, level=4, deadline_s=30.0))
+    ledger.apply(Assigned(device="d0", number=1, version=0, epoch=0, level=4, dtype=up, deadline_s=30.0))
     return ledger
 
 
@@ -176,7 +176,7 @@ def test_an_update_that_is_not_what_was_assigned_is_refused(fields: dict[str, An
 def test_a_step_with_masks_costs_what_a_full_one_does() -> None:
     """tbar of 20 s of compute at any level: masks do not make it shorter, so nothing is scaled up."""
     ledger = leased()
-    ledger.apply(Assigned(device="d0", number=2, version=0, epoch=0, level=0, deadline_s=30.0))
+    ledger.apply(Assigned(device="d0", number=2, version=0, epoch=0, level=0, dtype="float32", deadline_s=30.0))
     payload = values.encode(ledger.published[0].base(ledger.order.lengths[0]), "float32", 40)
     entry = uploads.checked(ledger, "d0", *assembled(ledger, payload, assignment=2, level=0, seconds=20.0), UP)
     full_bytes = values.encoded_size(entry.dtype, LAYOUT.size, ledger.order.always_kept)
@@ -213,7 +213,7 @@ def test_values_that_no_training_gives_are_refused(bad: float) -> None:
 
 def test_of_an_older_assignment_only_the_version_must_still_be_held() -> None:
     ledger = leased()
-    ledger.apply(Assigned(device="d0", number=2, version=0, epoch=0, level=0, deadline_s=30.0))
+    ledger.apply(Assigned(device="d0", number=2, version=0, epoch=0, level=0, dtype="float32", deadline_s=30.0))
     assert uploads.checked(ledger, "d0", *assembled(ledger), UP).level == 4
     del ledger.published[0]
     ledger.version = 1

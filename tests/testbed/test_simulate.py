@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from broker_server.runs import load_task
@@ -42,6 +43,23 @@ def test_methods_train_over_the_papers_links(task: Path, images: Path, method: s
     assert first_densities == [1.0] * 5 if full else first_densities[0] <= 0.1
     if method not in ("fedavg", "heterofl", "subfedavg"):  # which may still wait for their slowest device
         assert outcome.final_accuracy > 0.3
+
+
+def test_while_nobody_trains_the_whole_model_the_largest_part_that_is_trained_is_scored(task: Path, images: Path) -> None:
+    folder = load_task(task)
+    settings = {"method.ladder": [0.1, 1.0], "method.full_density_bps": 1e12, "restoration.full_model_every": 0}
+    run = spec(images, method="fedgmr-no-restore", links="60000", settings=settings)
+    simulation = Simulation(folder, task_of(folder, {"name": "bars"}, run), run)
+    outcome = simulation.run()
+    assert set(outcome.densities.values()) == {(0.1, 0.1)}
+    kept = round(0.1 * folder.layout.size)
+    assert np.count_nonzero(simulation._model()) <= kept
+    score = simulation._trainer.evaluate(simulation._model(), simulation._test.x, simulation._test.y)
+    assert outcome.final_accuracy == score.accuracy
+    # Beyond the part, the ledger still has what the model began with.
+    ledger = simulation._ledger
+    beyond = ledger.order.coordinates[kept:]
+    assert ledger.flat_weights[beyond].tobytes() == folder.initial[beyond].tobytes()
 
 
 def test_settings_stand_above_the_method_and_mistakes_are_named(task: Path, images: Path) -> None:
