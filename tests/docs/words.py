@@ -194,7 +194,7 @@ TASK = {
     "fleet.join_s": ("Seconds from the first hello to the first densities, so that links are compared.", _OURS),
     "fleet.heartbeat_s": ("Seconds between telemetry messages; after three without a word a device counts as gone.", _OURS),
     "fleet.min_deadline_s": ("Least duration of a lease; otherwise 3 times the predicted round.", _OURS),
-    "fleet.max_rejections": ("Blamed updates in a row after which a device gets no work until it starts anew.", _OURS),
+    "fleet.max_rejections": ("Blamed updates in a row after which a device gets no work until it starts anew; a restart of the gateway changes nothing.", _OURS),
     "fleet.norm_bound": ("An update is refused when its change is this many times larger than its level's median.", _OURS),
     "evaluation.data": (
         "Held-out `.npz` beside task.toml, with arrays x and y: the gateway scores the model on it. Without it devices report scores.",
