@@ -171,7 +171,7 @@ class MqttBus:
 
     def _on_disconnect(self, _client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:
         self._connected = False
-        self._on_event(Disconnected(self._refusal or f"connection lost: {code}"))
+        self._on_event(Disconnected(self._refusal or f"connection lost: {code}", needs_help=self._refusal is not None))
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         try:

@@ -44,6 +44,7 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
+from regrow.outage import Outage
 from regrow.presence import Identity
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class Agent:
         self._process = psutil.Process()
         self._sent: dict[int, str] = {}
         self._on_note: Callable[[Note], None] = lambda _: None
+        self._outage = Outage()
         self._timer_s = float("inf")
         self._stopping = False
 
@@ -208,11 +210,16 @@ class Agent:
             self._measure(event)
             if event.token == OWN_TOKEN:
                 return
-        elif isinstance(event, Disconnected):
-            log.warning("%s", event.reason)
-        elif isinstance(event, Connected):
-            log.info("connected to %s", self._bundle.broker)
+        self._tell_of_outages(event)
         self._step(event)
+
+    def _tell_of_outages(self, event: Event) -> None:
+        if isinstance(event, Disconnected):
+            said = self._outage.lost(event, time.monotonic())
+            log.log(logging.WARNING if said else logging.DEBUG, "%s", said or event.reason)
+        elif isinstance(event, Connected):
+            gone = self._outage.over(time.monotonic())
+            log.log(logging.WARNING if gone else logging.INFO, "connected to %s%s", self._bundle.broker, gone)
 
     def _step(self, event: Event) -> None:
         meters = self.device.meters

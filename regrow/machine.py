@@ -150,7 +150,10 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
+    """There is no connection, or another attempt has failed. needs_help: trying again helps only when a person has done something."""
+
     reason: str = ""
+    needs_help: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from edge_agent.agent import IDENTITY, UPLINK, Agent, Bundle
-from edge_agent.agent import log as agent_log
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
 from regrow import outgoing, wire
 from regrow.device import OUTGOING
 from regrow.errors import LocalError
 from regrow.fetching import PART
-from regrow.machine import Disconnected, Drop, Note, Save, Train, TrainingFailed
+from regrow.machine import Connected, Disconnected, Drop, Note, Save, Train, TrainingFailed
+from regrow.outage import Outage
 
 WAIT_S = 10.0
 
@@ -117,13 +117,14 @@ def test_it_says_why_there_is_no_link_and_stops_when_told(
     folder: StateFolder, data: DataSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = agent(folder, data)
-    told, warn = threading.Event(), agent_log.warning
+    told, lost = threading.Event(), one._outage.lost
 
-    def warning(said: str, *words: object) -> None:
-        warn(said, *words)
+    def hear(event: Disconnected, now: float) -> str:
+        said = lost(event, now)
         told.set()
+        return said
 
-    monkeypatch.setattr(agent_log, "warning", warning)
+    monkeypatch.setattr(Outage, "lost", lambda _, event, now: hear(event, now))
     running = threading.Thread(target=one.run)
     with caplog.at_level(logging.WARNING):
         running.start()
@@ -132,6 +133,20 @@ def test_it_says_why_there_is_no_link_and_stops_when_told(
         running.join(WAIT_S)
     assert not running.is_alive()
     assert "refused" in caplog.text.lower()
+
+
+def test_an_outage_is_two_lines_in_the_log(folder: StateFolder, data: DataSource, caplog: pytest.LogCaptureFixture) -> None:
+    one = agent(folder, data)
+    with caplog.at_level(logging.WARNING):
+        one._take(Connected())
+        one._take(Disconnected("connection lost"))
+        for _ in range(10):
+            one._take(Disconnected("cannot connect to 127.0.0.1:1: [Errno 111] Connection refused"))
+        one._take(Connected())
+    end(one)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "connection lost; trying again"
+    assert said[1:] == [f"connected to {one._bundle.broker} after 0 s without a connection"]
 
 
 def test_a_disk_that_fails_ends_it(folder: StateFolder, data: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
