@@ -367,6 +367,7 @@ def telemetry_fields(who: str, telemetry: wire.Telemetry) -> dict[str, Any]:
         "disk_bytes": telemetry.disk_bytes,
         "memory_bytes": telemetry.memory_bytes,
         "step_s": telemetry.step_s,
+        "failed": telemetry.failed,
     }
 
 

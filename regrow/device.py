@@ -7,16 +7,18 @@ goes on with what it has, and everything that the other side must know is said a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 from regrow import outgoing, topics, training, wire
 from regrow.errors import LocalError, PeerError
-from regrow.fetching import Fetched, Fetching, assemble, shopping
+from regrow.fetching import Fetched, Fetching, assemble
 from regrow.hearing import own_topics, recognise
 from regrow.machine import (
     Acknowledged,
     Connected,
+    DataChanged,
     Disconnected,
     Effect,
     Event,
@@ -34,7 +36,6 @@ from regrow.machine import (
     Woken,
 )
 from regrow.presence import HELLO_AGAIN_S, Identity, Presence
-from regrow.publication import version_of
 from regrow.sending import Sending
 
 OUTGOING = "outgoing"
@@ -69,7 +70,6 @@ class Device:
         self.term = 0
         self.assignment: wire.Assignment | None = None
         self.outgoing: outgoing.Outgoing | None = None
-        self.sequence = -1
         self._next: wire.Assignment | None = None
         self._done = 0
         self._presence = Presence(identity)
@@ -83,9 +83,13 @@ class Device:
         if OUTGOING in saved:
             try:
                 self.outgoing = outgoing.from_bytes(saved[OUTGOING], None)
-                self.sequence = self.outgoing.sequence
             except LocalError as error:
                 self._emit(Note("set aside", {"reason": str(error)}))
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last update, -1 before the first."""
+        return self.outgoing.sequence if self.outgoing is not None else -1
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take one event in at monotonic time `now`; returns what the runtime must do, in order."""
@@ -145,6 +149,7 @@ class Device:
         if self._presence.beat_s <= self.now:
             self._telemetry()
             self._presence.beaten(self.now)
+            self._effects += self._presence.complaints(self.now) if self.phase is Phase.WAITING else ()
         if self.phase is Phase.FETCHING and self._fetching.stalled(self.now):
             self._give_up("the parts of this version are no longer on the broker")
 
@@ -152,6 +157,12 @@ class Device:
         first = self.uplink_bps is None
         self.uplink_bps = measured.uplink_bps
         if first and self.phase is not Phase.PROBING and self.connected:
+            self._hello()
+
+    def _start_anew(self, data: DataChanged) -> None:
+        me = replace(self.identity, boot=data.boot, examples=data.examples, validation_examples=data.validation_examples)
+        self.identity = self._presence.identity = me
+        if self.connected:
             self._hello()
 
     # ---- what there is to do -------------------------------------------------------------------------------------------------------
@@ -169,18 +180,15 @@ class Device:
         self._leave_task()
         self.names, self.term = names, first.term
         self._emit(Subscribe(own_topics(names, self.identity.name)))
-        if self.outgoing is not None and self.outgoing.run == names.root:
-            self.phase = Phase.WAITING
-            self._done = self.outgoing.head.assignment
-            if not self.outgoing.closed:
-                self.phase = Phase.SENDING
-                self._ask_receipt()
-        else:
-            if self.uplink_bps is None:
-                self.phase = Phase.PROBING
-                self._begin_probe()
-            else:
-                self.phase = Phase.WAITING
+        last = self._last()
+        self._done = 0 if last is None else last.head.assignment
+        self.phase = Phase.WAITING
+        if last is not None and not last.closed:
+            self.phase = Phase.SENDING
+            self._ask_receipt()
+        elif last is None and self.uplink_bps is None:
+            self.phase = Phase.PROBING
+            self._begin_probe()
         self._presence.hello_soon(self.now)
 
     def _leave_task(self) -> None:
@@ -190,6 +198,7 @@ class Device:
         self.assignment = self._next = self._fetching.wanted = self._fetched = None
         self._fetching.subscribed.clear()
         self._sending.stop()
+        self._presence.trouble = ""
         self.phase = Phase.IDLE
         self._presence.hello_soon(self.now)
 
@@ -244,12 +253,11 @@ class Device:
     # ---- fetching ------------------------------------------------------------------------------------------------------------------
 
     def _begin_fetch(self, assignment: wire.Assignment) -> None:
-        self._effects += self._fetching.stop(self.connected)
-        self.assignment, self._next, self._fetching.wanted = assignment, None, None
+        self._effects += self._fetching.begin(self.connected, self.now)
+        self.assignment, self._next = assignment, None
         self.phase = Phase.FETCHING
         if self.connected:
             self._presence.at_work(self.now)
-        self._fetching.progress_s = self.now
         self._fetch_on()
 
     def _fetch_on(self) -> None:
@@ -263,14 +271,9 @@ class Device:
             self._emit(Subscribe(asked))
 
     def _hear_manifest(self, manifest: wire.Manifest) -> None:
-        fetching = self._fetching
-        if self.names is None or self.assignment is None or manifest.term < self.term or fetching.wanted is not None:
+        if self.names is None or self.assignment is None or manifest.term < self.term or self._fetching.wanted is not None:
             return
-        fetching.wanted = wanted = shopping(self.assignment, manifest, self.names)
-        counts = {"parts": len(wanted.parts), "lacking": len(fetching.lacking())}
-        self._emit(Note("fetching", {"number": self.assignment.number, "version": version_of(manifest.version), **counts}))
-        self._emit(fetching.got(self.names.manifest(manifest.version), self.now))
-        self._effects += fetching.drop_unwanted()
+        self._effects += self._fetching.plan(self.assignment, manifest, self.names, self.now)
         self._fetch_on()
 
     def _hear_part(self, event: Received) -> None:
@@ -282,6 +285,8 @@ class Device:
     def _give_up(self, reason: str, phase: str = "") -> None:
         """Say why this assignment cannot be done, and be ready for another."""
         self._telemetry(failed=reason, phase=phase)
+        if phase:
+            self._presence.in_trouble(reason, self.now)
         self._emit(Note("gave up", {"reason": reason}))
         self._effects += self._fetching.stop(self.connected)
         self._finish_assignment()
@@ -326,7 +331,7 @@ class Device:
         except PeerError as error:
             self._give_up(str(error), phase="diverged")
             return
-        self.sequence += 1
+        self._presence.trouble = ""
         self.phase = Phase.SAVING
         self._save_id += 1
         self._emit(Save(OUTGOING, self.outgoing.to_bytes(), id=self._save_id))
@@ -388,6 +393,7 @@ _ANY: Mapping[Any, Callable[[Device, Any], None]] = {
     Connected: Device._connect,
     Disconnected: Device._disconnect,
     Measured: Device._measure,
+    DataChanged: Device._start_anew,
     Woken: Device._wake,
     "tasks": Device._hear_tasks,
     "claim": Device._hear_claim,

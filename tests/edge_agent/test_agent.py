@@ -149,6 +149,23 @@ def test_an_outage_is_two_lines_in_the_log(folder: StateFolder, data: DataSource
     assert said[1:] == [f"connected to {one._bundle.broker} after 0 s without a connection"]
 
 
+def test_samples_that_come_after_a_failure_are_another_start(folder: StateFolder, data: DataSource) -> None:
+    one = agent(folder, data)
+    job = Train(1, 0, {}, np.zeros(1, np.float32), np.zeros(1, np.uint32), 1, {}, steps=1, batch=1, learning_rate=0.1, seed=1)
+    one._perform([job])
+    boot = one.device.identity.boot
+    one._perform([Note("without work", {"reason": "x"})])
+    assert one.device.identity.boot == boot, "the same data would only fail again"
+    data.append(np.zeros((2, 64), np.float32), np.zeros(2, np.int64), part=np.zeros(2, np.int64))
+    one._perform([Note("without work", {"reason": "x"})])
+    again = one.device.identity
+    assert again.boot != boot
+    assert again.examples == data.training_size
+    one._perform([Note("without work", {"reason": "x"})])
+    assert one.device.identity is again
+    end(one)
+
+
 def test_a_disk_that_fails_ends_it(folder: StateFolder, data: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
     one = agent(folder, data)
 

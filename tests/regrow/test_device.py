@@ -15,6 +15,7 @@ from regrow.device import TRANSITIONS, Device, Phase
 from regrow.machine import (
     Acknowledged,
     Connected,
+    DataChanged,
     Disconnected,
     Event,
     Measured,
@@ -59,7 +60,15 @@ def events_for(world: Tape, name: str) -> dict[Any, Event]:
     receipt = wire.Receipt(term=1 << 40, install=device.identity.install, sequence=sequence, outcome="accepted")
     ref = wire.TaskRef(task="toy", run="r1", term=1 << 40)
     token = next(iter(device._sending.in_flight), 1)
-    plain: list[Event] = [Connected(), Disconnected(), Measured(9e5), Woken(), Acknowledged(token, 0.0, 0.0, 1), Persisted(device._save_id)]
+    plain: list[Event] = [
+        Connected(),
+        Disconnected(),
+        Measured(9e5),
+        Woken(),
+        DataChanged(bytes(16), 5, 1),
+        Acknowledged(token, 0.0, 0.0, 1),
+        Persisted(device._save_id),
+    ]
     plain += [Trained(-1, np.zeros(1, np.float32), 1, 0.0, 0.0, ()), TrainingFailed(-1, "x")]
     return {
         **{type(event): event for event in plain},
