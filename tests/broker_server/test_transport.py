@@ -61,7 +61,7 @@ def test_a_wrong_password_says_what_to_check(rig: Rig) -> None:
 
 def test_a_broker_is_checked_by_asking_it(rig: Rig) -> None:
     check_broker(rig.broker.url, "d0", rig.credentials.password("d0"))
-    with pytest.raises(LocalError, match="--broker: the broker refused the coordinator: .*; check its user name and password"):
+    with pytest.raises(LocalError, match=r"--broker: the broker refused the coordinator: .*; check its user name and password"):
         check_broker(rig.broker.url, "d0", "no")
 
 

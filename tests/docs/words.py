@@ -90,7 +90,7 @@ WIRE = {
     "Telemetry.disk_bytes": "Bytes written to the state folder since the agent started.",
     "Telemetry.memory_bytes": "Resident memory of the agent.",
     "Telemetry.step_s": "Seconds of one training step, last measured.",
-    "Telemetry.failed": "Why the assignment at hand is given up; ends its lease. Without one: why the last could not be done, as long as no other was.",
+    "Telemetry.failed": "Why the assignment at hand is given up; ends its lease. Without one: why the last could not be done.",
     "Telemetry.pending": "Asks for this update's receipt.",
 }
 
@@ -242,7 +242,8 @@ HANDLERS = {
     "device._disconnect": "Forget what was in flight; work that needs no link goes on.",
     "device._measure": "Remember the estimate; say hello with the first one.",
     "device._start_anew": "More data came after some that could not be trained on: another boot nonce, and hello.",
-    "device._wake": "Hello, heartbeat, complaint and receipt question when due; after 60 s without any part give the assignment up (`waiting`).",
+    "device._wake": "Hello, heartbeat, complaint and receipt question when due; after 60 s without any part give the assignment "
+    "up (`waiting`).",
     "device._hear_tasks": "Take up the first task: `probing` without a known uplink, `sending` with an unreceipted update, else "
     "`waiting`. None: `idle`.",
     "device._hear_claim": "A higher term, or another run: say hello, for that coordinator may not know us.",

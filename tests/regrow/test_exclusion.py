@@ -27,7 +27,7 @@ def _patient_fleet() -> Task:
 
 
 def _slowly(train: Trainer, name: str, job: Train) -> tuple[float, Trained | TrainingFailed | Deferred]:
-    seconds, result = train(name, job)
+    _, result = train(name, job)
     return (0.001 if isinstance(result, TrainingFailed) else 100.0), result
 
 
