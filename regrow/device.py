@@ -7,7 +7,6 @@ goes on with what it has, and everything that the other side must know is said a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -86,17 +85,11 @@ class Device:
             except LocalError as error:
                 self._emit(Note("set aside", {"reason": str(error)}))
 
-    @property
-    def sequence(self) -> int:
-        """Number of the last update, -1 before the first."""
-        return self.outgoing.sequence if self.outgoing is not None else -1
-
     def step(self, event: Event, now: float) -> list[Effect]:
         """Take one event in at monotonic time `now`; returns what the runtime must do, in order."""
         self.now = max(now, self.now)
         try:
-            version = self.assignment.version if self.assignment is not None else None
-            kind, said = recognise(event, self.identity.name, self.names, version, self._fetching.subscribed)
+            kind, said = recognise(event, self.identity.name, self.names, self.assignment, self._fetching.subscribed)
             handler = TRANSITIONS.get((self.phase, kind))
             if handler is not None:
                 handler(self, said)
@@ -110,8 +103,6 @@ class Device:
     def _connect(self, _: Connected) -> None:
         self.connected = True
         self._presence.connect(self.now)
-        self._sending.stop()
-        self._fetching.subscribed.clear()
         self._emit(Subscribe((topics.tasks(self.identity.name),)))
         if self.names is not None:
             self._emit(Subscribe(own_topics(self.names, self.identity.name)))
@@ -160,8 +151,7 @@ class Device:
             self._hello()
 
     def _start_anew(self, data: DataChanged) -> None:
-        me = replace(self.identity, boot=data.boot, examples=data.examples, validation_examples=data.validation_examples)
-        self.identity = self._presence.identity = me
+        self.identity = self._presence.start_anew(data)
         if self.connected:
             self._hello()
 
@@ -220,9 +210,8 @@ class Device:
 
     def _hear_assignment(self, assignment: wire.Assignment) -> None:
         """Begin it now, or after what is being worked on: an update stays valid for what it started with."""
-        if assignment.term < self.term or assignment.number <= self._done:
-            return
-        if self.assignment is not None and assignment.number <= self.assignment.number:
+        newest = self._done if self.assignment is None else self.assignment.number
+        if assignment.term < self.term or assignment.number <= newest:
             return
         if self.phase in (Phase.WAITING, Phase.FETCHING):
             self._begin_fetch(assignment)
@@ -298,9 +287,8 @@ class Device:
         self.phase = Phase.WAITING
         self._sending.stop()
         self._presence.hello_s = self.now + HELLO_AGAIN_S if self.connected else float("inf")
-        following, self._next = self._next, None
-        if following is not None and following.number > self._done:
-            self._begin_fetch(following)
+        if self._next is not None and self._next.number > self._done:
+            self._begin_fetch(self._next)
 
     # ---- training ------------------------------------------------------------------------------------------------------------------
 
@@ -327,7 +315,7 @@ class Device:
         if self._fetched is None or self.names is None or trained.number != self._job:
             return
         try:
-            self.outgoing = training.update(trained, self._fetched, self.names.root, self.sequence + 1, self._last())
+            self.outgoing = training.update(trained, self._fetched, self.names.root, self.outgoing)
         except PeerError as error:
             self._give_up(str(error), phase="diverged")
             return

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from regrow import topics, wire
-from regrow.machine import Note, Publish
+from regrow.machine import DataChanged, Note, Publish
 
 HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
@@ -70,6 +70,11 @@ class Presence:
     def at_work(self, now: float) -> None:
         """The device works for a coordinator that is heard of: no need for another hello unless that one falls silent."""
         self.hello_s = now + LEADER_SILENT_S
+
+    def start_anew(self, data: DataChanged) -> Identity:
+        """Who the device is from now on."""
+        self.identity = replace(self.identity, boot=data.boot, examples=data.examples, validation_examples=data.validation_examples)
+        return self.identity
 
     def in_trouble(self, reason: str, now: float) -> None:
         """An assignment could not be done and another will not help: what is wrong is here."""
