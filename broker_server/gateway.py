@@ -23,6 +23,7 @@ from regrow import checkpoint
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError, RegrowError
 from regrow.machine import (
+    Connected,
     Disconnected,
     Effect,
     Evaluate,
@@ -38,6 +39,7 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
+from regrow.outage import Outage
 from regrow.task import StoreSettings
 
 log = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class Gateway:
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
         self._evaluate = evaluate
         self._evaluating: threading.Thread | None = None
+        self._outage = Outage()
         self._timer_s = float("inf")
         self._snapshot_version = coordinator.ledger.version
         self._finished = ""
@@ -159,8 +162,7 @@ class Gateway:
                     raise event
                 if event is None:
                     break
-                if isinstance(event, Disconnected):
-                    log.warning("%s; trying again", event.reason)
+                self._tell_of_outages(event)
                 self._perform(self.coordinator.step(event, time.monotonic()))
                 self._snapshot_if_due()
             self._snapshot()  # not after an error: the ledger may then be ahead of the log
@@ -168,6 +170,15 @@ class Gateway:
             self._writer.close()
             self._bus.close()
         return self._finished
+
+    def _tell_of_outages(self, event: Event) -> None:
+        said = ""
+        if isinstance(event, Disconnected):
+            said = self._outage.lost(event, time.monotonic())
+        elif isinstance(event, Connected) and (gone := self._outage.over(time.monotonic())):
+            said = f"connected to the broker{gone}"
+        if said:
+            log.warning("%s", said)
 
     def _next_event(self) -> Event | LocalError | None:
         while True:

@@ -8,6 +8,7 @@ from before can only do harm.
 from __future__ import annotations
 
 import logging
+import queue
 import ssl
 import threading
 import time
@@ -30,6 +31,7 @@ Effect = Publish | Subscribe | Unsubscribe
 
 MAX_INFLIGHT = 64
 MAX_QUEUED = 50_000  # packet ids end at 65 535
+ANSWER_S = 15.0
 BACKOFF_MIN_S = 1
 BACKOFF_MAX_S = 30
 FLUSH_S = 5.0
@@ -169,7 +171,7 @@ class MqttBus:
 
     def _on_disconnect(self, _client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:
         self._connected = False
-        self._on_event(Disconnected(self._refusal or f"connection lost: {code}"))
+        self._on_event(Disconnected(self._refusal or f"connection lost: {code}", needs_help=self._refusal is not None))
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         try:
@@ -191,3 +193,22 @@ class MqttBus:
     def _on_subscribe(self, _client: paho.Client, _data: object, _mid: int, codes: list[ReasonCode], _props: object) -> None:
         if any(code.is_failure for code in codes):
             log.error("the broker refused one of the coordinator's subscriptions: check its access list")
+
+
+def check_broker(url: str, username: str, password: str) -> None:
+    """Return when the broker has let the coordinator in, once; so that nothing is begun with one that will not.
+
+    Raises:
+        LocalError: the url is wrong, nothing answers there, or it refuses.
+    """
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    bus = MqttBus(url, client_id=username, username=username, password=password, on_event=events.put)
+    bus.start()
+    try:
+        said = events.get(timeout=ANSWER_S)
+    except queue.Empty:
+        said = Disconnected(f"no answer within {ANSWER_S:g} s")
+    finally:
+        bus.close()
+    if isinstance(said, Disconnected):
+        raise LocalError(f"--broker: {said.reason}; see that the broker runs, or leave --broker out and one is started here")

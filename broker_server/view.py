@@ -85,6 +85,7 @@ class FleetView:
             known = row.fields
             density = float(known.get("density", 0.0))
             silent = time.monotonic() - row.heard_s > SILENT_S
+            bad = "silent" if silent else "cannot train" if known.get("failed") else ""
             table.add_row(
                 who,
                 f"{known.get('uplink_bps', 0) / 1000:.0f} kbit/s",
@@ -95,7 +96,7 @@ class FleetView:
                 str(row.updates),
                 _bytes(known.get("bytes_up", 0)),
                 _bytes(known.get("bytes_down", 0)),
-                Text("silent", style="red") if silent else Text(str(known.get("phase", "waiting"))),
+                Text(bad, style="red") if bad else Text(str(known.get("phase", "waiting"))),
             )
         return table
 

@@ -26,6 +26,7 @@ from broker_server.runs import rollback as roll_back
 from broker_server.shelf import MappedShelf
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
+from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
 from edge_agent.data.sources import open_source
 from edge_agent.trainer import Trainer
@@ -126,7 +127,7 @@ def serve(options: argparse.Namespace) -> int:
     """Run a task until it is finished or stopped."""
     folder, path = _what_to_serve(options)
     home = (path.parent if path is not None else options.runs) / GATEWAY_HOME
-    link = _link(options, home)  # before a run is made: a wrong address or port leaves none behind
+    link = _link(options, home, resuming=path is not None)  # before a run is made: a wrong address or a dead broker leaves none behind
     try:
         return _serve_run(options, path or create_run(options.runs, folder, options.run), link)
     finally:
@@ -140,7 +141,6 @@ def _what_to_serve(options: argparse.Namespace) -> tuple[TaskFolder, Path | None
             raise LocalError(f"{options.task} is a run to go on with: --run and --new-run need the task folder")
         return _unlocked(options.task)
     task = read_task(options.task)
-    options.runs.mkdir(parents=True, exist_ok=True)
     if options.run is not None:
         check_name(options.run, "run")
         if (options.runs / options.run).exists():
@@ -171,12 +171,14 @@ class _Link:
     keep: Callable[[], str | None] = lambda: None
 
 
-def _link(options: argparse.Namespace, home: Path) -> _Link:
+def _link(options: argparse.Namespace, home: Path, *, resuming: bool) -> _Link:
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
         address = parse_broker_url(url)
         if not address.username:
             raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
+        if not resuming:  # a run that is there waits for its broker
+            check_broker(url, address.username, address.password or "")
         return _Link(url, address.username, address.password or "")
     if not 0 <= options.port <= 65535:
         raise LocalError(f"--port {options.port}: 1 to 65535, or 0 for a free one")

@@ -26,6 +26,7 @@ from regrow.fetching import PART
 from regrow.machine import (
     Acknowledged,
     Connected,
+    DataChanged,
     Disconnected,
     Drop,
     Effect,
@@ -44,6 +45,7 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
+from regrow.outage import Outage
 from regrow.presence import Identity
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ UPLINK = "uplink"
 POLL_S = 1.0
 UPLINK_DRIFT = 0.2
 OWN_TOKEN = -1
-COMPLAINTS = ("gave up", "rejected", "refused", "set aside")
+COMPLAINTS = ("gave up", "rejected", "refused", "set aside", "without work")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ class Agent:
         threads: int = 1,
         software: str = "",
     ) -> None:
-        self._folder, self._bundle = folder, bundle
+        self._folder, self._bundle, self._source = folder, bundle, source
+        self._tried = 0  # how many samples there were when the last job began
         self._meter = self._load_meter()
         saved = self._load_saved()
         self.identity = Identity(
@@ -134,6 +137,7 @@ class Agent:
         self._process = psutil.Process()
         self._sent: dict[int, str] = {}
         self._on_note: Callable[[Note], None] = lambda _: None
+        self._outage = Outage()
         self._timer_s = float("inf")
         self._stopping = False
 
@@ -208,11 +212,16 @@ class Agent:
             self._measure(event)
             if event.token == OWN_TOKEN:
                 return
-        elif isinstance(event, Disconnected):
-            log.warning("%s", event.reason)
-        elif isinstance(event, Connected):
-            log.info("connected to %s", self._bundle.broker)
+        self._tell_of_outages(event)
         self._step(event)
+
+    def _tell_of_outages(self, event: Event) -> None:
+        if isinstance(event, Disconnected):
+            said = self._outage.lost(event, time.monotonic())
+            log.log(logging.WARNING if said else logging.DEBUG, "%s", said or event.reason)
+        elif isinstance(event, Connected):
+            gone = self._outage.over(time.monotonic())
+            log.log(logging.WARNING if gone else logging.INFO, "connected to %s%s", self._bundle.broker, gone)
 
     def _step(self, event: Event) -> None:
         meters = self.device.meters
@@ -236,6 +245,7 @@ class Agent:
             elif isinstance(effect, Drop):
                 self._folder.delete(effect.name, durable=False)
             elif isinstance(effect, Train):
+                self._tried = self._source.appended
                 self._worker.put(effect)
             elif isinstance(effect, SetTimer):
                 self._timer_s = effect.at_s
@@ -243,8 +253,16 @@ class Agent:
                 level = logging.WARNING if effect.kind in COMPLAINTS else logging.INFO
                 log.log(level, "%s %s", effect.kind, effect.fields)
                 self._on_note(effect)
+                if effect.kind == "without work" and self._source.appended != self._tried:
+                    self._start_anew()
             elif isinstance(effect, Finished):
                 self._stopping = True
+
+    def _start_anew(self) -> None:
+        """Samples have come since the last job failed: perhaps these can be trained on."""
+        self._tried = self._source.appended
+        boot = secrets.token_bytes(wire.DIGEST_BYTES)
+        self._step(DataChanged(boot, self._source.training_size, self._source.validation_size))
 
     def _publish(self, effect: Publish) -> None:
         """Send; acknowledgements of small messages tell the link's latency, which the meter needs beside its rate."""

@@ -236,7 +236,6 @@ class MqttLink:
         client.on_message = self._on_message
         client.on_publish = self._on_publish
         client.on_subscribe = self._on_subscribe
-        self._refusal = None
         self._deadline_s = self._clock() + CONNECT_TIMEOUT_S
         client.connect(self.address.host, self.address.port, self._keepalive_s)
 
@@ -251,7 +250,8 @@ class MqttLink:
         self._retry_at_s = now + wait_s
         if self._retry.taken_over:
             reason = self._retry.suspicion(self._device_id, wait_s)
-        self._events.append(Disconnected(reason))
+        self._events.append(Disconnected(reason, needs_help=self._retry.taken_over or self._refusal is not None))
+        self._refusal = None
 
     def _drop(self) -> None:
         sock, self._client, self._sock = self._sock, None, None

@@ -8,7 +8,8 @@ import onnx
 
 from export.forward import read_forward
 from export.programs import build_programs, layout_of
-from export.units import find_units, sliced_model
+from export.slicing import sliced_model
+from export.units import find_units
 from regrow.unit_order import level_sizes, level_units
 
 LEVEL_PROGRAMS = ("layout", "train", "evaluate")

@@ -1,4 +1,4 @@
-"""Which units a forward model has, and the really smaller model that remains when some are kept.
+"""Which units a forward model has: what of it is kept or dropped together (export.slicing then drops it).
 
 One walk in execution order. Every value computed from `x` has its channels along axis 1; a Conv or a dense layer opens a new
 *channel space*, a residual sum joins two, everything else passes them on. What is left of joining are the groups of units, except
@@ -9,20 +9,17 @@ together: then a unit is several channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from export.forward import Forward, read_forward
-from export.programs import layout_of
 from regrow.errors import LocalError
-from regrow.units import Axis, Group, Kept, Units, gather
+from regrow.units import Axis, Group, Kept, Units
 
 
 def find_units(model: onnx.ModelProto) -> Units:
@@ -32,40 +29,7 @@ def find_units(model: onnx.ModelProto) -> Units:
         LocalError: the model is not of the form that forward.read_forward describes, or an op is not one of those below; the message names
             op, node and cure.
     """
-    return _units_of(_walked(read_forward(model)))
-
-
-def sliced_model(model: onnx.ModelProto, units: Units, kept: Kept) -> onnx.ModelProto:
-    """The smaller forward model of the kept units, with the full model's values for what is left.
-
-    Its shapes depend on how many units each group keeps, not on which: programs built from it serve every choice of as many units, and the
-    flat vector of such a choice is `vector[unit_coordinates(...)]`.
-
-    Args:
-        model: the full model. Not modified.
-        units: of this model, from find_units.
-
-    Raises:
-        LocalError: as find_units; or the units are of another model, or `kept` is not a choice of them.
-    """
-    forward = read_forward(model)
-    walk = _walked(forward)
-    if _units_of(walk) != units:
-        raise LocalError("the units are not those of this model; find them again with export.units.find_units")
-    layout = layout_of(forward)
-    tensors = gather(layout, units, kept, layout.flatten(forward.parameters))
-    sliced = onnx.ModelProto()
-    sliced.CopyFrom(model)
-    for tensor in sliced.graph.initializer:
-        if tensor.name in tensors:
-            tensor.CopyFrom(numpy_helper.from_array(tensors[tensor.name], tensor.name))
-    for value in sliced.graph.input:
-        if value.name in tensors:
-            value.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, tensors[value.name].shape))
-    _refit(sliced.graph, walk, kept)
-    _drop_unused(sliced.graph)
-    onnx.checker.check_model(sliced, full_check=True)
-    return sliced
+    return units_of(walk_of(read_forward(model)))
 
 
 @dataclass(eq=False)
@@ -108,8 +72,8 @@ class _Claim:
 
 
 @dataclass
-class _Walk:
-    """What is known so far.
+class Walk:
+    """What is known of a model's channels; `walk_of` gets to its end.
 
     Attributes:
         values: what axis 1 of each value computed from `x` consists of.
@@ -133,7 +97,7 @@ class _Walk:
 class _Site:
     """One node on the walk."""
 
-    walk: _Walk
+    walk: Walk
     node: onnx.NodeProto
 
     def refused(self, why: str) -> LocalError:
@@ -327,8 +291,13 @@ _RULES: dict[str, Callable[[_Site], _Channels | None]] = {
 }
 
 
-def _walked(forward: Forward) -> _Walk:
-    walk = _Walk(forward)
+def walk_of(forward: Forward) -> Walk:
+    """The whole walk.
+
+    Raises:
+        LocalError: as find_units.
+    """
+    walk = Walk(forward)
     walk.values["x"] = walk.opened("x", forward.input_shape[1] or 0, fixed=True)
     for node in forward.nodes:
         if not any(name in walk.values or name in walk.views or name in forward.parameters for name in node.input):
@@ -349,11 +318,12 @@ def _walked(forward: Forward) -> _Walk:
     return walk
 
 
-def _groups(walk: _Walk) -> list[_Space]:
+def _groups(walk: Walk) -> list[_Space]:
     return [space for space in walk.spaces if space.joined is None and not space.fixed]
 
 
-def _units_of(walk: _Walk) -> Units:
+def units_of(walk: Walk) -> Units:
+    """What find_units says, of a walk that is at hand."""
     groups = _groups(walk)
 
     def axis(claim: _Claim) -> Axis:
@@ -366,56 +336,7 @@ def _units_of(walk: _Walk) -> Units:
     return Units(tuple(Group(space.name, space.channels // space.unit) for space in groups), axes)
 
 
-def _refit(graph: onnx.GraphProto, walk: _Walk, kept: Kept) -> None:
-    """Whatever the graph says about the number of its channels, in terms of the smaller model."""
-    groups = _groups(walk)
-
-    def size(value: str, full: int) -> int:
-        """What is left of `full` numbers, each for as many channels of a value."""
-        space = walk.values[value].space.root()
-        return full if space.fixed else full * len(kept[groups.index(space)]) * space.unit // space.channels
-
-    known = []
-    for value in graph.value_info:
-        dims = value.type.tensor_type.shape.dim
-        if f"forward:{value.name}" in walk.values and len(dims) > 1 and dims[1].HasField("dim_value"):
-            dims[1].dim_value = size(f"forward:{value.name}", dims[1].dim_value)
-            known.append(value)
-    del graph.value_info[:]  # what is not known is inferred again
-    graph.value_info.extend(known)
-    nodes = [part for node in graph.node for part in (*_refit_node(node, walk, size), node)]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _refit_node(node: onnx.NodeProto, walk: _Walk, size: Callable[[str, int], int]) -> Iterator[onnx.NodeProto]:
-    """Change one node; yields the constants that it needs from now on."""
-    output = f"forward:{node.output[0]}"
-    if output not in walk.values:
-        return
-    made: dict[int, NDArray[Any]] = {}
-    if node.op_type == "Reshape":
-        _, entries, *behind = walk.forward.shapes[output]
-        made[1] = np.array([-1, size(output, entries or 0), *behind], np.int64)
-    for index in (1, 2) if node.op_type in ("GroupNormalization", "InstanceNormalization") else ():
-        same = walk.forward.constants.get(f"forward:{node.input[index]}")
-        if same is not None:
-            made[index] = same[: size(output, same.size)]
-    for attribute in node.attribute:
-        if node.op_type == "GroupNormalization" and attribute.name == "num_groups":
-            attribute.i = size(output, attribute.i)
-    for index, array in made.items():
-        name = f"{node.output[0]}:{index}"
-        yield helper.make_node("Constant", [], [name], name=name, value=numpy_helper.from_array(array))
-        node.input[index] = name
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove what only the old shapes needed."""
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    idle_nodes = [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in used]
-    idle_tensors = [tensor for tensor in graph.initializer if tensor.name not in used]
-    for node in idle_nodes:
-        graph.node.remove(node)
-    for tensor in idle_tensors:
-        graph.initializer.remove(tensor)
+def left_of(walk: Walk, kept: Kept, value: str, full: int) -> int:
+    """What is left of `full` numbers, each for as many channels of a value computed from `x`."""
+    space = walk.values[value].space.root()
+    return full if space.fixed else full * len(kept[_groups(walk).index(space)]) * space.unit // space.channels

@@ -9,7 +9,8 @@ import onnx
 
 from export.forward import Forward, read_forward
 from export.programs import layout_of
-from export.units import find_units, sliced_model
+from export.slicing import sliced_model
+from export.units import find_units
 from regrow.unit_order import level_sizes, level_units
 from regrow.units import kept_count
 

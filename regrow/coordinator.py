@@ -69,7 +69,6 @@ class Coordinator:
         self.roster = Roster(ledger)
         self.broadcast = Broadcast(ledger, self.roster, self.names, self.programs, self.emit)
         self.planner = Planner(self)
-        self.boots: dict[str, bytes] = {}
         self.telemetry: dict[str, wire.Telemetry] = {}
         self.step_s: dict[str, float] = {}
         self.waiting: dict[str, Joined] = {}
@@ -198,18 +197,17 @@ class Coordinator:
         source, hello, _ = said
         who, known = source.device, self.ledger.devices.get(source.device)
         self.roster.hear(who, self.now)
-        rebooted = self.boots.get(who) != hello.boot
         if hello.step_s:
             self.step_s[who] = hello.step_s
         self.broadcast.tasks(who)
-        if hello.uplink_bps:
-            self.boots[who] = hello.boot  # the hello before its first probe was not yet a start to count
+        rebooted = known is not None and known.boot != hello.boot.hex()
+        if hello.uplink_bps:  # the hello before its first probe is not yet a start to count
             uplink_bps = max(hello.uplink_bps, MIN_LINK_BPS)
-            join = Joined(device=who, install=hello.install.hex(), uplink_bps=uplink_bps, density=0.0)
+            join = Joined(device=who, install=hello.install.hex(), boot=hello.boot.hex(), uplink_bps=uplink_bps, density=0.0)
             if known is None:
                 self.waiting[who] = join
-            elif known.install != join.install or (rebooted and self.roster.excluded(known)):
-                if known.lease is not None:
+            elif rebooted or known.install != join.install:
+                if known.install != join.install and known.lease is not None:
                     self.release_lease(who, "reinstalled")
                 self.commit(join)
         if rebooted and known is not None and known.lease is not None:
@@ -369,6 +367,7 @@ def telemetry_fields(who: str, telemetry: wire.Telemetry) -> dict[str, Any]:
         "disk_bytes": telemetry.disk_bytes,
         "memory_bytes": telemetry.memory_bytes,
         "step_s": telemetry.step_s,
+        "failed": telemetry.failed,
     }
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from regrow import outgoing, topics, training, wire
 from regrow.errors import LocalError, PeerError
-from regrow.fetching import Fetched, Fetching, assemble, shopping
+from regrow.fetching import Fetched, Fetching, assemble
 from regrow.hearing import own_topics, recognise
 from regrow.machine import (
     Acknowledged,
     Connected,
+    DataChanged,
     Disconnected,
     Effect,
     Event,
@@ -34,7 +35,6 @@ from regrow.machine import (
     Woken,
 )
 from regrow.presence import HELLO_AGAIN_S, Identity, Presence
-from regrow.publication import version_of
 from regrow.sending import Sending
 
 OUTGOING = "outgoing"
@@ -69,7 +69,6 @@ class Device:
         self.term = 0
         self.assignment: wire.Assignment | None = None
         self.outgoing: outgoing.Outgoing | None = None
-        self.sequence = -1
         self._next: wire.Assignment | None = None
         self._done = 0
         self._presence = Presence(identity)
@@ -83,7 +82,6 @@ class Device:
         if OUTGOING in saved:
             try:
                 self.outgoing = outgoing.from_bytes(saved[OUTGOING], None)
-                self.sequence = self.outgoing.sequence
             except LocalError as error:
                 self._emit(Note("set aside", {"reason": str(error)}))
 
@@ -91,8 +89,7 @@ class Device:
         """Take one event in at monotonic time `now`; returns what the runtime must do, in order."""
         self.now = max(now, self.now)
         try:
-            version = self.assignment.version if self.assignment is not None else None
-            kind, said = recognise(event, self.identity.name, self.names, version, self._fetching.subscribed)
+            kind, said = recognise(event, self.identity.name, self.names, self.assignment, self._fetching.subscribed)
             handler = TRANSITIONS.get((self.phase, kind))
             if handler is not None:
                 handler(self, said)
@@ -106,8 +103,6 @@ class Device:
     def _connect(self, _: Connected) -> None:
         self.connected = True
         self._presence.connect(self.now)
-        self._sending.stop()
-        self._fetching.subscribed.clear()
         self._emit(Subscribe((topics.tasks(self.identity.name),)))
         if self.names is not None:
             self._emit(Subscribe(own_topics(self.names, self.identity.name)))
@@ -145,6 +140,7 @@ class Device:
         if self._presence.beat_s <= self.now:
             self._telemetry()
             self._presence.beaten(self.now)
+            self._effects += self._presence.complaints(self.now) if self.phase is Phase.WAITING else ()
         if self.phase is Phase.FETCHING and self._fetching.stalled(self.now):
             self._give_up("the parts of this version are no longer on the broker")
 
@@ -152,6 +148,11 @@ class Device:
         first = self.uplink_bps is None
         self.uplink_bps = measured.uplink_bps
         if first and self.phase is not Phase.PROBING and self.connected:
+            self._hello()
+
+    def _start_anew(self, data: DataChanged) -> None:
+        self.identity = self._presence.start_anew(data)
+        if self.connected:
             self._hello()
 
     # ---- what there is to do -------------------------------------------------------------------------------------------------------
@@ -169,18 +170,15 @@ class Device:
         self._leave_task()
         self.names, self.term = names, first.term
         self._emit(Subscribe(own_topics(names, self.identity.name)))
-        if self.outgoing is not None and self.outgoing.run == names.root:
-            self.phase = Phase.WAITING
-            self._done = self.outgoing.head.assignment
-            if not self.outgoing.closed:
-                self.phase = Phase.SENDING
-                self._ask_receipt()
-        else:
-            if self.uplink_bps is None:
-                self.phase = Phase.PROBING
-                self._begin_probe()
-            else:
-                self.phase = Phase.WAITING
+        last = self._last()
+        self._done = 0 if last is None else last.head.assignment
+        self.phase = Phase.WAITING
+        if last is not None and not last.closed:
+            self.phase = Phase.SENDING
+            self._ask_receipt()
+        elif last is None and self.uplink_bps is None:
+            self.phase = Phase.PROBING
+            self._begin_probe()
         self._presence.hello_soon(self.now)
 
     def _leave_task(self) -> None:
@@ -190,6 +188,7 @@ class Device:
         self.assignment = self._next = self._fetching.wanted = self._fetched = None
         self._fetching.subscribed.clear()
         self._sending.stop()
+        self._presence.trouble = ""
         self.phase = Phase.IDLE
         self._presence.hello_soon(self.now)
 
@@ -211,9 +210,8 @@ class Device:
 
     def _hear_assignment(self, assignment: wire.Assignment) -> None:
         """Begin it now, or after what is being worked on: an update stays valid for what it started with."""
-        if assignment.term < self.term or assignment.number <= self._done:
-            return
-        if self.assignment is not None and assignment.number <= self.assignment.number:
+        newest = self._done if self.assignment is None else self.assignment.number
+        if assignment.term < self.term or assignment.number <= newest:
             return
         if self.phase in (Phase.WAITING, Phase.FETCHING):
             self._begin_fetch(assignment)
@@ -244,12 +242,11 @@ class Device:
     # ---- fetching ------------------------------------------------------------------------------------------------------------------
 
     def _begin_fetch(self, assignment: wire.Assignment) -> None:
-        self._effects += self._fetching.stop(self.connected)
-        self.assignment, self._next, self._fetching.wanted = assignment, None, None
+        self._effects += self._fetching.begin(self.connected, self.now)
+        self.assignment, self._next = assignment, None
         self.phase = Phase.FETCHING
         if self.connected:
             self._presence.at_work(self.now)
-        self._fetching.progress_s = self.now
         self._fetch_on()
 
     def _fetch_on(self) -> None:
@@ -263,14 +260,9 @@ class Device:
             self._emit(Subscribe(asked))
 
     def _hear_manifest(self, manifest: wire.Manifest) -> None:
-        fetching = self._fetching
-        if self.names is None or self.assignment is None or manifest.term < self.term or fetching.wanted is not None:
+        if self.names is None or self.assignment is None or manifest.term < self.term or self._fetching.wanted is not None:
             return
-        fetching.wanted = wanted = shopping(self.assignment, manifest, self.names)
-        counts = {"parts": len(wanted.parts), "lacking": len(fetching.lacking())}
-        self._emit(Note("fetching", {"number": self.assignment.number, "version": version_of(manifest.version), **counts}))
-        self._emit(fetching.got(self.names.manifest(manifest.version), self.now))
-        self._effects += fetching.drop_unwanted()
+        self._effects += self._fetching.plan(self.assignment, manifest, self.names, self.now)
         self._fetch_on()
 
     def _hear_part(self, event: Received) -> None:
@@ -282,6 +274,8 @@ class Device:
     def _give_up(self, reason: str, phase: str = "") -> None:
         """Say why this assignment cannot be done, and be ready for another."""
         self._telemetry(failed=reason, phase=phase)
+        if phase:
+            self._presence.in_trouble(reason, self.now)
         self._emit(Note("gave up", {"reason": reason}))
         self._effects += self._fetching.stop(self.connected)
         self._finish_assignment()
@@ -293,9 +287,8 @@ class Device:
         self.phase = Phase.WAITING
         self._sending.stop()
         self._presence.hello_s = self.now + HELLO_AGAIN_S if self.connected else float("inf")
-        following, self._next = self._next, None
-        if following is not None and following.number > self._done:
-            self._begin_fetch(following)
+        if self._next is not None and self._next.number > self._done:
+            self._begin_fetch(self._next)
 
     # ---- training ------------------------------------------------------------------------------------------------------------------
 
@@ -322,11 +315,11 @@ class Device:
         if self._fetched is None or self.names is None or trained.number != self._job:
             return
         try:
-            self.outgoing = training.update(trained, self._fetched, self.names.root, self.sequence + 1, self._last())
+            self.outgoing = training.update(trained, self._fetched, self.names.root, self.outgoing)
         except PeerError as error:
             self._give_up(str(error), phase="diverged")
             return
-        self.sequence += 1
+        self._presence.trouble = ""
         self.phase = Phase.SAVING
         self._save_id += 1
         self._emit(Save(OUTGOING, self.outgoing.to_bytes(), id=self._save_id))
@@ -388,6 +381,7 @@ _ANY: Mapping[Any, Callable[[Device, Any], None]] = {
     Connected: Device._connect,
     Disconnected: Device._disconnect,
     Measured: Device._measure,
+    DataChanged: Device._start_anew,
     Woken: Device._wake,
     "tasks": Device._hear_tasks,
     "claim": Device._hear_claim,

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from regrow import indexset, topics, values, wire
 from regrow.errors import LocalError, PeerError
-from regrow.machine import Drop, Effect, Save, Unsubscribe
+from regrow.machine import Drop, Effect, Note, Save, Unsubscribe
 from regrow.parameters import Layout
+from regrow.publication import version_of
 
 FILTERS_AT_ONCE = 16
 PATIENCE_S = 60.0
@@ -151,23 +152,37 @@ class Fetching:
         self.subscribed = set(topics_wanted[:FILTERS_AT_ONCE])
         return tuple(topics_wanted[:FILTERS_AT_ONCE])
 
+    def begin(self, connected: bool, now: float) -> list[Effect]:
+        """Another assignment: its manifest comes first."""
+        self.wanted, self.progress_s = None, now
+        return self.stop(connected)
+
     def stop(self, connected: bool) -> list[Effect]:
         """Ask for nothing any more; without a connection the broker has forgotten it already."""
         asked, self.subscribed = tuple(sorted(self.subscribed)), set()
         return [Unsubscribe(asked)] if asked and connected else []
 
-    def got(self, topic: str, now: float) -> Unsubscribe:
+    def plan(self, assignment: wire.Assignment, manifest: wire.Manifest, names: topics.Run, now: float) -> list[Effect]:
+        """The manifest has come: want what the assignment needs, and let go of the parts that it has no use for.
+
+        Raises:
+            PeerError: as shopping.
+        """
+        self.wanted = shopping(assignment, manifest, names)
+        counts = {"parts": len(self.wanted.parts), "lacking": len(self.lacking())}
+        unwanted = [digest for digest in self.parts if digest not in self.wanted.parts]
+        for digest in unwanted:
+            del self.parts[digest]
+        return [
+            Note("fetching", {"number": assignment.number, "version": version_of(manifest.version), **counts}),
+            self._got(names.manifest(manifest.version), now),
+            *(Drop(PART + digest.hex()) for digest in unwanted),
+        ]
+
+    def _got(self, topic: str, now: float) -> Unsubscribe:
         self.progress_s = now
         self.subscribed.discard(topic)
         return Unsubscribe((topic,))
-
-    def drop_unwanted(self) -> list[Effect]:
-        """Let go of the parts that the present assignment has no use for."""
-        wanted = self.wanted.parts if self.wanted is not None else {}
-        unwanted = [digest for digest in self.parts if digest not in wanted]
-        for digest in unwanted:
-            del self.parts[digest]
-        return [Drop(PART + digest.hex()) for digest in unwanted]
 
     def take(self, topic: str, data: bytes, now: float) -> list[Effect]:
         """Keep a part that was asked for.
@@ -179,7 +194,7 @@ class Fetching:
         if self.wanted is None or self.wanted.parts.get(digest) != topic:
             raise PeerError(f"{topic}: {len(data)} bytes that the manifest does not name")
         self.parts[digest] = data
-        return [Save(PART + digest.hex(), data), self.got(topic, now)]
+        return [Save(PART + digest.hex(), data), self._got(topic, now)]
 
     def stalled(self, now: float) -> bool:
         return now - self.progress_s > PATIENCE_S

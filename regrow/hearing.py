@@ -14,14 +14,16 @@ def own_topics(names: topics.Run, device: str) -> tuple[str, ...]:
     return topics.claim(names.task), names.assignment(device), names.receipt(device)
 
 
-def recognise(event: Event, device: str, names: topics.Run | None, version: int | None, parts: Container[str]) -> tuple[Any, Any]:
+def recognise(
+    event: Event, device: str, names: topics.Run | None, assignment: wire.Assignment | None, parts: Container[str]
+) -> tuple[Any, Any]:
     """(kind, what it says) of an event; the kind is that of TRANSITIONS, (None, None) for what is nobody's.
 
     Args:
         event: a message becomes what it says; any other event is its own kind.
         device: who hears it.
         names: the device's run, or None without one.
-        version: of its assignment, or None without one.
+        assignment: at hand, or None.
         parts: topics of the parts that it has asked for.
 
     Raises:
@@ -39,6 +41,6 @@ def recognise(event: Event, device: str, names: topics.Run | None, version: int 
         return "assignment", wire.decode(event.payload, wire.Assignment)[0]
     if event.topic == names.receipt(device):
         return "receipt", wire.decode(event.payload, wire.Receipt)[0]
-    if version is not None and event.topic == names.manifest(version):
+    if assignment is not None and event.topic == names.manifest(assignment.version):
         return "manifest", wire.decode(event.payload, wire.Manifest)[0]
     return ("part", event) if event.topic in parts else (None, None)

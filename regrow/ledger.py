@@ -48,7 +48,7 @@ class Lease:
 
 @dataclass(slots=True)
 class Device:
-    """What is known of one device. `last_*` answer a repeated update; rejections in a row lead to exclusion."""
+    """What is known of one device. `last_*` answer a repeated update; rejections in a row lead to exclusion, until another boot."""
 
     install: str
     uplink_bps: float
@@ -66,6 +66,7 @@ class Device:
     first_density: float = 0.0
     full_round_s: list[float] = field(default_factory=list)
     reports: dict[int, Score] = field(default_factory=dict)
+    boot: str = ""
 
 
 @dataclass
@@ -192,10 +193,10 @@ def _led(ledger: Ledger, entry: records.Led, _: Payload) -> None:
 def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
     known = ledger.devices.get(entry.device)
     if known is None:
-        device = Device(entry.install, entry.uplink_bps, entry.density, first_density=entry.density)
+        device = Device(entry.install, entry.uplink_bps, entry.density, first_density=entry.density, boot=entry.boot)
         ledger.devices[entry.device] = device
         return
-    known.uplink_bps = entry.uplink_bps
+    known.uplink_bps, known.boot = entry.uplink_bps, entry.boot
     known.rejections = 0
     if known.install != entry.install:
         known.install, known.last_sequence = entry.install, -1

@@ -150,7 +150,10 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
+    """There is no connection, or another attempt has failed. needs_help: trying again helps only when a person has done something."""
+
     reason: str = ""
+    needs_help: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +205,15 @@ class TrainingFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class DataChanged:
+    """Data that could not be trained on are others now. boot: a new nonce of 16 bytes, for it is as good as another start."""
+
+    boot: bytes
+    examples: int
+    validation_examples: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated:
     """What an Evaluate effect found: level -> accuracy on the gateway's held-out data."""
 
@@ -215,4 +227,6 @@ class Woken:
 
 
 Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | Evaluate | SetTimer | Note | Finished
-Event = Connected | Disconnected | Received | Acknowledged | Persisted | Measured | Trained | TrainingFailed | Evaluated | Woken
+Event = (
+    Connected | Disconnected | Received | Acknowledged | Persisted | Measured | Trained | TrainingFailed | DataChanged | Evaluated | Woken
+)

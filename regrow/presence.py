@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from regrow import topics, wire
-from regrow.machine import Publish
+from regrow.machine import DataChanged, Note, Publish
 
 HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
+COMPLAINT_S = 300.0  # a device that could not do its last work, and got no other, says so this often
 LEADER_SILENT_S = 60.0  # a leader beats every two seconds; after this long it may be gone, and another may not know of us
 
 
@@ -37,13 +38,18 @@ class Meters:
 
 @dataclass(slots=True)
 class Presence:
-    """When the next hello and the next heartbeat are due (monotonic seconds, infinite: none is), and what they say."""
+    """When the next hello and the next heartbeat are due (monotonic seconds, infinite: none is), and what they say.
+
+    `trouble` is why the last assignment could not be done, nothing once one could.
+    """
 
     identity: Identity
     meters: Meters = field(default_factory=Meters)
     heartbeat_s: float = HELLO_AGAIN_S
     hello_s: float = float("inf")
     beat_s: float = float("inf")
+    trouble: str = ""
+    _complaint_s: float = 0.0
     _hello_wait_s: float = HELLO_FIRST_S
 
     def connect(self, now: float) -> None:
@@ -64,6 +70,23 @@ class Presence:
     def at_work(self, now: float) -> None:
         """The device works for a coordinator that is heard of: no need for another hello unless that one falls silent."""
         self.hello_s = now + LEADER_SILENT_S
+
+    def start_anew(self, data: DataChanged) -> Identity:
+        """Who the device is from now on."""
+        self.identity = replace(self.identity, boot=data.boot, examples=data.examples, validation_examples=data.validation_examples)
+        return self.identity
+
+    def in_trouble(self, reason: str, now: float) -> None:
+        """An assignment could not be done and another will not help: what is wrong is here."""
+        self.trouble, self._complaint_s = reason, now + COMPLAINT_S
+
+    def complaints(self, now: float) -> list[Note]:
+        """What a device that still has no other work says of its trouble, now and then."""
+        if not self.trouble or now < self._complaint_s:
+            return []
+        self._complaint_s = now + COMPLAINT_S
+        cure = "repair the data or the settings and start the agent again; data that have come meanwhile are tried without"
+        return [Note("without work", {"reason": self.trouble, "cure": cure})]
 
     def hello_soon(self, now: float) -> None:
         self.hello_s = min(self.hello_s, now + HELLO_AGAIN_S)
@@ -94,7 +117,10 @@ class Presence:
         failed: str,
         pending: wire.Pending | None,
     ) -> Publish:
-        """failed: why the assignment is given up, or nothing; pending: the update whose receipt is asked for."""
+        """failed: why the assignment is given up, or nothing; pending: the update whose receipt is asked for.
+
+        Without an assignment it names the trouble.
+        """
         message = wire.Telemetry(
             install=self.identity.install,
             phase=phase,
@@ -105,7 +131,7 @@ class Presence:
             disk_bytes=self.meters.disk_bytes,
             memory_bytes=self.meters.memory_bytes,
             step_s=self.meters.step_s,
-            failed=failed[:900],
+            failed=(failed if assignment is not None else self.trouble)[:900],
             pending=pending,
         )
         self.beaten(now)

@@ -27,10 +27,14 @@ class Led(Entry, frozen=True, kw_only=True):
 
 
 class Joined(Entry, frozen=True, kw_only=True):
-    """A device got its first density, or came back with another install nonce (its sequence then starts anew)."""
+    """A device got its first density, or has started anew.
+
+    With another boot nonce nothing is held against it any more; with another install nonce its sequence starts anew too.
+    """
 
     device: str
     install: str
+    boot: str = ""
     uplink_bps: float
     density: float
 

@@ -39,13 +39,14 @@ def job(number: int, fetched: Fetched, before: outgoing.Outgoing | None = None) 
     )
 
 
-def update(trained: Trained, fetched: Fetched, run: str, sequence: int, before: outgoing.Outgoing | None) -> outgoing.Outgoing:
-    """The update that a job has made. before: the one before it, whose rounding is still owed and whose personal mask goes on.
+def update(trained: Trained, fetched: Fetched, run: str, last: outgoing.Outgoing | None) -> outgoing.Outgoing:
+    """The update that a job has made. last: the device's last one, whose number it follows; in one run debt and mask go on.
 
     Raises:
         PeerError: training gave a number that is not finite.
     """
     assignment, manifest = fetched.wanted.assignment, fetched.wanted.manifest
+    before = last if last is not None and last.run == run else None
     kept = _personal_mask(fetched, before)
     length = manifest.lengths[assignment.level] if kept is None else kept.size
     if kept is not None:
@@ -53,7 +54,7 @@ def update(trained: Trained, fetched: Fetched, run: str, sequence: int, before: 
     return outgoing.make(
         assignment,
         run=run,
-        sequence=sequence,
+        sequence=0 if last is None else last.sequence + 1,
         trained=trained.values,
         base=fetched.base[:length],
         coordinates=fetched.coordinates[:length],

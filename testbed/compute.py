@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,10 +48,18 @@ class Compute:
 
     def seconds(self, job: int, steps: int, density: float) -> float:
         """Seconds that job number `job` >= 0 of `steps` steps takes at this density."""
-        jitter = 1.0
-        if self.sigma > 0.0:
-            jitter = math.exp(self.sigma * float(generator(self.seed, self.stream, job).standard_normal()) - 0.5 * self.sigma**2)
-        return self._full_density_s(job, steps) * self.slowdown * self._factor(density) * jitter
+        return self._full_density_s(job, steps) * self.slowdown * self._factor(density) * self._jitter(job)
+
+    def drawn_seconds(self, job: int, densities: Sequence[float]) -> float:
+        """Seconds of a job whose steps have each a density of its own: the time of a mean density would be another."""
+        first, recorded = job * len(densities), len(self.steps_s)
+        steps = [self.steps_s[(first + index) % recorded] * self._factor(density) for index, density in enumerate(densities)]
+        return math.fsum(steps) * self.slowdown * self._jitter(job)
+
+    def _jitter(self, job: int) -> float:
+        if not self.sigma:
+            return 1.0
+        return math.exp(self.sigma * float(generator(self.seed, self.stream, job).standard_normal()) - 0.5 * self.sigma**2)
 
     def _full_density_s(self, job: int, steps: int) -> float:
         recorded = len(self.steps_s)
@@ -88,8 +96,11 @@ def timed(train: Trainer, fleet: Mapping[str, Compute], parameters: int) -> Trai
 
     def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed | Deferred]:
         _, result = train(name, job)
-        drawn = [job.widths[level] for level in drawn_levels(list(job.widths), job.steps, job.seed)] if job.widths else [job.length]
-        seconds = fleet[name].seconds(job.number, job.steps, sum(drawn) / len(drawn) / parameters)
+        if job.widths:
+            drawn = drawn_levels(list(job.widths), job.steps, job.seed)
+            seconds = fleet[name].drawn_seconds(job.number, [job.widths[level] / parameters for level in drawn])
+        else:
+            seconds = fleet[name].seconds(job.number, job.steps, job.length / parameters)
         if isinstance(result, Deferred):
             return seconds, Deferred(lambda: _lasting(seconds, result.result()), result.drop)
         return seconds, _lasting(seconds, result)

@@ -162,6 +162,12 @@ class DataSource:
             return self._next - self._oldest
 
     @property
+    def appended(self) -> int:
+        """Samples that ever came, so that somebody can see whether more have come since."""
+        with self._mutex:
+            return self._next
+
+    @property
     def training_size(self) -> int:
         """Samples that training may use now."""
         with self._mutex:

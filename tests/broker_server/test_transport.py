@@ -8,7 +8,7 @@ import pytest
 
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR
-from broker_server.transport import MAX_QUEUED, MqttBus
+from broker_server.transport import MAX_QUEUED, MqttBus, check_broker
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
 from tests.broker_server.scenarios import DEADLINE_S, Rig, rig_on
@@ -57,6 +57,12 @@ def test_a_wrong_password_says_what_to_check(rig: Rig) -> None:
     assert isinstance(event, Disconnected)
     assert "refused" in event.reason
     assert "password" in event.reason
+
+
+def test_a_broker_is_checked_by_asking_it(rig: Rig) -> None:
+    check_broker(rig.broker.url, "d0", rig.credentials.password("d0"))
+    with pytest.raises(LocalError, match=r"--broker: the broker refused the coordinator: .*; check its user name and password"):
+        check_broker(rig.broker.url, "d0", "no")
 
 
 def test_nothing_performed_before_connecting_is_sent_after(rig: Rig) -> None:

@@ -19,6 +19,7 @@ import pytest
 from broker_server.credentials import Credentials
 from broker_server.runs import create_run, load_task
 from broker_server.store import Store
+from cli.gateway import _link as broker_link
 from cli.main import main, parser
 from export.models import digits_mlp
 from export.task import build_task, save_model
@@ -138,6 +139,18 @@ def test_serve_without_what_it_needs(fails: Fails, task: Path, run: Path, tmp_pa
         assert f"in use by process {os.getpid()}" in fails("rollback", run)
     (run / "task" / "build" / "train.onnx").unlink()
     assert "train.onnx" in fails("serve", run, *runs)
+
+
+def test_serve_with_a_broker_that_does_not_answer(fails: Fails, task: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    broker = ("--broker", f"mqtt://me:secret@127.0.0.1:{port}")
+    said = fails("serve", task, *broker, "--runs", tmp_path / "runs")
+    assert said.startswith(f"--broker: cannot connect to 127.0.0.1:{port}; see that the broker runs")
+    assert "secret" not in said
+    assert not (tmp_path / "runs").exists()
+    again = parser().parse_args(["serve", str(task), *broker])
+    assert broker_link(again, tmp_path, resuming=True).user == "me", "a run that is there waits for its broker"
 
 
 def test_serve_a_finished_run(fails: Fails, run: Path) -> None:

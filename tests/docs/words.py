@@ -5,7 +5,7 @@ from __future__ import annotations
 WIRE = {
     "Message.signature": "Reserved for signed work. Senders leave it out; receivers ignore it.",
     "Message.key_id": "Reserved, with `signature`.",
-    "Hello.boot": "Random, new with every start of the agent.",
+    "Hello.boot": "Random, new with every start of the agent, and when more data have come after some that could not be trained on.",
     "Hello.install": "Random, new with every installation. A lost sequence number also starts a new one.",
     "Hello.uplink_bps": "Measured uplink goodput, bit/s. Without it, or with 0, the device is not admitted yet.",
     "Hello.examples": "Training examples on the device. Informative.",
@@ -90,7 +90,7 @@ WIRE = {
     "Telemetry.disk_bytes": "Bytes written to the state folder since the agent started.",
     "Telemetry.memory_bytes": "Resident memory of the agent.",
     "Telemetry.step_s": "Seconds of one training step, last measured.",
-    "Telemetry.failed": "Why the assignment at hand is given up; ends its lease.",
+    "Telemetry.failed": "Why the assignment at hand is given up; ends its lease. Without one: why the last could not be done.",
     "Telemetry.pending": "Asks for this update's receipt.",
 }
 
@@ -198,7 +198,10 @@ TASK = {
     "fleet.join_s": ("Seconds from the first hello to the first densities, so that links are compared.", _OURS),
     "fleet.heartbeat_s": ("Seconds between telemetry messages; after three without a word a device counts as gone.", _OURS),
     "fleet.min_deadline_s": ("Least duration of a lease; otherwise 3 times the predicted round.", _OURS),
-    "fleet.max_rejections": ("Blamed updates in a row after which a device gets no work until it starts anew.", _OURS),
+    "fleet.max_rejections": (
+        "Blamed updates in a row after which a device gets no work until it starts anew; a restart of the gateway changes nothing.",
+        _OURS,
+    ),
     "fleet.norm_bound": ("An update is refused when its change is this many times larger than its level's median.", _OURS),
     "evaluation.data": (
         "Held-out `.npz` beside task.toml, with arrays x and y: the gateway scores the model on it. Without it devices report scores.",
@@ -242,7 +245,9 @@ HANDLERS = {
     "device._connect": "Subscribe, say hello, go on where it was: probe again, fetch what lacks, or ask for the receipt.",
     "device._disconnect": "Forget what was in flight; work that needs no link goes on.",
     "device._measure": "Remember the estimate; say hello with the first one.",
-    "device._wake": "Hello, heartbeat and receipt question when due; after 60 s without any part give the assignment up (`waiting`).",
+    "device._start_anew": "More data came after some that could not be trained on: another boot nonce, and hello.",
+    "device._wake": "Hello, heartbeat, complaint and receipt question when due; after 60 s without any part give the assignment "
+    "up (`waiting`).",
     "device._hear_tasks": "Take up the first task: `probing` without a known uplink, `sending` with an unreceipted update, else "
     "`waiting`. None: `idle`.",
     "device._hear_claim": "A higher term, or another run: say hello, for that coordinator may not know us.",

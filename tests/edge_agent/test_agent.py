@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from edge_agent.agent import IDENTITY, UPLINK, Agent, Bundle
-from edge_agent.agent import log as agent_log
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
 from regrow import outgoing, wire
 from regrow.device import OUTGOING
 from regrow.errors import LocalError
 from regrow.fetching import PART
-from regrow.machine import Disconnected, Drop, Note, Save, Train, TrainingFailed
+from regrow.machine import Connected, Disconnected, Drop, Note, Save, Train, TrainingFailed
+from regrow.outage import Outage
 
 WAIT_S = 10.0
 
@@ -72,7 +72,8 @@ def test_the_sequence_goes_on(folder: StateFolder, data: DataSource) -> None:
     install = life(folder, data).identity.install
     folder.put(OUTGOING, saved_update(41))
     again = life(folder, data)
-    assert again.device.sequence == 41
+    assert again.device.outgoing is not None
+    assert again.device.outgoing.sequence == 41
     assert again.identity.install == install
 
 
@@ -89,7 +90,7 @@ def test_a_lost_sequence_number_begins_a_new_installation(folder: StateFolder, d
         (folder.path / f"{OUTGOING}.rejected").write_bytes(b"")
     again = life(folder, data)
     assert again.identity.install != install
-    assert again.device.sequence == -1
+    assert again.device.outgoing is None
     assert folder.get(IDENTITY) == again.identity.install
 
 
@@ -117,13 +118,14 @@ def test_it_says_why_there_is_no_link_and_stops_when_told(
     folder: StateFolder, data: DataSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = agent(folder, data)
-    told, warn = threading.Event(), agent_log.warning
+    told, lost = threading.Event(), one._outage.lost
 
-    def warning(said: str, *words: object) -> None:
-        warn(said, *words)
+    def hear(event: Disconnected, now: float) -> str:
+        said = lost(event, now)
         told.set()
+        return said
 
-    monkeypatch.setattr(agent_log, "warning", warning)
+    monkeypatch.setattr(Outage, "lost", lambda _, event, now: hear(event, now))
     running = threading.Thread(target=one.run)
     with caplog.at_level(logging.WARNING):
         running.start()
@@ -132,6 +134,37 @@ def test_it_says_why_there_is_no_link_and_stops_when_told(
         running.join(WAIT_S)
     assert not running.is_alive()
     assert "refused" in caplog.text.lower()
+
+
+def test_an_outage_is_two_lines_in_the_log(folder: StateFolder, data: DataSource, caplog: pytest.LogCaptureFixture) -> None:
+    one = agent(folder, data)
+    with caplog.at_level(logging.WARNING):
+        one._take(Connected())
+        one._take(Disconnected("connection lost"))
+        for _ in range(10):
+            one._take(Disconnected("cannot connect to 127.0.0.1:1: [Errno 111] Connection refused"))
+        one._take(Connected())
+    end(one)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "connection lost; trying again"
+    assert said[1:] == [f"connected to {one._bundle.broker} after 0 s without a connection"]
+
+
+def test_samples_that_come_after_a_failure_are_another_start(folder: StateFolder, data: DataSource) -> None:
+    one = agent(folder, data)
+    job = Train(1, 0, {}, np.zeros(1, np.float32), np.zeros(1, np.uint32), 1, {}, steps=1, batch=1, learning_rate=0.1, seed=1)
+    one._perform([job])
+    boot = one.device.identity.boot
+    one._perform([Note("without work", {"reason": "x"})])
+    assert one.device.identity.boot == boot, "the same data would only fail again"
+    data.append(np.zeros((2, 64), np.float32), np.zeros(2, np.int64), part=np.zeros(2, np.int64))
+    one._perform([Note("without work", {"reason": "x"})])
+    again = one.device.identity
+    assert again.boot != boot
+    assert again.examples == data.training_size
+    one._perform([Note("without work", {"reason": "x"})])
+    assert one.device.identity is again
+    end(one)
 
 
 def test_a_disk_that_fails_ends_it(folder: StateFolder, data: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from onnx import numpy_helper
 
 from export.forward import read_forward
 from export.programs import build_programs, initial_vector, layout_of
-from export.units import find_units, sliced_model
+from export.slicing import sliced_model
+from export.units import find_units
 from regrow.errors import LocalError, PeerError
 from regrow.parameters import Layout, Tensor
 from regrow.units import (

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regrow.errors import LocalError
+from regrow.local_rules import drawn_levels
 from regrow.machine import Train, Trained, TrainingFailed
 from testbed.compute import Compute, read_steps, timed
 from testbed.conditions import DAY_S, Attendance, heterogeneity, nightly, paper_links, paper_server_links
@@ -255,6 +256,19 @@ def test_a_timed_trainer_changes_the_time_only() -> None:
     assert seconds == pytest.approx(3.0, rel=1e-3)
     assert (result.seconds, result.loss) == (seconds, 0.5)
     assert run("d1", job) == (6.0, TrainingFailed(1, "no"))
+
+
+def test_widths_that_are_drawn_take_what_each_step_costs() -> None:
+    """Not what a step of their mean width would: between two levels, work is no straight line."""
+    widths = {0: 10, 1: 40, 2: 100}
+    job = Train(3, 2, {}, np.zeros(100, np.float32), np.zeros(100, np.uint32), 100, {}, 9, 1, 0.1, seed=5, widths=widths)
+    drawn = drawn_levels([0, 1, 2], 9, 5)
+    assert len(set(drawn)) == 3
+    factors = {0: 0.3, 1: 0.9, 2: 1.0}
+    compute = Compute((1.0, 2.0), slowdown=2.0, by_density=tuple((widths[level] / 100, factors[level]) for level in widths))
+    seconds, _ = timed(lambda *_: (0.0, TrainingFailed(3, "no")), {"d0": compute}, 100)("d0", job)
+    # Job 3 of 9 steps begins at the 28th recorded one: 2 s, 1 s, 2 s, ...
+    assert seconds == pytest.approx(2.0 * sum(factors[level] * (2.0, 1.0)[step % 2] for step, level in enumerate(drawn)))
 
 
 # ---- attendance and presets ----------------------------------------------------------------------------------------------------------
