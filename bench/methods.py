@@ -3,13 +3,13 @@
     python bench/methods.py
 
 Ten clients, Dirichlet(0.3), FedGMR's classes of high heterogeneity, reduced CNN on Fashion-MNIST, five local steps of batch 20, float32
-both ways, three seeds; before that every method is run once with each of three learning rates on another seed, judged by the devices'
-validation data. Ablations and restored methods take the learning rate of their base. It goes on where it was interrupted: what is finished
-lies in the folder.
+both ways, three seeds; before that every row, ablations too, is run once with each of five learning rates on another seed, judged by the
+devices' validation data. It goes on where it was interrupted: what is finished lies in the folder.
 
     python bench/methods.py --precision
 
-The same with updates of float32, int8 and int4 (error feedback), models as float16, each method at the learning rate that was chosen above.
+The methods of the papers and fedgmr-pace with updates of float32, int8 and int4 (error feedback), models as float16, each at the learning
+rate that was chosen above, 1200 virtual seconds.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from cli.main import main as regrow
 
 RESULTS = Path(__file__).parent / "results"
+PAPERS = "fedgmr,prfl,fedavg,fedasync,fedfix,fedbuff,asyncfeded,heterofl,fjord,fedrolex,fiarse,subfedavg,fedmr"
 METHODS = (
-    "fedgmr,prfl,fedavg,fedasync,fedfix,fedbuff,asyncfeded,heterofl,fjord,fedrolex,fiarse,subfedavg,fedmr,"
-    "heterofl+restore,fjord+restore,fedrolex+restore,fiarse+restore,"
+    f"{PAPERS},heterofl+restore,fjord+restore,fedrolex+restore,fiarse+restore,"
     "fedgmr-sync,fedgmr-no-buffer,fedgmr-no-restore,fedgmr-ga,fedgmr-fa,fedgmr-fixed,fedgmr-pace"
 )
 OPTIONS = ["--seeds", "3", "--points", "100", "--validation", "0.05", "--journal-gb", "0"]
-TUNE = ["--tune", "training.learning_rate=0.05,0.1,0.2", "--tune-seconds", "900", "--tune-base"]
+TUNE = ["--tune", "training.learning_rate=0.025,0.05,0.1,0.2,0.4", "--tune-seconds", "900"]
 FLOAT32 = ["--set", 'wire.up="float32"', "--set", 'wire.down="float32"']
 PRECISIONS = ["--grid", 'wire.up="float32","int8","int4"', "--set", 'wire.down="float16"']
 
@@ -40,21 +40,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="of the task and of finished runs (default: %(default)s)")
     parser.add_argument("--precision", action="store_true", help="compare precisions too, at the learning rates of the main comparison")
-    parser.add_argument("--methods", default=METHODS, help="names, with commas between (default: all)")
-    parser.add_argument("--seconds", default="3000", help="virtual seconds of every run (default: %(default)s)")
+    parser.add_argument("--methods", help="names, with commas between (default: all of them)")
+    parser.add_argument("--seconds", help="virtual seconds of every run")
     options = parser.parse_args()
+    methods = options.methods or (f"{PAPERS},fedgmr-pace" if options.precision else METHODS)
     name = "methods-precision" if options.precision else "methods-fashion"
     task, out = options.folder / "fashion", options.folder / name
     if not (task / "task.toml").exists():
         regrow(["task", "new", str(task), "--model", "reduced_cnn"])
-    more = [*_rates(options.methods.split(",")), *PRECISIONS] if options.precision else [*TUNE, *FLOAT32]
+    more = [*_rates(methods.split(",")), *PRECISIONS] if options.precision else [*TUNE, *FLOAT32]
     words = [
         "compare",
         str(task),
         "--methods",
-        options.methods,
+        methods,
         "--seconds",
-        options.seconds,
+        options.seconds or ("1200" if options.precision else "3000"),
         *OPTIONS,
         "--set",
         "training.local_steps=5",
