@@ -10,6 +10,7 @@ from typing import Union
 
 import msgspec
 
+from regrow.density import Bound
 from regrow.errors import LocalError
 from regrow.machine import Payload, Record
 from regrow.values import WireDtype
@@ -27,12 +28,19 @@ class Led(Entry, frozen=True, kw_only=True):
 
 
 class Joined(Entry, frozen=True, kw_only=True):
-    """A device got its first density, or came back with another install nonce (its sequence then starts anew)."""
+    """A device got its first density, or came back with another install nonce (its sequence then starts anew) or other memory.
+
+    `memory_density`: the largest that fits its memory, which nothing ever exceeds, 0.0 where none does; `bound_by`: what the first density
+    comes from; `step_s`: of the full model, as far as the device has measured it.
+    """
 
     device: str
     install: str
     uplink_bps: float
     density: float
+    step_s: float | None = None
+    memory_density: float = 1.0
+    bound_by: Bound = "link"
 
 
 class Assigned(Entry, frozen=True, kw_only=True):
