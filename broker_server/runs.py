@@ -16,7 +16,7 @@ from regrow import checkpoint, records
 from regrow.errors import LocalError, PeerError
 from regrow.ledger import Ledger
 from regrow.parameters import Layout
-from regrow.programs import UNITS, program_file, program_name
+from regrow.programs import MEMORY, UNITS, program_file, program_name
 from regrow.records import to_record
 from regrow.shelf import Shelf, in_memory
 from regrow.task import Task, parse_task
@@ -25,7 +25,10 @@ from regrow.units import Units
 
 @dataclass(frozen=True, eq=False)
 class TaskFolder:
-    """A built task: task.toml, its model, and what was built from it; `units` where the granularity is "unit"."""
+    """A built task: task.toml, its model, and what was built from it; `units` where the granularity is "unit".
+
+    Among the programs is `memory` (regrow.step_memory), which older builds lack.
+    """
 
     path: Path
     task: Task
@@ -77,8 +80,10 @@ def load_task(folder: Path) -> TaskFolder:
 
 
 def _program_files(build: Path) -> list[Path]:
-    """Layouts, units and graphs; a missing folder, or one without a layout, is an error of the system's."""
-    return [*sorted(build.glob("*.onnx")), *sorted(build.glob("layout.*.json")), *build.glob("units.json"), build / "layout.json"]
+    """Layouts, units, memory and graphs; a missing folder, or one without a layout, is an error of the system's."""
+    optional = [build / program_file(name) for name in (UNITS, MEMORY)]
+    there = [file for file in optional if file.is_file()]
+    return [*sorted(build.glob("*.onnx")), *sorted(build.glob("layout.*.json")), *there, build / "layout.json"]
 
 
 def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Path:

@@ -128,7 +128,8 @@ def _in_words(note: Note) -> str:
     fields = note.fields
     words = {
         "restored": "{device} regrows from {density_from:g} to {density:g}",
-        "joined": "{device} joined at {uplink_bps:.0f} bit/s with density {density:g}",
+        "joined": "{device} joined at {uplink_bps:.0f} bit/s with density {density:g}, bound by {bound_by}",
+        "declined": "{device} declined: training takes {needs_bytes} bytes of memory, it offers {memory_bytes}",
         "rejected": "{device}: update rejected, {reason}",
         "released": "{device}: assignment ended, {reason}",
         "refreshed": "order epoch {epoch} ({bytes} bytes of index sets)",

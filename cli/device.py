@@ -35,6 +35,7 @@ def agent(options: argparse.Namespace) -> int:
             max_downlink_bps=options.max_downlink_bps,
             threads=options.threads,
             software=SOFTWARE,
+            memory_bytes=None if options.memory_mb is None else int(options.memory_mb * 1e6),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         print(f"{bundle.device}: {samples}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)

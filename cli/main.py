@@ -176,6 +176,8 @@ def _agent(commands: Commands) -> None:
     agent.add_argument("--max-uplink-bps", type=_positive, metavar="N", help="send at most this many bits a second")
     agent.add_argument("--max-downlink-bps", type=_positive, metavar="N", help="take at most this many bits a second")
     agent.add_argument("--threads", type=int, default=1, metavar="N", help="for training")
+    memory = "memory that training may take, in 10^6 bytes (default: three quarters of what is free at the start, within its cgroup)"
+    agent.add_argument("--memory-mb", type=_positive, metavar="N", help=memory)
 
 
 def _runs(commands: Commands) -> None:
@@ -259,6 +261,8 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     )
     slowdown = "how many times slower the devices are than that; several, such as 1,1,4, are spread over them"
     command.add_argument("--slowdown", default="1", metavar="X,...", help=slowdown)
+    memory = "what training may take on the devices, in 10^6 bytes; several are spread over them (default: no bound)"
+    command.add_argument("--memory-mb", metavar="N,...", help=memory)
     command.add_argument("--step-sigma", type=_positive, metavar="X", help="log-normal jitter of a job's time: sigma of its logarithm")
     by_density = "a step's time by density, measured, such as 0.05=0.2,1=1 (default: units by their multiply-adds, weights all alike)"
     command.add_argument("--step-by-density", metavar="D=X,...", help=by_density)

@@ -39,6 +39,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         step_sigma=UNSET if options.step_sigma is None else options.step_sigma,
         step_by_density=UNSET if options.step_by_density is None else _by_density(options.step_by_density),
         attend=UNSET if options.attend is None else options.attend,
+        memory=UNSET if options.memory_mb is None else _memory(options.memory_mb),
     )
 
 
@@ -56,6 +57,10 @@ def _latency(text: str) -> tuple[float, float]:
     if len(numbers) > 2:
         raise LocalError(f"--latency {text!r}: give {cure}")
     return numbers[0], numbers[1] if len(numbers) == 2 else 0.0
+
+
+def _memory(text: str) -> tuple[int, ...]:
+    return tuple(int(1e6 * number) for number in _numbers("--memory-mb", text, "megabytes, each above 0, for example 64,512"))
 
 
 def _by_density(text: str) -> tuple[tuple[float, float], ...]:

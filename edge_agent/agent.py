@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from edge_agent.data.source import DataSource
+from edge_agent.memory import spare_bytes
 from edge_agent.state import StateFolder
 from edge_agent.transport import MqttLink
 from edge_agent.uplink import UplinkMeter, packet_bytes
@@ -96,6 +97,7 @@ class Agent:
         max_uplink_bps, max_downlink_bps: caps on what it sends and takes, wire bits per second.
         threads: for training.
         software: what hello says of us.
+        memory_bytes: that a training job may take; None: what is to spare when the agent starts.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Agent:
         max_downlink_bps: float | None = None,
         threads: int = 1,
         software: str = "",
+        memory_bytes: int | None = None,
     ) -> None:
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
@@ -120,6 +123,7 @@ class Agent:
             examples=source.training_size,
             validation_examples=source.validation_size,
             software=software,
+            memory_bytes=spare_bytes() if memory_bytes is None else memory_bytes,
         )
         self.device = Device(self.identity, saved, self._meter.estimate_bps)
         self._told_bps = self._saved_bps = self._meter.estimate_bps
@@ -227,7 +231,8 @@ class Agent:
         meters = self.device.meters
         meters.bytes_up, meters.bytes_down = self._link.bytes_up, self._link.bytes_down
         meters.memory_bytes = self._process.memory_info().rss
-        meters.disk_bytes, meters.step_s = self._folder.bytes_written, self._worker.step_s
+        meters.disk_bytes = self._folder.bytes_written
+        meters.step_s, meters.full_step_s = self._worker.step_s, self._worker.full_step_s
         self._perform(self.device.step(event, time.monotonic()))
         if self.device.phase not in (Phase.PROBING, Phase.SENDING):
             self._meter.finish()

@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from regrow.errors import LocalError, PeerError
 from regrow.parameters import Layout
+from regrow.step_memory import SCORED_AT_ONCE
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -114,7 +115,7 @@ class Trainer:
             raise LocalError("there are no batches to train on; give at least one")
         return TrainResult(self._flat(parameters), loss / examples, examples, steps)
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64], batch: int = 256) -> Score:
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64], batch: int = SCORED_AT_ONCE) -> Score:
         """Loss and accuracy of the parameters on the examples, computed `batch` at a time.
 
         Args:

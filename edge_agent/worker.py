@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -33,10 +33,14 @@ class Worker:
         source: the device's own data.
         done: called from this thread with every result.
         threads: for onnxruntime.
+
+    Attributes:
+        step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model.
     """
 
     def __init__(self, source: DataSource, done: Callable[[Trained | TrainingFailed], None], *, threads: int = 1) -> None:
         self.step_s: float | None = None
+        self.full_step_s: float | None = None
         self._source, self._done, self._threads = source, done, threads
         self._jobs: queue.SimpleQueue[Train | None] = queue.SimpleQueue()
         self._trainers: tuple[tuple[bytes, ...], LevelTrainers] | None = None
@@ -60,8 +64,12 @@ class Worker:
                 self._done(TrainingFailed(job.number, str(error)))
 
     def _train(self, job: Train) -> Trained:
-        trained = train_job(self._trainers_of(job.programs), self._source, job, time.monotonic)
+        trainers = self._trainers_of(job.programs)
+        trainers.keep({job.level, *job.widths, *job.evaluate})
+        trained = train_job(trainers, self._source, job, time.monotonic)
         self.step_s = trained.seconds / max(job.steps, 1)
+        if trainers.is_full(job.level) and not job.widths:
+            self.full_step_s = self.step_s
         return trained
 
     def _trainers_of(self, programs: Mapping[str, bytes]) -> LevelTrainers:
@@ -184,9 +192,17 @@ class LevelTrainers:
         self._full = make(programs, threads)
         self._small: dict[int, Training] = {}
 
+    def is_full(self, level: int) -> bool:
+        """Whether a step of this level costs what one of the full model does."""
+        return f"layout:{level}" not in self._programs
+
+    def keep(self, levels: Collection[int]) -> None:
+        """Let go of the smaller models of other levels: a session keeps its memory."""
+        self._small = {level: trainer for level, trainer in self._small.items() if level in levels}
+
     def at(self, level: int) -> Training:
         """The trainer of a level."""
-        if f"layout:{level}" not in self._programs:
+        if self.is_full(level):
             return self._full
         if level not in self._small:
             names = [name for name in ("layout", "train", "evaluate") if f"{name}:{level}" in self._programs]

@@ -15,10 +15,11 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
 from numpy.typing import NDArray
 
+from export.memory import step_memory
 from export.programs import build_programs, initial_vector, write_model
 from export.unit_programs import build_unit_programs
 from regrow.errors import LocalError
-from regrow.programs import program_file
+from regrow.programs import MEMORY, program_file
 
 BUILDER_VERSION = 3
 """Raise it whenever the same model would give other programs."""
@@ -42,7 +43,7 @@ def read_model(model_path: Path) -> onnx.ModelProto:
 
 
 def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float] | None = None) -> Path:
-    """The folder task_dir/build, new: the programs, initial.npy (float32 [n]) and build.json, which says from what.
+    """The folder task_dir/build, new: the programs, initial.npy (float32 [n]), memory.json, and build.json, which says from what.
 
     With `unit_densities`, those of the task's levels, the programs are those of granularity "unit".
 
@@ -53,7 +54,8 @@ def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float]
     """
     model = read_model(model_path)
     source = model_path.read_bytes()
-    files = {program_file(name): content for name, content in programs_of(model, unit_densities).items()}
+    programs = programs_of(model, unit_densities)
+    files = {program_file(name): content for name, content in programs.items()}
     vector = initial_vector(model)
     note = {
         "builder_version": BUILDER_VERSION,
@@ -61,6 +63,7 @@ def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float]
         "unit_densities": None if unit_densities is None else list(unit_densities),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
+    files[program_file(MEMORY)] = step_memory(programs).to_json()  # says nothing of what is trained, so not in build.json
     files["build.json"] = json.dumps(note, indent=1, sort_keys=True).encode() + b"\n"
     try:
         task_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def is_stale(task_dir: Path, model_path: Path, unit_densities: Sequence[float] |
     try:
         note = json.loads((build / "build.json").read_bytes())
         digests = {name: hashlib.sha256((build / name).read_bytes()).hexdigest() for name in note["sha256"]}
-        whole = (build / "initial.npy").is_file()
+        whole = (build / "initial.npy").is_file() and (build / program_file(MEMORY)).is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return True
     try:

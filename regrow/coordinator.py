@@ -33,10 +33,12 @@ from regrow.machine import (
 )
 from regrow.outbox import Outbox
 from regrow.planning import Planner
+from regrow.programs import MEMORY
 from regrow.publication import version_of
 from regrow.receipts import missing_of, receipt
 from regrow.records import Entry, Joined, Led, Rejected, Released, to_record
 from regrow.roster import Roster
+from regrow.step_memory import memory_of
 from regrow.trigger import due_s, has_quorum
 
 MIN_LINK_BPS = 1.0  # a claimed link below this would make a deadline that is not a number any more
@@ -55,7 +57,7 @@ class Coordinator:
     Args:
         ledger: the durable state, new or replayed; owned and mutated here.
         run: name of the run.
-        programs: what devices execute, by name.
+        programs: what devices execute, by name; and `memory`, which they never hear of.
         nonce: 31 random bits that tell this process's terms from others'.
         takeover: lead even if another coordinator is alive.
     """
@@ -65,7 +67,8 @@ class Coordinator:
         self.names = topics.Run(ledger.task.name, run)
         self.phase = Phase.DONE if ledger.finished else Phase.OFFLINE
         self.claim = Claim(self.names, term_above(ledger.term, nonce), nonce, takeover)
-        self.programs = dict(programs)
+        self.memory = memory_of(programs, ledger.task)
+        self.programs = {name: data for name, data in programs.items() if name != MEMORY}
         self.roster = Roster(ledger)
         self.broadcast = Broadcast(ledger, self.roster, self.names, self.programs, self.emit)
         self.planner = Planner(self)
@@ -202,14 +205,7 @@ class Coordinator:
         self.broadcast.tasks(who)
         rebooted = known is not None and known.boot != hello.boot.hex()
         if hello.uplink_bps:  # the hello before its first probe is not yet a start to count
-            uplink_bps = max(hello.uplink_bps, MIN_LINK_BPS)
-            join = Joined(device=who, install=hello.install.hex(), boot=hello.boot.hex(), uplink_bps=uplink_bps, density=0.0)
-            if known is None:
-                self.waiting[who] = join
-            elif rebooted or known.install != join.install:
-                if known.install != join.install and known.lease is not None:
-                    self.release_lease(who, "reinstalled")
-                self.commit(join)
+            self.planner.take_in(who, hello, max(hello.uplink_bps, MIN_LINK_BPS), rebooted=rebooted)
         if rebooted and known is not None and known.lease is not None:
             self.broadcast.offer_again(known.lease, who)
         self._advance()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from regrow.errors import LocalError
 
 SLACK = 0.9  # a rung is given when the link carries 0.9 of what it needs, up to the next rung (ours)
+Bound = Literal["link", "compute", "memory"]
 GRID = 64  # PR-FL's densities are rounded to 1/64, which bounds the chunks of a large fleet (ours)
 
 
 def full_density_goodput_bps(ascending_bps: Sequence[float]) -> float:
-    """The link that deserves the whole model, bit/s: the 90th percentile (nearest rank) of the live ones, which ascend; at least one."""
+    """The link that deserves the whole model, bit/s: the 90th percentile (nearest rank) of the live ones, which ascend; at least one.
+
+    Of steps per second it is in the same way the speed of the fastest tenth.
+    """
     return ascending_bps[math.ceil(0.9 * len(ascending_bps)) - 1]
 
 
@@ -38,6 +43,12 @@ def initial_density(uplink_bps: float, ladder: Sequence[float], full_density_bps
         raise LocalError(f"density: ladder {tuple(ladder)} does not ascend to 1.0")
     wanted = SLACK * uplink_bps / full_density_bps
     return next((rung for rung in ladder if rung >= wanted - 1e-9), 1.0)
+
+
+def tightest(by_link: float, by_compute: float, by_memory: float) -> tuple[float, Bound]:
+    """The smallest of what a device's link, its computing and its memory allow, and which it is; of equal ones the first."""
+    bounds: tuple[tuple[float, Bound], ...] = ((by_link, "link"), (by_compute, "compute"), (by_memory, "memory"))
+    return min(bounds, key=lambda bound: bound[0])
 
 
 def full_density_round_s(compute_s: float, density: float, full_model_bytes: int, goodput_bps: float) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from regrow import aggregate, indexset, moves, personal, records, restoration, values
 from regrow.aggregate import Update
-from regrow.density import remember_round
+from regrow.density import Bound, remember_round
 from regrow.errors import LocalError
 from regrow.levels import densities_of, next_order
 from regrow.machine import Payload, Record
@@ -48,7 +48,8 @@ class Lease:
 
 @dataclass(slots=True)
 class Device:
-    """What is known of one device. `last_*` answer a repeated update; rejections in a row lead to exclusion, until another boot."""
+    """What is known of one device, see records.Joined. `last_*` answer a repeated update; rejections in a row lead to exclusion, until
+    another boot."""
 
     install: str
     uplink_bps: float
@@ -64,6 +65,9 @@ class Device:
     rounds_in_epoch: int = 0
     rounds_since_full: int = 0
     first_density: float = 0.0
+    step_s: float | None = None
+    memory_density: float = 1.0
+    bound_by: Bound = "link"
     full_round_s: list[float] = field(default_factory=list)
     reports: dict[int, Score] = field(default_factory=dict)
     boot: str = ""
@@ -194,9 +198,13 @@ def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
     known = ledger.devices.get(entry.device)
     if known is None:
         device = Device(entry.install, entry.uplink_bps, entry.density, first_density=entry.density, boot=entry.boot)
+        device.step_s, device.memory_density, device.bound_by = entry.step_s, entry.memory_density, entry.bound_by
         ledger.devices[entry.device] = device
         return
     known.uplink_bps, known.boot = entry.uplink_bps, entry.boot
+    known.step_s, known.memory_density = entry.step_s, entry.memory_density
+    if 0.0 < entry.memory_density < known.density:
+        known.density, known.bound_by = entry.memory_density, "memory"
     known.rejections = 0
     if known.install != entry.install:
         known.install, known.last_sequence = entry.install, -1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from regrow import density, records, restoration, values
+from regrow import density, records, restoration, values, wire
 from regrow.broadcast import chunk_bytes
 from regrow.ledger import Device, Ledger
 from regrow.levels import densities_of, next_order
@@ -16,6 +16,7 @@ from regrow.machine import Evaluate, Evaluated, Note
 from regrow.order import importance
 from regrow.precision import update_dtype
 from regrow.publication import CodedOrder, number_of, version_of
+from regrow.step_memory import largest_density, needs_bytes
 from regrow.task import Task
 from regrow.values import WireDtype
 
@@ -24,6 +25,7 @@ SLOW_DOWNLOAD = 4.0
 if TYPE_CHECKING:
     from regrow.coordinator import Coordinator
 
+MIN_STEP_S = 1e-6  # whatever a device claims, its speed is a number
 MAX_ROUND_S = 28_800.0  # whatever link a device claims, its deadline is at most a day
 
 
@@ -40,6 +42,34 @@ class Planner:
 
     # ---- who takes part ------------------------------------------------------------------------------------------------------------
 
+    def take_in(self, who: str, hello: wire.Hello, uplink_bps: float, *, rebooted: bool) -> None:
+        """Queue a new device for its first density, take back one that is new or has other memory, decline one that holds no level."""
+        coordinator, known = self._coordinator, self._ledger.devices.get(who)
+        needs = needs_bytes(coordinator.memory, self._ledger.task, hello.validation_examples)
+        join = records.Joined(
+            device=who,
+            install=hello.install.hex(),
+            boot=hello.boot.hex(),
+            uplink_bps=uplink_bps,
+            density=0.0,
+            step_s=max(hello.step_s, MIN_STEP_S) if hello.step_s else None,
+            memory_density=_memory_density(self._ledger.task, needs, hello.memory_bytes),
+        )
+        if join.memory_density == 0.0 and (known is None or rebooted):
+            coordinator.emit(Note("declined", {"device": who, "needs_bytes": min(needs), "memory_bytes": hello.memory_bytes}))
+        if known is None:
+            if join.memory_density > 0.0:
+                coordinator.waiting[who] = join
+            else:
+                coordinator.waiting.pop(who, None)
+            return
+        other_install, other_memory = known.install != join.install, known.memory_density != join.memory_density
+        if not (rebooted or other_install):
+            return
+        if known.lease is not None and (other_install or other_memory):
+            coordinator.release_lease(who, "reinstalled" if other_install else "started with other memory")
+        coordinator.commit(join)
+
     def join_due_s(self) -> float | None:
         """When waiting devices get their first density, or None while the fleet is too small."""
         waiting, fleet = self._coordinator.waiting, self._ledger.task.fleet
@@ -52,7 +82,7 @@ class Planner:
         return self._first_hello_s if self._ledger.devices else self._first_hello_s + fleet.join_s
 
     def admit(self) -> None:
-        """Give every waiting device its class, relative to the links of all that are here."""
+        """Give every waiting device its class: by its link and its computing relative to all that are here, and by its memory."""
         due = self.join_due_s()
         if due is None or due > self._coordinator.now:
             return
@@ -61,11 +91,16 @@ class Planner:
         full_bps = method.full_density_bps
         if full_bps is None:
             full_bps = self._coordinator.roster.full_density_bps(join.uplink_bps for join in waiting.values())
+        full_speed = None
+        if method.granularity == "unit":  # of single weights a step costs as much at every density
+            full_speed = self._coordinator.roster.full_density_speed(1.0 / join.step_s for join in waiting.values() if join.step_s)
+        ladder = densities_of(self._ledger.task) if method.density == "full" else method.ladder
         for join in waiting.values():
-            ladder = densities_of(self._ledger.task) if method.density == "full" else method.ladder
-            first = density.initial_density(join.uplink_bps, ladder, full_bps)
-            self._coordinator.commit(msgspec.structs.replace(join, density=first))
-            fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first}
+            by_link = density.initial_density(join.uplink_bps, ladder, full_bps)
+            by_compute = density.initial_density(1.0 / join.step_s, ladder, full_speed) if join.step_s and full_speed else 1.0
+            first, bound_by = density.tightest(by_link, by_compute, join.memory_density)
+            self._coordinator.commit(msgspec.structs.replace(join, density=first, bound_by=bound_by))
+            fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first, "bound_by": bound_by}
             self._coordinator.emit(Note("joined", fields))
         waiting.clear()
 
@@ -121,6 +156,7 @@ class Planner:
             progress,
             elapsed_s=elapsed_s - ledger.began_s,
             full_round_s={who: round_s for who, round_s in rounds if round_s is not None},
+            limits={who: limit for who in before if (limit := ledger.devices[who].memory_density) < 1.0},
         )
         changed = {who: value for who, value in after.items() if value != before[who]}
         self._coordinator.commit(
@@ -252,7 +288,7 @@ class Planner:
         every = ledger.task.restoration.full_model_every
         top = len(order.lengths) - 1
         dtype = self._dtype_now(device, ledger.density_of(level))
-        asks_full = bool(every) and level < top and device.rounds_since_full + 1 >= every
+        asks_full = bool(every) and level < top and device.memory_density >= 1.0 and device.rounds_since_full + 1 >= every
         deadline_s = max(ledger.task.fleet.min_deadline_s, 3 * self._predicted_round_s(who, version, level, dtype))
         self._coordinator.commit(
             records.Assigned(
@@ -280,7 +316,8 @@ class Planner:
             return device.density
         state = self._ledger.restoration
         raised = state.rho_min if state.rho_min > self._ledger.task.method.ladder[0] else 0.0
-        return density.relative_density(fastest_s, mean_s, max(state.minimum.get(who, 0.0), raised))
+        wanted = density.relative_density(fastest_s, mean_s, max(state.minimum.get(who, 0.0), raised))
+        return min(wanted, device.memory_density)
 
     def _dtype_now(self, device: Device, trains: float) -> WireDtype:
         """What the task says; by `auto`, more bits when the link has no more coordinates to carry. Rounds are measured with the fewest."""
@@ -311,6 +348,11 @@ class Planner:
             chunks = len(self._ledger.published[version].chunks)
             self._coordinator.commit(records.Retired(version=version))
             self._coordinator.broadcast.gone(version, chunks)
+
+
+def _memory_density(task: Task, needs: Sequence[int], memory_bytes: int | None) -> float:
+    """The largest density that the memory holds; a device that says nothing of it is not bound."""
+    return 1.0 if memory_bytes is None else largest_density(needs, densities_of(task), memory_bytes)
 
 
 def _versions(numbers: Iterable[int]) -> int:

@@ -15,7 +15,10 @@ LEADER_SILENT_S = 60.0  # a leader beats every two seconds; after this long it m
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a device says of itself. install: new with every installation; boot: new with every start (16 bytes each)."""
+    """What a device says of itself. install: new with every installation; boot: new with every start (16 bytes each).
+
+    memory_bytes: that a training job may take.
+    """
 
     name: str
     install: bytes
@@ -23,17 +26,22 @@ class Identity:
     examples: int = 0
     validation_examples: int = 0
     software: str = ""
+    memory_bytes: int | None = None
 
 
 @dataclass(slots=True)
 class Meters:
-    """What the runtime last measured, for telemetry; the machine itself decides nothing by these."""
+    """What the runtime last measured, for telemetry and hello; the machine itself decides nothing by these.
+
+    step_s: of whatever was trained last; full_step_s: of the full model.
+    """
 
     bytes_up: int = 0
     bytes_down: int = 0
     disk_bytes: int = 0
     memory_bytes: int = 0
     step_s: float | None = None
+    full_step_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -100,8 +108,9 @@ class Presence:
             uplink_bps=uplink_bps,
             examples=me.examples,
             validation_examples=me.validation_examples,
-            step_s=self.meters.step_s,
+            step_s=self.meters.full_step_s,
             software=me.software,
+            memory_bytes=me.memory_bytes,
         )
         self.hello_s = now + (self._hello_wait_s if again else LEADER_SILENT_S)
         self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_AGAIN_S)

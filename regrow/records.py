@@ -10,6 +10,7 @@ from typing import Union
 
 import msgspec
 
+from regrow.density import Bound
 from regrow.errors import LocalError
 from regrow.machine import Payload, Record
 from regrow.values import WireDtype
@@ -30,6 +31,8 @@ class Joined(Entry, frozen=True, kw_only=True):
     """A device got its first density, or has started anew.
 
     With another boot nonce nothing is held against it any more; with another install nonce its sequence starts anew too.
+    `memory_density`: the largest that fits its memory, which nothing ever exceeds, 0.0 where none does; `bound_by`: what the first density
+    comes from; `step_s`: of the full model, as far as the device has measured it.
     """
 
     device: str
@@ -37,6 +40,9 @@ class Joined(Entry, frozen=True, kw_only=True):
     boot: str = ""
     uplink_bps: float
     density: float
+    step_s: float | None = None
+    memory_density: float = 1.0
+    bound_by: Bound = "link"
 
 
 class Assigned(Entry, frozen=True, kw_only=True):

@@ -103,6 +103,7 @@ def evaluate(
     *,
     elapsed_s: float = 0.0,
     full_round_s: Mapping[str, float] | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> tuple[RestorationState, dict[str, float], bool, list[str]]:
     """One evaluation: who is raised to which density, and whether training is finished.
 
@@ -116,6 +117,7 @@ def evaluate(
         progress: elapsed / planned duration, 0 without a plan.
         elapsed_s: since the first aggregation, for `pace`.
         full_round_s: client -> tbar_i, for `pace`; clients without a measured round stay where they are.
+        limits: client -> what its memory holds, for those that do not hold the whole model; nothing ever raises them above it.
 
     Returns:
         The new state; client -> density for every client; whether training is finished; a reason for each change.
@@ -123,20 +125,21 @@ def evaluate(
     Source: FedGMR section on GMR, PR-FL's recovery; algorithms.md section 5.
     """
     clients = {who: state.clients.get(who, Counter()) for who in densities}  # who left is forgotten
+    limits = limits or {}
     state = replace(state, rho_min=max(state.rho_min, config.ladder[0]), clients=clients)
     # Who came late is as far as everybody; before the first raise a continuous rule may be below the first rung.
-    raised = _at_least(densities, state.rho_min if state.rho_min > config.ladder[0] else 0.0)
+    raised = _at_least(densities, state.rho_min if state.rho_min > config.ladder[0] else 0.0, limits)
     reasons = [f"{who}: joined below {state.rho_min:g}" for who in raised if raised[who] > densities[who]]
     if config.trigger in ("fixed", "mixed"):
-        state, raised = _planned(state, config, raised, progress, reasons)
+        state, raised = _planned(state, config, raised, progress, limits, reasons)
     finished = False
     if config.trigger == "pace":
-        state, raised = _paced(state, config, raised, elapsed_s, full_round_s or {}, reasons)
+        state, raised = _paced(state, config, raised, elapsed_s, full_round_s or {}, limits, reasons)
     if config.trigger in ("plateau", "mixed"):
-        state, raised = _clients_plateau(state, config, raised, densities, level_scores, reasons)
+        state, raised = _clients_plateau(state, config, raised, densities, level_scores, limits, reasons)
     plans_done = state.points == len(config.planned)
     if config.trigger in ("plateau", "mixed", "pace") or (config.trigger == "fixed" and plans_done):
-        state, raised, finished = _whole_plateau(state, config, raised, global_score, reasons)
+        state, raised, finished = _whole_plateau(state, config, raised, global_score, limits, reasons)
     return state, raised, finished, reasons
 
 
@@ -148,18 +151,28 @@ def next_density(config: RestorationConfig, density: float) -> float:
     return min(steps / GRID, 1.0)
 
 
+def _raised(config: RestorationConfig, density: float, limit: float) -> float:
+    """One step up, as far as the client's memory goes."""
+    return max(min(next_density(config, density), limit), density)
+
+
 def _planned(
-    state: RestorationState, config: RestorationConfig, densities: dict[str, float], progress: float, reasons: list[str]
+    state: RestorationState,
+    config: RestorationConfig,
+    densities: dict[str, float],
+    progress: float,
+    limits: Mapping[str, float],
+    reasons: list[str],
 ) -> tuple[RestorationState, dict[str, float]]:
     """One rung for everybody at each planned point that has passed since the last evaluation."""
     for point in config.planned[state.points :]:
         if progress < point - 1e-9:
             break
         reasons.append(f"{point:.0%} of the planned duration: one rung for everybody")
-        densities = {who: next_density(config, density) for who, density in densities.items()}
+        densities = {who: _raised(config, density, limits.get(who, 1.0)) for who, density in densities.items()}
         state = _with_rho_min(state, next_density(config, state.rho_min), densities)
         state = replace(state, points=state.points + 1, minimum={**state.minimum, **densities})
-        densities = _at_least(densities, state.rho_min)
+        densities = _at_least(densities, state.rho_min, limits)
     return state, densities
 
 
@@ -169,16 +182,18 @@ def _paced(
     densities: dict[str, float],
     elapsed_s: float,
     full_round_s: Mapping[str, float],
+    limits: Mapping[str, float],
     reasons: list[str],
 ) -> tuple[RestorationState, dict[str, float]]:
     """Every client at the largest density whose round is short against the time that training has lasted; nobody is lowered."""
     raised = dict(densities)
     for who, density in densities.items():
-        if density >= 1.0 or who not in full_round_s:
+        limit = limits.get(who, 1.0)
+        if density >= limit or who not in full_round_s:
             continue
         bearable = elapsed_s / (PACE_ROUNDS * full_round_s[who])
-        while raised[who] < 1.0 and next_density(config, raised[who]) <= bearable:
-            raised[who] = next_density(config, raised[who])
+        while raised[who] < limit and _raised(config, raised[who], limit) <= bearable:
+            raised[who] = _raised(config, raised[who], limit)
         if raised[who] > density:
             reasons.append(f"{who}: after {elapsed_s:.0f} s a round at density {raised[who]:g} is short enough")
     minimum = {who: value for who, value in raised.items() if value > densities[who]}
@@ -191,16 +206,18 @@ def _clients_plateau(
     raised: dict[str, float],
     densities: Mapping[str, float],
     level_scores: Mapping[float, float],
+    limits: Mapping[str, float],
     reasons: list[str],
 ) -> tuple[RestorationState, dict[str, float]]:
     """A rung for every client whose level has stalled; those raised already in this evaluation wait for the next."""
     clients, minimum, raised = dict(state.clients), dict(state.minimum), dict(raised)
     for who, density in densities.items():
-        if density >= 1.0 or raised[who] != density:
+        limit = limits.get(who, 1.0)
+        if density >= limit or raised[who] != density:
             continue
         counter, stalled = _count(clients[who], config, level_scores.get(density), config.patience)
         if stalled:
-            raised[who] = minimum[who] = next_density(config, density)
+            raised[who] = minimum[who] = _raised(config, density, limit)
             reasons.append(f"{who}: no progress at density {density:g}, raised to {raised[who]:g}")
             counter = Counter(left_alone=2 * config.patience)
         clients[who] = counter
@@ -212,6 +229,7 @@ def _whole_plateau(
     config: RestorationConfig,
     densities: dict[str, float],
     score: float | None,
+    limits: Mapping[str, float],
     reasons: list[str],
 ) -> tuple[RestorationState, dict[str, float], bool]:
     """A rung for the smallest density when the global model has stalled; the end when there is none left."""
@@ -225,7 +243,7 @@ def _whole_plateau(
         return replace(state, whole=whole), densities, True
     state = _with_rho_min(state, next_density(config, state.rho_min), densities)
     reasons.append(f"the global model stalled: everybody at least {state.rho_min:g}")
-    return state, _at_least(densities, state.rho_min), False
+    return state, _at_least(densities, state.rho_min, limits), False
 
 
 def _count(counter: Counter, config: RestorationConfig, score: float | None, patience: int) -> tuple[Counter, bool]:
@@ -244,5 +262,5 @@ def _with_rho_min(state: RestorationState, rho_min: float, densities: Mapping[st
     return replace(state, rho_min=rho_min, whole=Counter(), clients={who: Counter() for who in densities})
 
 
-def _at_least(densities: Mapping[str, float], rho_min: float) -> dict[str, float]:
-    return {who: max(density, rho_min) for who, density in densities.items()}
+def _at_least(densities: Mapping[str, float], rho_min: float, limits: Mapping[str, float]) -> dict[str, float]:
+    return {who: max(density, min(rho_min, limits.get(who, 1.0))) for who, density in densities.items()}

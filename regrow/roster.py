@@ -129,7 +129,7 @@ class Roster:
         self.overdue: set[str] = set()
         self.deadlines, self.uplinks, self.transfers, self.live_transfers, self.rounds = Least(), Least(), Least(), Least(), Least()
         self.classes, self.densities, self.unready, self.leases = Tally(), Tally(), Tally(), Tally()
-        self._live_links = Ranked()
+        self._live_links, self._live_speeds = Ranked(), Ranked()
         self.scores = Scoreboard(ledger)
         self._look_at(ledger.devices)
         self._arrived = list(ledger.arrived)
@@ -228,6 +228,8 @@ class Roster:
         self.live_transfers.put(who, device.density / device.uplink_bps if live else None)
         if method.full_density_bps is None:
             self._live_links.put(who, device.uplink_bps if live else None)
+        if method.granularity == "unit":
+            self._live_speeds.put(who, 1.0 / device.step_s if live and device.step_s else None)
         if method.density == "relative":
             self.rounds.put(who, density.mean_round_s(device.full_round_s))
 
@@ -238,8 +240,8 @@ class Roster:
         return who in self._heard_s
 
     def excluded(self, device: Device) -> bool:
-        """Too many bad updates in a row: no more work until the device starts anew."""
-        return device.rejections >= self._ledger.task.fleet.max_rejections
+        """Too many bad updates in a row, or a memory that holds no level: no more work until the device starts anew."""
+        return device.rejections >= self._ledger.task.fleet.max_rejections or device.memory_density == 0.0
 
     def fastest_class(self) -> int:
         """How many live devices are in the class with the highest first density: K of the `fastest` trigger."""
@@ -251,14 +253,21 @@ class Roster:
 
     def full_density_bps(self, joining_bps: Iterable[float]) -> float:
         """The link that deserves the whole model, among the live devices' and these, bit/s."""
-        ascending = self._live_links.ascending
-        joining = list(joining_bps)
-        for link in joining:
-            insort(ascending, link)
-        full_bps = density.full_density_goodput_bps(ascending)
-        for link in joining:
-            del ascending[bisect_left(ascending, link)]
-        return full_bps
+        return _full_density(self._live_links.ascending, list(joining_bps))
+
+    def full_density_speed(self, joining_per_s: Iterable[float]) -> float | None:
+        """Steps of the full model per second at which a device deserves it, among the live devices' and these; None without any."""
+        ascending, joining = self._live_speeds.ascending, list(joining_per_s)
+        return _full_density(ascending, joining) if ascending or joining else None
+
+
+def _full_density(ascending: list[float], joining: list[float]) -> float:
+    for value in joining:
+        insort(ascending, value)
+    full = density.full_density_goodput_bps(ascending)
+    for value in joining:
+        del ascending[bisect_left(ascending, value)]
+    return full
 
 
 def _member(group: set[str], who: str, belongs: bool) -> None:

@@ -57,6 +57,7 @@ class Hello(Message, frozen=True, kw_only=True, omit_defaults=True):
     validation_examples: Count = 0
     step_s: Rate | None = None
     software: Text = ""
+    memory_bytes: Count | None = None
 
 
 class Status(Message, frozen=True, kw_only=True, omit_defaults=True):

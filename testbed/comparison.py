@@ -20,12 +20,14 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 class Reached(msgspec.Struct, frozen=True, kw_only=True):
     """How one method gets to one target. A run that never does counts as such (`reached` of all seeds); medians are over all seeds, None
-    where half of them never do. Bytes are up and down together. `speedup_over_fedasync` is None where either of the two never gets there
-    or FedAsync was not run; where only FedAsync never does, `speedup_at_least` holds what its runs' ends allow to say."""
+    where half of them never do. Bytes are up and down together; `compute_s` is what all devices have trained, None too where outcomes do
+    not say. `speedup_over_fedasync` is None where either of the two never gets there or FedAsync was not run; where only FedAsync never
+    does, `speedup_at_least` holds what its runs' ends allow to say."""
 
     reached: int
     seconds_to_target_median: float | None
     bytes_to_target_median: float | None
+    compute_s_to_target_median: float | None = None
     speedup_over_fedasync: float | None
     speedup_at_least: float | None
 
@@ -121,6 +123,7 @@ def reached_of(runs: Sequence[Outcome], baseline: Sequence[Outcome], target: flo
         reached=sum(reach(run.points, target, _seconds) is not None for run in runs),
         seconds_to_target_median=seconds,
         bytes_to_target_median=_median([reach(run.points, target, _bytes) for run in runs]),
+        compute_s_to_target_median=_median([reach(run.points, target, _compute) for run in runs]) if all(map(_timed, runs)) else None,
         speedup_over_fedasync=base / seconds if base is not None and seconds else None,
         speedup_at_least=at_least / seconds if base is None and at_least is not None and seconds else None,
     )
@@ -174,6 +177,14 @@ def _seconds(point: Point) -> float:
 
 def _bytes(point: Point) -> float:
     return float(point.bytes_up + point.bytes_down)
+
+
+def _compute(point: Point) -> float:
+    return point.compute_s
+
+
+def _timed(run: Outcome) -> bool:
+    return run.points[-1].compute_s > 0.0
 
 
 def _median(values: Sequence[float | None]) -> float | None:

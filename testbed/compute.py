@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +61,11 @@ class Compute:
             return 1.0
         return math.exp(self.sigma * float(generator(self.seed, self.stream, job).standard_normal()) - 0.5 * self.sigma**2)
 
+    @property
+    def full_step_s(self) -> float:
+        """Mean seconds of a step at full density, without jitter: what a device that has measured it says."""
+        return self._full_density_s(0, len(self.steps_s)) / len(self.steps_s) * self.slowdown
+
     def _full_density_s(self, job: int, steps: int) -> float:
         recorded = len(self.steps_s)
         if recorded == 1:
@@ -91,8 +96,28 @@ def read_steps(path: Path) -> tuple[float, ...]:
     return tuple(steps)
 
 
-def timed(train: Trainer, fleet: Mapping[str, Compute], parameters: int) -> Trainer:
-    """The same training, taking the time that each device of `fleet` needs; `parameters` of the full model make density 1."""
+class Busy:
+    """How long all devices together have trained. A job that a device takes with it when it leaves counts whole."""
+
+    def __init__(self) -> None:
+        self._done_s = 0.0
+        self._running: list[tuple[float, float]] = []
+
+    def begin(self, now_s: float, seconds: float) -> None:
+        self._running.append((now_s, seconds))
+
+    def until(self, now_s: float) -> float:
+        """Device seconds before `now_s`, which never goes back."""
+        self._done_s += math.fsum(seconds for started_s, seconds in self._running if started_s + seconds <= now_s)
+        self._running = [job for job in self._running if sum(job) > now_s]
+        return self._done_s + math.fsum(now_s - started_s for started_s, _ in self._running)
+
+
+def timed(train: Trainer, fleet: Mapping[str, Compute], parameters: int, begun: Callable[[float], object] = lambda _: None) -> Trainer:
+    """The same training, taking the time that each device of `fleet` needs; `parameters` of the full model make density 1.
+
+    `begun` hears how many seconds each job will take, when it begins.
+    """
 
     def run(name: str, job: Train) -> tuple[float, Trained | TrainingFailed | Deferred]:
         _, result = train(name, job)
@@ -101,6 +126,7 @@ def timed(train: Trainer, fleet: Mapping[str, Compute], parameters: int) -> Trai
             seconds = fleet[name].drawn_seconds(job.number, [job.widths[level] / parameters for level in drawn])
         else:
             seconds = fleet[name].seconds(job.number, job.steps, job.length / parameters)
+        begun(seconds)
         if isinstance(result, Deferred):
             return seconds, Deferred(lambda: _lasting(seconds, result.result()), result.drop)
         return seconds, _lasting(seconds, result)

@@ -26,6 +26,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         step_sigma: of the logarithm of a job's jitter.
         step_by_density: (density, time of a step relative to density 1); otherwise granularity "unit" takes the work of the smaller models.
         attend: who is there when, as testbed.conditions.attendances reads it.
+        memory: bytes that a training job may take; several are spread over the devices.
     """
 
     method: str | None = None
@@ -47,13 +48,15 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     step_sigma: float | UnsetType = UNSET
     step_by_density: tuple[tuple[float, float], ...] | UnsetType = UNSET
     attend: str | UnsetType = UNSET
+    memory: tuple[int, ...] | UnsetType = UNSET
     trainer: str = "onnxruntime"
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
     """The run at one moment of virtual time; bytes are MQTT payload, all devices together; accuracy and loss on test data.
 
-    coverage: `minimum_coverage`; older_orders: `older_order_share`; staleness: mean over the updates since the last point, in aggregations.
+    coverage: `minimum_coverage`; older_orders: `older_order_share`; staleness: mean over the updates since the last point, in aggregations;
+    compute_s: that all devices have trained so far (0.0 in outcomes of earlier versions).
     """
 
     time_s: float
@@ -67,6 +70,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     coverage: float
     older_orders: float = 0.0
     staleness: float = 0.0
+    compute_s: float = 0.0
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from edge_agent.data import source as data_source
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Score
 from edge_agent.worker import Training
+from export.memory import step_memory
 from export.task import programs_of, read_model
 from export.work import relative_work
 from regrow.coordinator import Coordinator
@@ -32,17 +35,18 @@ from regrow.levels import unit_densities_of
 from regrow.methods import named
 from regrow.parameters import Layout
 from regrow.presence import Identity
-from regrow.programs import UNITS
+from regrow.programs import MEMORY, UNITS
+from regrow.step_memory import memory_of, needs_bytes
 from regrow.task import Task, task_from_tables
 from regrow.units import Units
-from testbed.compute import timed
+from testbed.compute import Busy, timed
 from testbed.conditions import PERCENT, Attendance, attend, attendances, full_density_bps, paper_server_links
 from testbed.datasets import Dataset, Loaded, load
 from testbed.journal import Journal, digest, remembered, remembered_score
 from testbed.links import Latency
 from testbed.memory import COORDINATOR, World
 from testbed.outcome import Outcome, Point, Spec, minimum_coverage, older_order_share
-from testbed.scenario import RATE_PERIOD_S, Pair, latencies, link_pairs, speeds
+from testbed.scenario import RATE_PERIOD_S, Pair, latencies, link_pairs, speeds, spread
 from testbed.splits import split, train_validation
 from testbed.trainers import engine_of
 from testbed.waves import Jobs, Result, Waves
@@ -114,16 +118,18 @@ class Simulation:
     """
 
     def __init__(self, folder: TaskFolder, task: Task, spec: Spec, journal: Journal | None = None) -> None:
-        self.spec, self.task = spec, task
+        self.spec = spec
         self._staleness: list[int] = []
         data = _loaded(spec)
-        programs, units, layout, by_density = _programs(folder, task)
+        programs, units, layout, by_density = _programs(folder, task, with_memory=spec.memory is not UNSET)
         self._engine = engine_of(spec.trainer, programs)
         self._trainer = self._engine.whole
         _check_fit(self._trainer, folder, data)
         self._test = data.test
         self.names = [f"device-{index:04d}" for index in range(spec.clients)]
         self._sources = dict(zip(self.names, _sources(data.train, spec), strict=True))
+        self._memory = {} if spec.memory is UNSET else dict(zip(self.names, spread(spec.memory, spec.clients), strict=True))
+        self.task = task = self._without_declined(task, programs)
         curve = _subset(data.test, CURVE_EXAMPLES)
         train: Callable[[Jobs], Sequence[Result]] = self._train
         self._score_curve, self._score_test = self._scorer(curve), self._scorer(data.test)
@@ -142,10 +148,26 @@ class Simulation:
             sigma=0.0 if spec.step_sigma is UNSET else spec.step_sigma,
             by_density=by_density if spec.step_by_density is UNSET else spec.step_by_density,
         )
-        waves = timed(Waves(train, together=self._engine.together), compute, layout.size)
+        steps_s = {name: each.full_step_s for name, each in compute.items()}
+        # Said only where it can make a difference: a hello has a length, and a link.
+        self._told_steps_s = steps_s if task.method.granularity == "unit" and len(set(steps_s.values())) > 1 else {}
+        self._busy = Busy()
+        waves = timed(Waves(train, together=self._engine.together), compute, layout.size, lambda s: self._busy.begin(self.world.now, s))
         self.world = World(waves, store_and_forward=True, keep_log=False, keep_published=False)
         self._ledger = Ledger.start(task, layout, folder.initial, units)
         self._people_the_world(Coordinator(self._ledger, "simulated", programs, spec.seed + 1), 4 * layout.size)
+
+    def _without_declined(self, task: Task, programs: Mapping[str, bytes]) -> Task:
+        """The task, waiting at its beginning only for devices whose memory holds some level."""
+        if not self._memory:
+            return task
+        memory = memory_of(programs, task)
+        needs = {name: min(needs_bytes(memory, task, source.validation_size)) for name, source in self._sources.items()}
+        declined = [name for name, offer in self._memory.items() if needs[name] > offer]
+        if len(declined) == len(self.names):
+            raise LocalError(f"--memory-mb: training takes {min(needs.values()) / 1e6:.1f} MB, more than any device has")
+        fewer = max(task.fleet.min_devices - len(declined), 1)
+        return msgspec.structs.replace(task, fleet=msgspec.structs.replace(task.fleet, min_devices=fewer))
 
     def _people_the_world(self, coordinator: Coordinator, model_bytes: int) -> None:
         spec = self.spec
@@ -162,7 +184,12 @@ class Simulation:
 
     def _join(self, name: str, links: Pair, latency: Latency | None) -> None:
         token = name.encode().ljust(16, b".")
-        self.world.add(name, Device(Identity(name, token, token), {}), up=links[0], down=links[1], latency=latency)
+        identity = Identity(name, token, token)
+        if name in self._memory:
+            identity = replace(identity, validation_examples=self._sources[name].validation_size, memory_bytes=self._memory[name])
+        device = Device(identity, {})
+        device.meters.full_step_s = self._told_steps_s.get(name)
+        self.world.add(name, device, up=links[0], down=links[1], latency=latency)
 
     def run(self, on_point: Callable[[Point], None] = lambda _: None) -> Outcome:
         """To the end of the run; `on_point` hears of every point of the curve as it is made."""
@@ -218,6 +245,7 @@ class Simulation:
             coverage=minimum_coverage(ledger),
             older_orders=older_order_share(ledger),
             staleness=float(np.mean(self._staleness)) if self._staleness else 0.0,
+            compute_s=self._busy.until(self.world.now),
         )
 
     def _outcome(self, points: list[Point]) -> Outcome:
@@ -256,8 +284,14 @@ def open_journal(path: Path, limit_bytes: int, *, resume: bool) -> Journal | Non
 Programs = tuple[dict[str, bytes], Units | None, Layout, tuple[tuple[float, float], ...]]
 
 
-def _programs(folder: TaskFolder, task: Task) -> Programs:
+def _programs(folder: TaskFolder, task: Task, *, with_memory: bool) -> Programs:
     """What the folder was built with, or, for a method of another granularity, what it would be built with; and Compute's by_density."""
+    programs, units, layout, by_density = _built(folder, task)
+    programs = {name: data for name, data in programs.items() if name != MEMORY}
+    return programs | ({MEMORY: step_memory(programs).to_json()} if with_memory else {}), units, layout, by_density
+
+
+def _built(folder: TaskFolder, task: Task) -> Programs:
     densities = unit_densities_of(task)
     by_density = ((1.0, 1.0),) if densities is None else relative_work(read_model(folder.model_path), densities)
     if densities == unit_densities_of(folder.task):

@@ -23,7 +23,7 @@ def test_a_build_holds_the_programs_and_says_what_it_was_built_from(tmp_path: Pa
     assert is_stale(task_dir, model_path)
     build = build_task(task_dir, model_path)
     assert build == task_dir / "build"
-    names = {"layout.json", "train.onnx", "train_masked.onnx", "evaluate.onnx", "initial.npy", "build.json"}
+    names = {"layout.json", "train.onnx", "train_masked.onnx", "evaluate.onnx", "initial.npy", "memory.json", "build.json"}
     assert {path.name for path in build.iterdir()} == names
     assert [path.name for path in task_dir.iterdir()] == ["build"]
     programs = build_programs(onnx.load(model_path))

@@ -249,3 +249,12 @@ def test_pieces_are_never_none_and_join_to_the_whole(data: bytes, piece_bytes: i
     cut = wire.pieces(data, piece_bytes)
     assert b"".join(cut) == data
     assert len(cut) == max(1, -(-len(data) // piece_bytes))
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 0, 2**53])
+def test_a_hello_says_what_memory_there_is_or_is_as_long_as_ever(memory_bytes: int | None) -> None:
+    hello = wire.Hello(boot=bytes(16), install=bytes(16), memory_bytes=memory_bytes)
+    assert wire.decode(wire.encode(hello), wire.Hello)[0] == hello
+    assert (b"memory_bytes" in wire.encode(hello)) == (memory_bytes is not None)
+    with pytest.raises(PeerError, match="memory_bytes"):
+        wire.decode(with_header(hello, memory_bytes=-1), wire.Hello)

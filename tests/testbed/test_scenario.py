@@ -23,7 +23,7 @@ def test_options_that_say_nothing_are_left_out_of_a_specification() -> None:
     encoded = msgspec.json.decode(msgspec.json.encode(Spec()))
     fields = "method settings seed data data_folder split clients links outages step_s slowdown seconds points trainer"
     assert list(encoded) == fields.split()
-    fuller = Spec(latency=(0.1, 0.0), slowdown=(1.0, 4.0), step_by_density=((0.5, 0.6),), attend="nightly:22-6")
+    fuller = Spec(latency=(0.1, 0.0), slowdown=(1.0, 4.0), step_by_density=((0.5, 0.6),), attend="nightly:22-6", memory=(64, 512))
     assert msgspec.json.decode(msgspec.json.encode(fuller), type=Spec) == fuller
 
 

@@ -1,0 +1,103 @@
+"""How much memory a training job takes on the device: arithmetic over its programs, meant as an upper bound.
+
+A job scores the model and trains it, each with a session of its own, whose memory onnxruntime keeps. Counted are, for both, what is alive
+when most is (activations, gradients, new parameters), with a factor for how onnxruntime hands memory out; the vectors that the worker holds
+around them; and what onnxruntime itself takes. `python bench/step_memory.py` measures how far above the truth this is. The sum over all
+values, nothing used again, would be simpler, but for deep models it is three to six times what is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx
+from onnx import helper
+
+from export.programs import BATCH
+from regrow.step_memory import JobBytes, StepMemory
+
+SESSIONS_BYTES = 16_000_000
+"""The agent's first sessions: onnxruntime's own heap and code, of which a small model's job consists (measured: 11 to 14 MB)."""
+ARENA = 2.5
+"""Its arena holds the first run's values one by one, those of later runs in one planned block (measured: up to 2.3 times what is alive)."""
+WORKER_VECTORS = 5
+"""float32 [n] around a step: the job's own, what the program reads, what the step before gave, the flat result and its gathering."""
+MASK_VECTORS = 3
+"""float32 [n] more with masks, at most: as the programs take them, as they are cut from, and as bool."""
+
+Values = dict[str, int]
+
+
+class _UnknownShapeError(Exception):
+    """The shape of this value is only known at run time."""
+
+
+def step_memory(programs: Mapping[str, bytes]) -> StepMemory:
+    """The figures of a model's programs: of every level with programs of its own, the full model last; else of the full one with masks.
+
+    Where the shape of some value does not follow from the batch, there are no figures, and memory binds nobody.
+    """
+    small = sum(name.startswith("train:") for name in programs)
+    pairs = [(programs[f"train:{level}"], programs[f"evaluate:{level}"]) for level in range(small)]
+    pairs.append((programs.get("train_masked", programs["train"]), programs["evaluate"]))
+    try:
+        return StepMemory([_job_bytes(train, evaluate) for train, evaluate in pairs])
+    except _UnknownShapeError:
+        return StepMemory([])
+
+
+def _job_bytes(train: bytes, evaluate: bytes) -> JobBytes:
+    model = onnx.ModelProto.FromString(train)
+    parameters = sum(fixed for name, fixed in _bytes_of(model, 1).items() if name.startswith("new:"))
+    masked = any(value.name.startswith("mask:") for value in model.graph.input)
+    vectors = (WORKER_VECTORS + MASK_VECTORS * masked) * parameters
+    fixed, trained = _most_alive(model)
+    also, scored = _most_alive(onnx.ModelProto.FromString(evaluate))
+    return JobBytes(SESSIONS_BYTES + vectors + math.ceil(ARENA * (fixed + also)), math.ceil(ARENA * trained), math.ceil(ARENA * scored))
+
+
+def _most_alive(model: onnx.ModelProto) -> tuple[int, int]:
+    """(a, b) so that a + b * batch bytes bound what is alive at any time, the program's inputs not counted.
+
+    The two are the most over the steps, each for itself, so their sum is at least the most of the sum.
+    """
+    one, two = _bytes_of(model, 1), _bytes_of(model, 2)
+    each = {name: two[name] - one[name] for name in one}
+    return _peak(model, {name: one[name] - each[name] for name in one}), _peak(model, each)
+
+
+def _peak(model: onnx.ModelProto, sizes: Values) -> int:
+    """The most bytes that are alive at once: from the node that makes a value to the last that reads it, outputs to the end."""
+    last = {name: number for number, node in enumerate(model.graph.node) for name in node.input}
+    last |= {value.name: len(model.graph.node) for value in model.graph.output}
+    made: set[str] = set()
+    alive = most = 0
+    for number, node in enumerate(model.graph.node):
+        alive += sum(sizes[name] for name in node.output if name)
+        made.update(node.output)
+        most = max(most, alive)
+        ended = {name for name in (*node.input, *node.output) if name in made and last.get(name, number) <= number}
+        alive -= sum(sizes[name] for name in ended if name)
+    return most
+
+
+def _bytes_of(model: onnx.ModelProto, batch: int) -> Values:
+    """Bytes of every value that a node makes, at this batch."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in fixed.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == BATCH:
+                dim.dim_value = batch
+    graph = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    known = {value.name: value for value in (*graph.value_info, *graph.output)}
+    return {name: _bytes(known.get(name), name) for node in graph.node for name in node.output if name}
+
+
+def _bytes(value: onnx.ValueInfoProto | None, name: str) -> int:
+    dims = value.type.tensor_type.shape.dim if value is not None else ()
+    if value is None or not value.type.tensor_type.HasField("shape") or not all(dim.HasField("dim_value") for dim in dims):
+        raise _UnknownShapeError(name)
+    item_bytes: int = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
+    return item_bytes * math.prod(int(dim.dim_value) for dim in dims)
