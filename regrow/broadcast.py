@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from regrow import topics, wire
 from regrow.ledger import Lease, Ledger
 from regrow.machine import Effect, Publish
-from regrow.publication import PIECE_BYTES, CodedOrder, manifest
+from regrow.publication import PIECE_BYTES, CodedOrder, manifest, program_blobs
 from regrow.roster import Roster
 from regrow.task import Task
 
@@ -22,7 +22,7 @@ class Broadcast:
         self, ledger: Ledger, roster: Roster, names: topics.Run, programs: Mapping[str, bytes], emit: Callable[[Effect], None]
     ) -> None:
         self.ledger, self.names, self.programs = ledger, names, programs
-        self._roster = roster
+        self._roster, self._blobs = roster, program_blobs(programs)
         self.fetching: dict[int, set[str]] = {}
         self._emit = emit
         self._epochs: dict[int, list[int]] = {}
@@ -55,7 +55,7 @@ class Broadcast:
             self._order(publication.order.epoch, coded)
         for index, chunk in enumerate(publication.chunks):
             self._retain(self.names.chunk(version, index), publication.chunk_data(chunk.start, chunk.stop))
-        message = manifest(publication, coded, self.programs, self._term, self.ledger.task.method.local)
+        message = manifest(publication, coded, self._blobs, self._term, self.ledger.task.method.local)
         self._retain(self.names.manifest(version), wire.encode(message))
         self.fetching[version] = set()
 

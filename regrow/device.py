@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow import outgoing, topics, training, wire
 from regrow.errors import LocalError, PeerError
-from regrow.fetching import Fetched, Fetching, assemble
+from regrow.fetching import Fetched, Fetching
 from regrow.hearing import own_topics, recognise
 from regrow.machine import (
     Acknowledged,
@@ -185,7 +185,7 @@ class Device:
         if self.names is not None and self.connected:
             self._emit(Unsubscribe((*own_topics(self.names, self.identity.name), *sorted(self._fetching.subscribed))))
         self.names, self.term, self._done = None, 0, 0
-        self.assignment = self._next = self._fetching.wanted = self._fetched = None
+        self.assignment = self._next = self._fetching.wanted = self._fetching.known = self._fetched = None
         self._fetching.subscribed.clear()
         self._sending.stop()
         self._presence.trouble = ""
@@ -297,7 +297,7 @@ class Device:
         if wanted is None:
             return
         try:
-            self._fetched = assemble(wanted, self._fetching.parts)
+            self._fetched = self._fetching.assemble(wanted)
         except PeerError as error:
             self._give_up(str(error))
             return

@@ -43,6 +43,26 @@ class Fetched:
     layout: Layout
     base: NDArray[np.float32]
     coordinates: NDArray[np.uint32]
+    known: Known
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A layout and the coordinates of a prefix, with the digests and lengths that they were decoded from.
+
+    An order lasts for many versions, so a device needs the same ones round after round. Memory: 4 bytes for each coordinate.
+    """
+
+    layout_digest: bytes
+    lengths: tuple[int, ...]
+    sets: tuple[bytes, ...]
+    layout: Layout
+    coordinates: NDArray[np.uint32]
+
+    def begins_with(self, layout_digest: bytes, lengths: tuple[int, ...], sets: tuple[bytes, ...]) -> bool:
+        """Whether these levels, whose sets have these digests, are the first of this prefix."""
+        levels = len(lengths)
+        return (self.layout_digest, self.lengths[:levels], self.sets[:levels]) == (layout_digest, lengths, sets)
 
 
 def shopping(assignment: wire.Assignment, manifest: wire.Manifest, names: topics.Run) -> Shopping:
@@ -83,8 +103,13 @@ def _check(manifest: wire.Manifest, highest: int) -> None:
         raise PeerError(f"manifest {manifest.version}: a chunk crosses a level")
 
 
-def assemble(wanted: Shopping, parts: Mapping[bytes, bytes]) -> Fetched:
+def assemble(wanted: Shopping, parts: Mapping[bytes, bytes], known: Known | None = None) -> Fetched:
     """Put the parts together.
+
+    Args:
+        wanted: the parts, and what they make.
+        parts: digest -> bytes of that digest.
+        known: what the assembly before has decoded; it is not decoded again where the manifest names the same bytes.
 
     Raises:
         PeerError: they are not what the manifest says, whoever made them.
@@ -93,23 +118,39 @@ def assemble(wanted: Shopping, parts: Mapping[bytes, bytes]) -> Fetched:
     programs = {blob.name: _whole(blob, parts) for blob in manifest.programs}
     if "layout" not in programs:
         raise PeerError(f"manifest {manifest.version}: no program named 'layout'")
-    layout = Layout.from_json(programs["layout"])
-    always_kept = layout.always_kept_coordinates
-    if layout.size != manifest.lengths[-1] or always_kept.size != manifest.always_kept:
-        raise PeerError(f"manifest {manifest.version}: {manifest.lengths[-1]} positions, the layout has {layout.size}")
-    sets = [_whole(blob, parts) if blob.size else b"" for blob in manifest.levels[: wanted.levels]]
-    coordinates = indexset.decode_prefix(layout.size, always_kept, manifest.lengths, sets)
+    known = _decoded(wanted, programs["layout"], parts, known)
     data = b"".join(parts[chunk.digest] for chunk in manifest.chunks if chunk.stop <= wanted.longest)
     try:
         base = values.decode(data, manifest.dtype, wanted.longest, manifest.always_kept)
     except LocalError as error:  # an impossible dtype or length came from the manifest, not from us
         raise PeerError(f"manifest {manifest.version}: {error}") from error
-    return Fetched(wanted, programs, layout, base, coordinates)
+    return Fetched(wanted, programs, known.layout, base, known.coordinates[: wanted.longest], known)
+
+
+def _decoded(wanted: Shopping, program: bytes, parts: Mapping[bytes, bytes], known: Known | None) -> Known:
+    """The layout and the coordinates of at least the wanted levels."""
+    manifest = wanted.manifest
+    blobs = manifest.levels[: wanted.levels]
+    sets = [_whole(blob, parts) if blob.size else b"" for blob in blobs]
+    lengths = tuple(manifest.lengths[: wanted.levels])
+    layout_digest, digests = wire.digest(program), tuple(blob.digest if blob.size else b"" for blob in blobs)
+    again = known is not None and known.begins_with(layout_digest, lengths, digests)
+    layout = known.layout if known is not None and again else Layout.from_json(program)
+    always_kept = layout.always_kept_coordinates
+    if layout.size != manifest.lengths[-1] or always_kept.size != manifest.always_kept:
+        raise PeerError(f"manifest {manifest.version}: {manifest.lengths[-1]} positions, the layout has {layout.size}")
+    if known is not None and again:
+        return known
+    coordinates = indexset.decode_prefix(layout.size, always_kept, manifest.lengths, sets)
+    coordinates.setflags(write=False)
+    return Known(layout_digest, lengths, digests, layout, coordinates)
 
 
 def _whole(blob: wire.Blob, parts: Mapping[bytes, bytes]) -> bytes:
-    data = b"".join(parts[digest] for digest in blob.pieces)
-    if len(data) != blob.size or wire.digest(data) != blob.digest:
+    """A single piece is known by its digest already; only the joint of several has one that nobody has looked at yet."""
+    data = parts[blob.pieces[0]] if len(blob.pieces) == 1 else b"".join(parts[digest] for digest in blob.pieces)
+    digest = blob.pieces[0] if len(blob.pieces) == 1 else wire.digest(data)
+    if len(data) != blob.size or digest != blob.digest:
         raise PeerError(f"{blob.name}: the pieces do not make the whole that the manifest names")
     return data
 
@@ -123,12 +164,14 @@ class Fetching:
         wanted: None until the manifest has come.
         subscribed: topics that are asked for now.
         progress_s: when something last came, monotonic seconds.
+        known: what the last assembly has decoded.
     """
 
     parts: dict[bytes, bytes] = field(default_factory=dict)
     wanted: Shopping | None = None
     subscribed: set[str] = field(default_factory=set)
     progress_s: float = 0.0
+    known: Known | None = None
 
     def load(self, saved: Mapping[str, bytes]) -> list[Effect]:
         """Take in the saved parts; those whose digest is not that of their name are dropped."""
@@ -195,6 +238,12 @@ class Fetching:
             raise PeerError(f"{topic}: {len(data)} bytes that the manifest does not name")
         self.parts[digest] = data
         return [Save(PART + digest.hex(), data), self._got(topic, now)]
+
+    def assemble(self, wanted: Shopping) -> Fetched:
+        """Put these parts together, which are all here, and remember what was decoded; errors as the function of this name."""
+        fetched = assemble(wanted, self.parts, self.known)
+        self.known = fetched.known
+        return fetched
 
     def stalled(self, now: float) -> bool:
         return now - self.progress_s > PATIENCE_S

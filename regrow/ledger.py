@@ -32,6 +32,8 @@ RETIRED_REMEMBERED = 32
 MEANS = ("mask", "plain", "recombine")  # the new model is a mean of models: everybody's latest may count
 MOVES = ("gradient", "delta", "adaptive")  # it is the old one moved by changes: each counts once, and needs the base it started from
 
+Reconstructed = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_] | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
@@ -79,7 +81,7 @@ class Ledger:
 
     `elapsed_s`: how long the run had been led at the last aggregation; `began_s`: at the first one, since before it the gateway may have
     waited for its fleet. `published` goes by number (publication.number_of). `recombined` are this version's models by slot, empty unless
-    it has several.
+    it has several. `at_hand` is the latest that `reconstruct` made, until its update is in.
     """
 
     task: Task
@@ -109,6 +111,7 @@ class Ledger:
     term: int = 0
     units: Units | None = None
     shelf: Shelf = in_memory
+    at_hand: tuple[bytes, tuple[int, int, int, str], Reconstructed] | None = None
 
     @classmethod
     def start(
@@ -162,16 +165,23 @@ class Ledger:
     def apply_record(self, record: Record) -> None:
         self.apply(records.from_record(record), record.payload)
 
-    def reconstruct(
-        self, entry: records.Accepted, payload: Payload
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_] | None]:
-        """(w_i, base, presence): float32 [length] each, in the position order of the update's epoch.
+    def reconstruct(self, entry: records.Accepted, payload: Payload) -> Reconstructed:
+        """(w_i, base, presence): float32 [length] each, in the position order of the update's epoch; nobody writes to them.
 
-        presence: bool [length], None where all are present; w_i and base are 0 where nothing is.
+        presence: bool [length], None where all are present; w_i and base are 0 where nothing is. An update is checked and then taken in:
+        what it made is kept in between.
 
         Raises:
             PeerError: the payload is not such an update.
         """
+        source = (entry.version, entry.epoch, entry.level, entry.dtype)
+        if self.at_hand is not None and self.at_hand[0] is payload and self.at_hand[1] == source:
+            return self.at_hand[2]
+        made = self._reconstructed(entry, payload)
+        self.at_hand = (payload, source, made) if isinstance(payload, bytes) else None  # other buffers may change
+        return made
+
+    def _reconstructed(self, entry: records.Accepted, payload: Payload) -> Reconstructed:
         publication = self.published[entry.version]
         order = publication.order
         base = publication.base(self.reach(order, entry.level))
@@ -222,6 +232,7 @@ def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
 def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None:
     device = ledger.devices[entry.device]
     trained, base, presence = ledger.reconstruct(entry, payload)
+    ledger.at_hand = None
     old = ledger.orders[entry.epoch].order
     keeps_base = ledger.task.method.aggregation in MOVES
     update, base_update = Update(trained, presence), Update(base, presence)
@@ -243,7 +254,7 @@ def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None
 
 
 def _rejected(ledger: Ledger, entry: records.Rejected, _: Payload) -> None:
-    device = ledger.devices[entry.device]
+    device, ledger.at_hand = ledger.devices[entry.device], None
     _close(device, entry.sequence, accepted=False, reason=entry.reason, blame=entry.blame)
     device.rejections += entry.blame
 

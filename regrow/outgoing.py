@@ -77,10 +77,13 @@ class Outgoing:
 
     def to_bytes(self) -> bytes:
         """What is saved: only coordinates that owe something take room."""
-        where = np.flatnonzero(self.owed).astype("<u4") if self.owed is not None else np.empty(0, "<u4")
-        owed = self.owed[where].astype("<f2") if self.owed is not None else np.empty(0, "<f2")
+        owed = self.owed if self.owed is not None else np.empty(0, np.float16)
+        owes = owed.view(np.uint16) & 0x7FFF != 0  # neither 0.0 nor -0.0, without a conversion of every value
+        where = np.flatnonzero(owes)
+        # A bitmap takes at most n / 8 bytes, an eighth of what the float16 values take at least.
+        bitmap = np.packbits(owes[: where[-1] + 1 if where.size else 0])
         fields = (self.run, self.sequence, self.chunk_bytes, self.closed, self.head, self.payload)
-        return msgspec.msgpack.encode(_File(*fields, _bitmap(where).tobytes(), owed.tobytes(), self.mask))
+        return msgspec.msgpack.encode(_File(*fields, bitmap.tobytes(), owed[where].astype("<f2").tobytes(), self.mask))
 
     def rejected(self) -> Outgoing:
         """The same, closed, with the sent delta owed again: it came too late, what was learned is not lost."""
@@ -90,13 +93,6 @@ class Outgoing:
             owed = owed.copy()
             owed[where] = to_float16(owed[where].astype(np.float32) + delta)
         return Outgoing(self.run, self.sequence, self.head, b"", self.chunk_bytes, owed, None, closed=True, mask=self.mask)
-
-
-def _bitmap(where: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """Ascending coordinates as a bitmap: at most n / 8 bytes, an eighth of what their float16 values take at least."""
-    bits = np.zeros(int(where[-1]) + 1 if where.size else 0, np.uint8)
-    bits[where] = 1
-    return np.packbits(bits)
 
 
 def from_bytes(data: bytes, size: int | None) -> Outgoing:

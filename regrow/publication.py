@@ -103,10 +103,15 @@ class CodedOrder:
         return [blob(str(level), data) for level, data in enumerate(self.levels)]
 
 
+def program_blobs(programs: Mapping[str, bytes]) -> list[wire.Blob]:
+    """The programs as a manifest names them."""
+    return [blob(name, data) for name, data in sorted(programs.items())]
+
+
 def manifest(
-    publication: Publication, coded: CodedOrder, programs: Mapping[str, bytes], term: int, local: LocalRule = "plain"
+    publication: Publication, coded: CodedOrder, programs: list[wire.Blob], term: int, local: LocalRule = "plain"
 ) -> wire.Manifest:
-    """Everything that a device needs to know in order to fetch, check and train this version."""
+    """Everything that a device needs to know in order to fetch, check and train this version. programs: `program_blobs`."""
     return wire.Manifest(
         term=term,
         version=publication.version,
@@ -116,6 +121,6 @@ def manifest(
         lengths=list(publication.order.lengths),
         chunks=list(publication.chunks),
         levels=coded.blobs,
-        programs=[blob(name, data) for name, data in sorted(programs.items())],
+        programs=programs,
         local=local,
     )

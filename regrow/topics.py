@@ -6,7 +6,7 @@ A device publishes only below its own id and reads only coordinator topics and i
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from regrow.errors import LocalError
 
@@ -48,14 +48,14 @@ def claim(task: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The topics below regrow/v1/{task}/{run}."""
+    """The topics below regrow/v1/{task}/{run}, which is their `root`."""
 
     task: str
     run: str
+    root: str = field(init=False, repr=False, compare=False)  # made once: every message that comes is compared with topics below it
 
-    @property
-    def root(self) -> str:
-        return f"{ROOT}/{self.task}/{self.run}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", f"{ROOT}/{self.task}/{self.run}")
 
     def manifest(self, version: int) -> str:
         return f"{self.root}/manifest/{version}"

@@ -118,7 +118,7 @@ class LogNormal(Link):
     stream: str = ""
     draws: int = 20
     preserve_mean: bool = True
-    _memo: dict[int, NDArray[np.float64]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _memo: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _positive("log-normal link", mean_bps=self.mean_bps, period_s=self.period_s, draws=self.draws)
@@ -131,11 +131,11 @@ class LogNormal(Link):
         if rates is None:
             shift = -0.5 * self.sigma**2 if self.preserve_mean else 0.0
             normal = generator(self.seed, self.stream, block).standard_normal((BLOCK, self.draws))
-            rates = self.mean_bps * np.exp(self.sigma * normal + shift).mean(axis=1)
+            rates = (self.mean_bps * np.exp(self.sigma * normal + shift).mean(axis=1)).tolist()
             if len(self._memo) >= MEMO_BLOCKS:
                 self._memo.clear()
             self._memo[block] = rates
-        return float(rates[index])
+        return rates[index]
 
     def pieces(self, start_s: float) -> Iterator[tuple[float, float]]:
         for interval in count(int(start_s // self.period_s)):

@@ -72,7 +72,8 @@ class Client:
     """One end of the link: a machine, its subscriptions and its links (None: no limit).
 
     `position` is its place in the order in which clients first came; `in_flight` holds what it is sending: (when the last byte has left,
-    numbers of the events that follow); sent and received bytes are payload, over all its lives.
+    numbers of the events that follow); `timer` is the number of its timer (0: none), `alarm` that of the event planned for it, which may
+    come before it; sent and received bytes are payload, over all its lives.
     """
 
     machine: Coordinator | Device
@@ -87,6 +88,9 @@ class Client:
     relayed_s: float = 0.0
     acked_s: float = 0.0
     timer: int = 0
+    timer_s: float = 0.0
+    alarm: int = 0
+    alarm_s: float = math.inf
     generation: int = 0
     connection: int = 0
     training: Deferred | None = None
@@ -113,7 +117,8 @@ class _Call:
     run: Callable[[], object]
 
 
-_LINK_EVENTS = (Received, Acknowledged, Connected)
+_LINK_EVENTS: frozenset[type] = frozenset((Received, Acknowledged, Connected))
+_WOKEN = Woken()
 
 
 class World:
@@ -151,7 +156,7 @@ class World:
         self._train, self._latency_s, self._persist_s = train, latency_s, persist_s
         self._evaluate = evaluate
         self._store_and_forward, self._keep_log, self._keep_published = store_and_forward, keep_log, keep_published
-        self._link_events = (*_LINK_EVENTS, Measured) if store_and_forward else _LINK_EVENTS
+        self._link_events = _LINK_EVENTS | {Measured} if store_and_forward else _LINK_EVENTS
         self._subscriptions = Subscriptions()
         self._events: list[tuple[float, int, str, int, int, Event | _Call | Deferred]] = []
         self._lost: set[int] = set()  # numbers of events that will not happen: their message was cut off while it was being sent
@@ -198,8 +203,10 @@ class World:
     def kill(self, name: str) -> None:
         """The process dies at once: nothing that it has not saved survives."""
         self._unplug(name)
-        self.clients[name].generation += 1
-        _drop_training(self.clients[name])
+        client = self.clients[name]
+        client.generation += 1
+        client.timer, client.alarm_s = 0, math.inf
+        _drop_training(client)
 
     def _unplug(self, name: str) -> None:
         client = self.clients[name]
@@ -248,13 +255,12 @@ class World:
                 continue
             client = self.clients[name]
             stale = generation != client.generation
-            link = isinstance(event, self._link_events)
+            link = type(event) in self._link_events
             unreachable = link and (not client.connected or connection != client.connection)
-            replaced = isinstance(event, Woken) and number != client.timer
-            if not stale and not unreachable and not replaced:
+            if not stale and not unreachable and not (event is _WOKEN and self._early(name, client, number)):
                 if isinstance(event, Received):
                     client.received_bytes += len(event.payload)
-                if isinstance(event, Deferred):
+                elif isinstance(event, Deferred):
                     event, client.training = event.result(), None
                 self._perform(name, client.machine.step(event, self.now))
 
@@ -282,7 +288,9 @@ class World:
     def _perform(self, name: str, effects: Sequence[Effect]) -> None:  # noqa: C901 (one branch for each kind of effect)
         client = self.clients[name]
         for effect in effects:
-            if isinstance(effect, Publish):
+            if isinstance(effect, SetTimer):  # the most frequent, with every step
+                self._set_timer(name, client, effect.at_s)
+            elif isinstance(effect, Publish):
                 self._publish(name, client, effect)
             elif isinstance(effect, Subscribe):
                 self._subscribe(name, client, effect)
@@ -304,15 +312,32 @@ class World:
                 self._later(seconds, name, result)
             elif isinstance(effect, Evaluate) and self._evaluate is not None:
                 self._later(0.0, name, self._evaluate(effect))
-            elif isinstance(effect, SetTimer):
-                self._set_timer(name, client, effect.at_s)
             elif isinstance(effect, Note):
                 self.notes.append((self.now, name, effect))
             elif isinstance(effect, Finished):
                 self.finished[name] = effect.reason
 
     def _set_timer(self, name: str, client: Client, at_s: float) -> None:
-        client.timer = self._later(max(at_s - self.now, 0.0), name, Woken()) if at_s != float("inf") else 0
+        if at_s == math.inf:
+            client.timer = 0
+            return
+        self._count += 1
+        client.timer, client.timer_s = self._count, self.now + max(at_s - self.now, 0.0)
+        if client.timer_s < client.alarm_s:
+            self._arm(name, client)
+
+    def _arm(self, name: str, client: Client) -> None:
+        """Plan the client's timer. Steps mostly put it off, and then the event that is planned already looks again when it comes."""
+        client.alarm, client.alarm_s = client.timer, client.timer_s
+        heapq.heappush(self._events, (client.timer_s, client.timer, name, client.generation, client.connection, _WOKEN))
+
+    def _early(self, name: str, client: Client, number: int) -> bool:
+        """Whether this event is not the client's timer any more; the timer is then planned, in its place among all events."""
+        if number == client.alarm:
+            client.alarm_s = math.inf
+            if client.timer not in (0, number):
+                self._arm(name, client)
+        return number != client.timer
 
     # ---- messages ------------------------------------------------------------------------------------------------------------------
 
@@ -357,7 +382,8 @@ class World:
         elif retain:
             self.retained.pop(topic, None)
         receivers = sorted(self._subscriptions.listeners(topic), key=lambda other: self.clients[other].position)
-        return [self._deliver(other, self.clients[other], topic, payload, sent_s) for other in receivers]
+        message = Received(topic, payload)
+        return [self._deliver(other, self.clients[other], message, sent_s) for other in receivers]
 
     def _subscribe(self, name: str, client: Client, effect: Subscribe) -> None:
         if not client.connected:
@@ -370,17 +396,17 @@ class World:
         if wild:  # only here all retained messages are looked at: the coordinator's filters, once for each connection
             known |= {topic for topic in self.retained if any(matches(pattern, topic) for pattern in wild)}
         for topic in sorted(known):
-            self._deliver(name, client, topic, self.retained[topic], self.now)
+            self._deliver(name, client, Received(topic, self.retained[topic]), self.now)
 
     def _unsubscribe(self, name: str, client: Client, effect: Unsubscribe) -> None:
         for pattern in client.filters.intersection(effect.topics):
             client.filters.remove(pattern)
             self._subscriptions.remove(name, pattern)
 
-    def _deliver(self, name: str, client: Client, topic: str, payload: bytes, sent_s: float) -> int:
-        arrives = _finish_s(client.down, max(sent_s + self._latency(client, sent_s), client.down_free_s), len(payload))
+    def _deliver(self, name: str, client: Client, message: Received, sent_s: float) -> int:
+        arrives = _finish_s(client.down, max(sent_s + self._latency(client, sent_s), client.down_free_s), len(message.payload))
         client.down_free_s = arrives
-        return self._later(arrives - self.now, name, Received(topic, payload))
+        return self._later(arrives - self.now, name, message)
 
     def _latency(self, client: Client, time_s: float) -> float:
         return self._latency_s if client.latency is None else client.latency.at_s(time_s)

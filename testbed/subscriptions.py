@@ -40,10 +40,13 @@ class Subscriptions:
         found: set[str] = set()
         levels = topic.split("/")
         for shape in self._shapes.get(len(levels), ()):
-            wanted = levels.copy()
-            for place in shape:
-                wanted[place] = "+"
-            found |= self._listeners.get("/".join(wanted) if shape else topic, set())
+            pattern = topic
+            if shape:
+                wanted = levels.copy()
+                for place in shape:
+                    wanted[place] = "+"
+                pattern = "/".join(wanted)
+            found.update(self._listeners.get(pattern, ()))
         return found
 
 

@@ -12,14 +12,15 @@ from regrow import topics, wire
 from regrow.errors import PeerError
 from regrow.fetching import Shopping, assemble, shopping
 from regrow.ledger import Ledger
-from regrow.publication import PIECE_BYTES, Publication, manifest
+from regrow.levels import next_order
+from regrow.publication import PIECE_BYTES, CodedOrder, Publication, manifest, program_blobs
 from tests.golden.examples import EXAMPLES
 from tests.regrow.fleet import INITIAL, LAYOUT, PROGRAMS, task
 
 NAMES = topics.Run("toy", "r1")
 LEDGER = Ledger.start(task(), LAYOUT, INITIAL)
 VERSION = Publication.of(3, LEDGER.order, LEDGER.weights, "float16", 500)
-MANIFEST = manifest(VERSION, LEDGER.coded, PROGRAMS, 9)
+MANIFEST = manifest(VERSION, LEDGER.coded, program_blobs(PROGRAMS), 9)
 
 
 def assignment(level: int, evaluate_level: int | None = None) -> wire.Assignment:
@@ -49,7 +50,7 @@ def fetched(wanted: Shopping) -> dict[bytes, bytes]:
 
 
 def test_with_personal_masks_every_level_fetches_everything() -> None:
-    manifest_of_masks = manifest(VERSION, LEDGER.coded, PROGRAMS, 9, "personal_masks")
+    manifest_of_masks = manifest(VERSION, LEDGER.coded, program_blobs(PROGRAMS), 9, "personal_masks")
     wanted = shopping(assignment(0), manifest_of_masks, NAMES)
     assert wanted.parts == shopping(assignment(4), MANIFEST, NAMES).parts
     assert assemble(wanted, fetched(wanted)).base.size == LAYOUT.size
@@ -131,6 +132,63 @@ def test_parts_that_are_not_what_the_manifest_says_are_refused(bad: wire.Manifes
     parts = {wire.digest(data): data for data in [*lies().values(), *PROGRAMS.values()]}
     with pytest.raises(PeerError, match=why):
         assemble(wanted, parts)
+
+
+def test_what_an_assembly_has_decoded_serves_the_next_ones_of_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = shopping(assignment(4), MANIFEST, NAMES)
+    known = assemble(wide, fetched(wide)).known
+    monkeypatch.delattr("regrow.indexset.decode_prefix")  # nothing is decoded any more
+    for level in range(5):
+        wanted = shopping(assignment(level), MANIFEST, NAMES)
+        got = assemble(wanted, fetched(wanted), known)
+        assert np.array_equal(got.coordinates, LEDGER.order.coordinates[: LEDGER.order.lengths[level]])
+        assert got.known is known
+
+
+def test_other_level_sets_more_of_them_or_another_layout_are_decoded_anew() -> None:
+    weights = INITIAL[::-1].copy()
+    other = CodedOrder.of(next_order(LEDGER.task, LAYOUT, None, abs(weights), weights, 0))
+    publication = Publication.of(3, other.order, weights, "float16", 500)
+    narrow = shopping(assignment(1), MANIFEST, NAMES)
+    known = assemble(narrow, fetched(narrow)).known
+    assert not np.array_equal(other.order.coordinates, LEDGER.order.coordinates)
+    parts = {wire.digest(data): data for data in [*lies().values(), *other.levels, publication.data, *PROGRAMS.values()]}
+    parts |= {chunk.digest: bytes(publication.chunk_data(chunk.start, chunk.stop)) for chunk in publication.chunks}
+    for order, coded, version in ((other.order, other, publication), (LEDGER.order, LEDGER.coded, VERSION)):
+        for level in (1, 2, 4):
+            wanted = shopping(assignment(level), manifest(version, coded, program_blobs(PROGRAMS), 9), NAMES)
+            got = assemble(wanted, parts, known)
+            assert np.array_equal(got.coordinates, order.coordinates[: order.lengths[level]])
+            known = got.known
+    renamed = LAYOUT.to_json().replace(b'"name":"', b'"name":"my-', 1)
+    programs = program_blobs({**PROGRAMS, "layout": renamed})
+    wanted = shopping(assignment(1), manifest(VERSION, LEDGER.coded, programs, 9), NAMES)
+    assert assemble(wanted, {**parts, wire.digest(renamed): renamed}, known).layout != LAYOUT
+
+
+@pytest.mark.parametrize("field", ["size", "digest"])
+def test_level_sets_that_are_known_are_still_checked(field: str) -> None:
+    wanted = shopping(assignment(1), MANIFEST, NAMES)
+    known = assemble(wanted, fetched(wanted)).known
+    wrong = {"size": MANIFEST.levels[0].size + 1} if field == "size" else {"digest": bytes(16)}
+    bad = changed(levels=[msgspec.structs.replace(MANIFEST.levels[0], **wrong), *MANIFEST.levels[1:]])
+    with pytest.raises(PeerError, match="whole"):
+        assemble(shopping(assignment(1), bad, NAMES), fetched(wanted), known)
+
+
+def test_the_joint_of_several_pieces_is_checked() -> None:
+    data = b"".join(PROGRAMS.values())
+    half = len(data) // 2
+    pieces = [wire.digest(data[:half]), wire.digest(data[half:])]
+    parts = {wire.digest(part): part for part in (*lies().values(), data[:half], data[half:])}
+    for whole, digests, fits in ((data, pieces, True), (data, pieces[::-1], False)):
+        blob = wire.Blob("more", len(whole), wire.digest(whole), digests)
+        wanted = shopping(assignment(0), changed(programs=[*MANIFEST.programs, blob]), NAMES)
+        if fits:
+            assert assemble(wanted, parts).programs["more"] == data
+        else:
+            with pytest.raises(PeerError, match="whole"):
+                assemble(wanted, parts)
 
 
 def test_a_manifest_of_another_model_is_refused() -> None:

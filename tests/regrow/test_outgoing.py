@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 
 import msgspec
@@ -213,3 +214,16 @@ def test_the_residual_saturates_instead_of_overflowing(dtype: WireDtype) -> None
     late = update.rejected()
     assert late.owed is not None
     assert np.isfinite(late.owed).all()
+
+
+def test_a_negative_zero_is_no_debt() -> None:
+    owed = np.zeros(N, np.float16)
+    owed[[3, 50]] = 0.25, 6e-8  # the second is subnormal
+    signed = owed.copy()
+    signed[[1, 7, N - 1]] = -0.0
+    update = made(np.zeros(KEPT, np.float32), np.zeros(KEPT, np.float32), np.arange(KEPT, dtype=np.uint32), None, "int8")
+    files = [dataclasses.replace(update, owed=each).to_bytes() for each in (owed, signed)]
+    assert files[0] == files[1]
+    back = outgoing.from_bytes(files[1], N).owed
+    assert back is not None
+    np.testing.assert_array_equal(back, owed)

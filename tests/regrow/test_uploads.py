@@ -183,6 +183,24 @@ def test_a_step_with_masks_costs_what_a_full_one_does() -> None:
     assert entry.round_s == pytest.approx(20.0 + 8 * full_bytes / UP)
 
 
+def test_what_was_checked_is_taken_in_without_being_made_again() -> None:
+    ledger = leased("int8")
+    payload = values.encode(np.full(LAYOUT.size, 0.01, np.float32), "int8", 40)
+    entry = uploads.checked(ledger, "d0", *assembled(ledger, payload, dtype="int8"), UP)
+    made = ledger.reconstruct(entry, payload)
+    assert ledger.reconstruct(entry, payload) is made
+    other = ledger.reconstruct(entry, bytearray(payload))  # what may change is made each time
+    assert other is not made
+    assert np.array_equal(other[0], made[0])
+    assert ledger.reconstruct(entry, bytearray(payload)) is not other
+    with pytest.raises(PeerError):
+        ledger.reconstruct(entry, payload[:-1])
+    uploads.checked(ledger, "d0", *assembled(ledger, payload, dtype="int8"), UP)
+    ledger.apply(entry, payload)
+    assert ledger.at_hand is None
+    assert np.array_equal(ledger.buffer["d0"].update.values, made[0])
+
+
 @pytest.mark.parametrize("up", values.DELTA_DTYPES)
 def test_a_delta_is_checked_as_the_values_that_it_makes(up: values.WireDtype) -> None:
     ledger = leased(up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from regrow.machine import (
 )
 from testbed.conditions import Attendance, attend, heterogeneity, paper_links, paper_server_links
 from testbed.links import Latency, LogNormal, Trace, WithOutages
-from testbed.memory import COORDINATOR, OVERHEAD_BYTES, World
+from testbed.memory import _WOKEN, COORDINATOR, OVERHEAD_BYTES, Client, World
 from testbed.subscriptions import Subscriptions, matches
 from tests.regrow.fleet import identity, new_coordinator, task, train
 from tests.regrow.harness import TWO, begin
@@ -143,6 +144,57 @@ def test_a_newer_timer_replaces_an_older_one() -> None:
     world.add("p", puppet)
     world.run(10)
     assert [at for at, _ in puppet.of(Woken)] == [5.0]
+
+
+class Restless(Puppet):
+    """Sets a timer with every step, as the machines do, and says when it was woken."""
+
+    def __init__(self, name: str, times: list[float]) -> None:
+        super().__init__()
+        self.name, self.times = name, times
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        self.heard.append((now, event))
+        told = [Publish("woken", self.name.encode())] if isinstance(event, Woken) else []
+        wait_s = self.times.pop(0) if self.times else math.inf
+        return [Subscribe(("woken",)), *told, SetTimer(now + wait_s)]
+
+
+class EveryTimer(World):
+    """The oracle: every timer is an event of its own."""
+
+    def _set_timer(self, name: str, client: Client, at_s: float) -> None:
+        client.timer = self._later(max(at_s - self.now, 0.0), name, _WOKEN) if at_s != math.inf else 0
+
+    def _early(self, name: str, client: Client, number: int) -> bool:  # noqa: ARG002 (as in World)
+        return number != client.timer
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.5, 4.0, math.inf]), max_size=12), min_size=1, max_size=3), st.booleans())
+def test_timers_that_are_put_off_wake_as_if_each_were_an_event(times: list[list[float]], killed: bool) -> None:
+    heard = []
+    for kind in (World, EveryTimer):
+        world = kind(train, latency_s=0.25)
+        puppets = [Restless(f"p{index}", list(mine)) for index, mine in enumerate(times)]
+        for puppet in puppets:
+            world.add(puppet.name, puppet)
+        world.run(2.0)
+        if killed:
+            world.kill("p0")
+            world.connect("p0")
+        world.run(60.0)
+        heard.append([[(at, type(event), getattr(event, "payload", b"")) for at, event in puppet.heard] for puppet in puppets])
+    assert heard[0] == heard[1]
+
+
+def test_a_timer_that_is_put_off_again_and_again_does_not_fill_the_queue() -> None:
+    world = World(train, latency_s=0.0)
+    world.add("p", Restless("p", [100.0] * 500))
+    for _ in range(400):
+        world.measure("p", 1.0)
+    world.run(50.0)
+    assert len(world._events) == 1
 
 
 def test_a_restarted_broker_has_forgotten_everything_and_everybody_comes_back() -> None:
