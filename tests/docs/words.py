@@ -189,7 +189,7 @@ TASK = {
     "restoration.full_model_every": ("Ask each device in every this many assignments to fetch and score the full model; 0: never.", _OURS),
     "wire.up": (
         "Updates: `int8` and `int4` are deltas with error feedback, the others are values. `auto`: int4; int8 for a device that trains the "
-        "whole model, as soon as such a round takes at most a sixteenth of the time that training has lasted.",
+        "whole model, as soon as such a round takes at most 1/32 of the time that training has lasted.",
         _OURS,
     ),
     "wire.down": ("The model on its way to devices; always-kept values are float32 in any case.", _OURS),

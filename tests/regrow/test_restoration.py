@@ -100,20 +100,20 @@ def test_mixed_uses_both() -> None:
 
 
 def test_pace_gives_the_largest_density_whose_round_is_short_against_the_time_that_training_has_lasted() -> None:
-    """tbar 100 s, 16 rounds: density 0.05 is a round of 5 s, borne from 80 s on; 0.1 from 160 s, 0.2 from 320 s, 1.0 from 1600 s."""
-    assert PACE_ROUNDS == 16
+    """tbar 100 s, 32 rounds: density 0.05 is a round of 5 s, borne from 160 s on; 0.1 from 320 s, 0.2 from 640 s, 1.0 from 3200 s."""
+    assert PACE_ROUNDS == 32
     config = RestorationConfig(trigger="pace")
     rounds = {"slow": 100.0, "quick": 5.0}
     densities = {"slow": 0.05, "quick": 0.5, "silent": 0.05}
     seen = {}
-    for elapsed_s in (0.0, 79.0, 159.0, 160.0, 319.0, 320.0, 1599.0, 1600.0):
+    for elapsed_s in (0.0, 159.0, 319.0, 320.0, 639.0, 640.0, 3199.0, 3200.0):
         _, after, finished, reasons = evaluate(
             RestorationState(), config, densities, {}, None, 0.0, elapsed_s=elapsed_s, full_round_s=rounds
         )
         seen[elapsed_s] = after["slow"]
         assert not finished
         assert after["silent"] == 0.05, "without a measured round it stays where it is"
-        assert (after["quick"] == 1.0) == (elapsed_s >= 80.0)
+        assert (after["quick"] == 1.0) == (elapsed_s >= 160.0)
         assert len(reasons) == sum(after[who] != densities[who] for who in densities)
     assert list(seen.values()) == [0.05, 0.05, 0.05, 0.1, 0.1, 0.2, 0.5, 1.0]
 
