@@ -12,7 +12,8 @@ time t is a share of tau / t. An update is late by its round, so what it loses b
 longer as t grows, at no cost. So a client has the largest density whose round takes at most 1 / PACE_ROUNDS of the time that training
 has lasted: rho_i(t) = t / (PACE_ROUNDS * tbar_i), tbar_i being its measured round time normalised to full density, as in PR-FL's rule.
 16, 32 and 64 were compared by validation on seeds that no committed run has. Nobody waits for a stall, and nothing is to be tuned: another
-link, model or local work changes tbar_i. A stall of the global model, for the final patience, still raises rho_min and at last ends training.
+link, model or local work changes tbar_i. A stall of the global model, for the final patience, still raises rho_min and at last ends
+training.
 """
 
 from __future__ import annotations

@@ -65,6 +65,9 @@ planned_s = {planned_s:g}
 every = 5
 patience = 8
 
+[wire]
+up = "int8"
+
 [fleet]
 min_devices = 10
 join_s = 0
