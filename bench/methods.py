@@ -9,7 +9,7 @@ devices' validation data. It goes on where it was interrupted: what is finished 
     python bench/methods.py --precision
 
 The methods of the papers and fedgmr-pace with updates of float32, int8 and int4 (error feedback), models as float16, each at the learning
-rate that was chosen above, 1200 virtual seconds.
+rate that was chosen above, 900 virtual seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
         "--methods",
         methods,
         "--seconds",
-        options.seconds or ("1200" if options.precision else "3000"),
+        options.seconds or ("900" if options.precision else "3000"),
         *OPTIONS,
         "--set",
         "training.local_steps=5",

@@ -21,7 +21,7 @@ from studies import BASE, FLOAT32, FOLDER, RESULTS, command, outcomes_of, report
 from testbed.comparison import default_target
 from testbed.outcome import Spec
 
-SECONDS = 1800.0
+SECONDS = 1200.0
 WITHOUT = (0.05, 0.1, 0.2, 0.5, 1.0)
 SWEEP: dict[str, dict[str, dict[str, Any]]] = {
     "patience": {str(value): {"restoration.patience": value} for value in (2, 10, 20)},
