@@ -4,7 +4,8 @@
 
 Ten clients, Dirichlet(0.3), FedGMR's classes of high heterogeneity, reduced CNN on Fashion-MNIST, five local steps of batch 20, float32
 both ways, three seeds; before that every row, ablations too, is run once with each of four learning rates on another seed, judged by the
-devices' validation data (0.4 was tried too: three rows chose it, and then diverged with one or two of the other seeds). It goes on where it was interrupted: what is finished lies in the folder.
+devices' validation data (0.4 was tried too: three rows chose it, and then diverged with one or two of the other seeds). It goes on where it
+was interrupted: what is finished lies in the folder.
 
     python bench/methods.py --precision
 

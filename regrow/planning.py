@@ -35,6 +35,7 @@ class Planner:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._first_hello_s: float | None = None
+        self._declined: dict[str, str] = {}
 
     @property
     def _ledger(self) -> Ledger:
@@ -55,7 +56,8 @@ class Planner:
             step_s=max(hello.step_s, MIN_STEP_S) if hello.step_s else None,
             memory_density=_memory_density(self._ledger.task, needs, hello.memory_bytes),
         )
-        if join.memory_density == 0.0 and (known is None or rebooted):
+        if join.memory_density == 0.0 and self._declined.get(who) != join.boot:  # said once, not with every hello
+            self._declined[who] = join.boot
             coordinator.emit(Note("declined", {"device": who, "needs_bytes": min(needs), "memory_bytes": hello.memory_bytes}))
         if known is None:
             if join.memory_density > 0.0:

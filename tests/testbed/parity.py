@@ -128,7 +128,8 @@ class Run:
         return found
 
     def comparable(self) -> list[tuple[str, bytes, bytes]]:
-        """The log without the seconds that the run had been led, and without when versions were given up that nobody leased any more.
+        """The log without the seconds that the run had been led, without what a device's start is known by and its speed, and without when
+        versions were given up that nobody leased any more.
 
         An update that comes just after the trigger's interval, before the coordinator has woken up, is taken and aggregated in one step:
         the version that it was made from is then given up after the aggregation and not before. Nothing else depends on that.
@@ -140,6 +141,8 @@ class Run:
             entry = from_record(record)
             if isinstance(entry, (records.Aggregated, records.Finished)):
                 entry = msgspec.structs.replace(entry, elapsed_s=0.0)
+            if isinstance(entry, records.Joined):
+                entry = msgspec.structs.replace(entry, boot="", step_s=None)
             found.append((record.kind, bytes(to_record(entry).header), bytes(record.payload)))
         return found
 
