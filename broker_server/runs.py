@@ -57,13 +57,16 @@ def read_task(folder: Path) -> Task:
     return parse_task(text, str(file))
 
 
-def load_task(folder: Path) -> TaskFolder:
+def load_task(folder: Path, task: Task | None = None) -> TaskFolder:
     """A task folder that `regrow task build` has been through.
+
+    Args:
+        task: what its task.toml said earlier, so that it is not read again.
 
     Raises:
         LocalError: something of it is missing or does not fit together.
     """
-    task = read_task(folder)
+    task = read_task(folder) if task is None else task
     build = folder / "build"
     try:
         programs = {program_name(file.name): file.read_bytes() for file in _program_files(build)}

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from broker_server.runs import TaskFolder
 from cli.gateway import built
-from cli.scenario import spec_of
+from cli.scenario import check_out, spec_of
 from cli.simulate import journal_bytes
 from regrow.errors import LocalError
 from testbed.compare import Engine, Failure, in_processes, run_all
@@ -36,10 +36,11 @@ from testbed.grid import (
     tuning_variants,
     variants_of,
 )
-from testbed.outcome import Outcome, Spec
+from testbed.outcome import Outcome, Spec, why_untrained
 from testbed.report import Comparison, write_report
 from testbed.simulate import task_of
 from testbed.tables import overview, settings_text
+from testbed.trainers import check_trainer
 
 Results = Mapping[str, Sequence[Outcome | None]]
 
@@ -63,13 +64,10 @@ def compare(options: argparse.Namespace) -> int:
     methods = list(dict.fromkeys(method for text in options.methods for method in text.split(",") if method))
     if not methods:
         raise LocalError("--methods names none; give some, for example --methods fedgmr,fedasync")
-    if options.reference not in (*methods, "fedgmr") and "[" not in options.reference:
-        raise LocalError(f"--reference {options.reference}: it is not among --methods {','.join(methods)}")
-    if options.target is not None and options.target > 1:
-        raise LocalError(f"--target {options.target:g}: an accuracy is at most 1")
-    if options.ray_address is not None and options.engine != "ray":
-        raise LocalError("--ray-address is for --engine ray; give both")
+    _check_options(options, methods)
     base = spec_of(options)
+    if options.engine == "local":
+        check_trainer(base.trainer)
     variants = variants_of(methods, parse_choices(options.grid, "--grid"), parse_own(options.set_for))
     _check(folder, specs_of(base, variants, 1))
     session = _Session(console, folder, _engine(options))
@@ -88,9 +86,24 @@ def compare(options: argparse.Namespace) -> int:
         raise LocalError("none of the runs gave an outcome, so there is nothing to report; see above")
     reference = _reference(options.reference, variants, outcomes)
     target = options.target or default_target(outcomes)
-    write_report(Comparison(outcomes, target, reference, _command(), choices, session.failures), options.out)
-    _tell(console, options.out, outcomes, target, reference)
+    comparison = Comparison(outcomes, target, reference, _command(), choices, session.failures, options.seeds)
+    write_report(comparison, options.out)
+    _tell(console, options.out, comparison)
     return 1 if session.failures else 0
+
+
+def _check_options(options: argparse.Namespace, methods: Sequence[str]) -> None:
+    """What can be told of the options before anything is run."""
+    check_out(options.out)
+    if options.reference not in (*methods, "fedgmr") and "[" not in options.reference:
+        raise LocalError(f"--reference {options.reference}: it is not among --methods {','.join(methods)}")
+    if options.target is not None and options.target > 1:
+        raise LocalError(f"--target {options.target:g}: an accuracy is at most 1")
+    if options.ray_address is not None and options.engine != "ray":
+        raise LocalError("--ray-address is for --engine ray; give both")
+    for option, given in (("--tune-seconds", options.tune_seconds is not None), ("--tune-base", options.tune_base)):
+        if given and not options.tune:
+            raise LocalError(f"{option} is for --tune; give both")
 
 
 def _tuned(session: _Session, options: argparse.Namespace, base: Spec, variants: Sequence[Variant]) -> dict[str, Choice]:
@@ -136,6 +149,8 @@ def _run(session: _Session, rows: Mapping[str, Sequence[Spec]], out: Path) -> Re
             else:
                 results[number] = result
                 said = f"accuracy {result.final_accuracy:.4f}, {result.validation_accuracy:.4f} on validation data"
+                untrained = why_untrained(result)
+                said += "" if untrained is None else f"; {untrained}"
             left = f", about {_duration(waited / fresh * (len(specs) - done))} left" if fresh and done < len(specs) else ""
             line = f"{done}/{len(specs)}{left}: {names[number]} seed {specs[number].seed}: {said}"
             session.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -165,8 +180,9 @@ def _reference(wanted: str, variants: Sequence[Variant], outcomes: Mapping[str, 
     return rows[0] if rows else next(iter(outcomes))
 
 
-def _tell(console: Console, out: Path, outcomes: Mapping[str, Sequence[Outcome]], target: float, reference: str) -> None:
-    shown = overview(rows_of(outcomes, target, reference), target, reference)
+def _tell(console: Console, out: Path, comparison: Comparison) -> None:
+    target, reference = comparison.target, comparison.reference
+    shown = overview(rows_of(comparison.outcomes, target, reference), target, reference, comparison.seeds)
     table = Table(*shown.head)
     for line in shown.lines:
         table.add_row(*(text.replace("[", r"\[") for text in line))

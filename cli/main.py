@@ -243,8 +243,8 @@ def _simulate(commands: Commands) -> None:
 def _scenario(command: argparse.ArgumentParser) -> None:
     """What a simulated fleet is."""
     command.add_argument("task", type=Path, metavar="TASK", help="task folder, see `regrow task new`")
-    command.add_argument("--data", default="fashion-mnist", metavar="NAME", help="fashion-mnist, watch, femnist or cifar10")
-    command.add_argument("--data-folder", type=Path, metavar="DIR", help="where its published files lie")
+    command.add_argument("--data", default="fashion-mnist", metavar="NAME", help="fashion-mnist, watch, femnist, cifar10, or npz: your own")
+    command.add_argument("--data-folder", type=Path, metavar="DIR", help="where its published files lie, or your train.npz and test.npz")
     command.add_argument("--split", default="dirichlet:0.3", metavar="S", help="iid, dirichlet:ALPHA, user or shards:COUNT")
     command.add_argument("--clients", type=_count, default=10, metavar="N", help="devices")
     links = "high, medium or low (the papers' classes), trace:FOLDER of CSV files, or bit/s UP or UP/DOWN such as 4000000/16000000,800000"
@@ -255,7 +255,8 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     )
     presence = "who is there when: nightly:22-6, or a TOML or CSV file of joins_s, leaves_s and hours (default: all, always)"
     command.add_argument("--attend", metavar="A", help=presence)
-    command.add_argument("--step-s", type=_positive, default=0.01, metavar="S", help="seconds of one training step on the quickest device")
+    step = "seconds of one training step on the quickest device (default: 0.01)"
+    command.add_argument("--step-s", type=_positive, metavar="S", help=step)
     command.add_argument(
         "--steps-trace", type=Path, metavar="DIR", help="recorded step times instead: CSV files with a line of seconds a step"
     )
@@ -263,7 +264,7 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     command.add_argument("--slowdown", default="1", metavar="X,...", help=slowdown)
     memory = "what training may take on the devices, in 10^6 bytes; several are spread over them (default: no bound)"
     command.add_argument("--memory-mb", metavar="N,...", help=memory)
-    command.add_argument("--step-sigma", type=_positive, metavar="X", help="log-normal jitter of a job's time: sigma of its logarithm")
+    command.add_argument("--step-sigma", type=_not_negative, metavar="X", help="log-normal jitter of a job's time: sigma of its logarithm")
     by_density = "a step's time by density, measured, such as 0.05=0.2,1=1 (default: units by their multiply-adds, weights all alike)"
     command.add_argument("--step-by-density", metavar="D=X,...", help=by_density)
     command.add_argument("--seconds", type=_positive, default=600.0, metavar="S", help="virtual seconds")
@@ -293,7 +294,13 @@ def _seed(text: str) -> int:
 
 
 def _not_negative(text: str) -> float:
-    return 0.0 if text == "0" else _positive(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
 
 
 def _part(text: str) -> float:

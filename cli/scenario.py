@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from msgspec import UNSET
 
 from regrow.errors import LocalError
 from testbed.grid import parse_settings
 from testbed.outcome import Spec
+
+STEP_S = 0.01  # where neither --step-s nor --steps-trace says anything
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file where --out should be a folder.
+
+    Raises:
+        LocalError: it is one, or lies below one.
+    """
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise LocalError(f"--out {out}: {place} is a file; name a folder")
 
 
 def spec_of(options: argparse.Namespace) -> Spec:
@@ -18,6 +32,8 @@ def spec_of(options: argparse.Namespace) -> Spec:
     Raises:
         LocalError: one of them is malformed, with the cure.
     """
+    if options.step_s is not None and options.steps_trace is not None:
+        raise LocalError("--step-s and --steps-trace both say how long a step takes; give one of them (--slowdown scales either)")
     slowdowns = _numbers("--slowdown", options.slowdown, "how many times slower devices are, each above 0, for example 1,1,4")
     return Spec(
         settings=parse_settings(options.set),
@@ -28,7 +44,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         clients=options.clients,
         links=options.links,
         outages=None if options.outages is None else _outages(options.outages),
-        step_s=options.step_s,
+        step_s=STEP_S if options.step_s is None else options.step_s,
         slowdown=slowdowns[0] if len(slowdowns) == 1 else slowdowns,
         seconds=options.seconds,
         points=options.points,
@@ -36,7 +52,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         trainer=options.trainer,
         latency=UNSET if options.latency is None else _latency(options.latency),
         steps_trace=UNSET if options.steps_trace is None else str(options.steps_trace),
-        step_sigma=UNSET if options.step_sigma is None else options.step_sigma,
+        step_sigma=options.step_sigma or UNSET,
         step_by_density=UNSET if options.step_by_density is None else _by_density(options.step_by_density),
         attend=UNSET if options.attend is None else options.attend,
         memory=UNSET if options.memory_mb is None else _memory(options.memory_mb),
@@ -44,9 +60,9 @@ def spec_of(options: argparse.Namespace) -> Spec:
 
 
 def _outages(text: str) -> tuple[float, float]:
-    cure = "mean seconds up and down, both above 0, for example 300,20"
+    cure = "mean seconds with and without a link, each from 0.01 to 1e9, for example 300,20"
     numbers = _numbers("--outages", text, cure)
-    if len(numbers) != 2:
+    if len(numbers) != 2 or not all(0.01 <= number <= 1e9 for number in numbers):  # shorter ones would be too many to count
         raise LocalError(f"--outages {text!r}: give {cure}")
     return numbers[0], numbers[1]
 
@@ -64,16 +80,19 @@ def _memory(text: str) -> tuple[int, ...]:
 
 
 def _by_density(text: str) -> tuple[tuple[float, float], ...]:
-    cure = "DENSITY=TIME pairs, densities ascending in 0..1 and times relative to density 1, for example 0.05=0.2,1=1"
-    pairs = []
-    for part in text.split(","):
-        density, _, factor = part.partition("=")
-        (left, right) = _numbers("--step-by-density", f"{density},{factor}", cure, zero=True)
-        pairs.append((left, right))
+    cure = "DENSITY=TIME pairs, densities ascending, above 0 and up to 1, and times relative to density 1, for example 0.05=0.2,1=1"
+    wrong = LocalError(f"--step-by-density {text!r}: give {cure}")
+    halves = [part.split("=") for part in text.split(",")]
+    if any(len(half) != 2 for half in halves):
+        raise wrong
+    try:
+        pairs = tuple((float(density), float(factor)) for density, factor in halves)
+    except ValueError as error:
+        raise wrong from error
     densities = [density for density, _ in pairs]
-    if densities != sorted(set(densities)) or densities[-1] > 1.0 or not all(factor > 0.0 for _, factor in pairs):
-        raise LocalError(f"--step-by-density {text!r}: give {cure}")
-    return tuple(pairs)
+    if densities != sorted(set(densities)) or not all(0.0 < density <= 1.0 and 0.0 < factor < math.inf for density, factor in pairs):
+        raise wrong
+    return pairs
 
 
 def _numbers(option: str, text: str, cure: str, *, zero: bool = False) -> tuple[float, ...]:

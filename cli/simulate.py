@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cli.gateway import built
-from cli.scenario import spec_of
-from testbed.compare import read_outcome, result_path
+from cli.scenario import check_out, spec_of
+from testbed.compare import finished_run, jobs_of
 from testbed.journal import Journal
-from testbed.outcome import Outcome, Point, write_outcome
+from testbed.outcome import Outcome, Point, seconds_of, why_untrained, write_outcome
 from testbed.simulate import Simulation, open_journal, task_of
+from testbed.trainers import check_trainer
 
 
 def simulate(options: argparse.Namespace) -> int:
@@ -25,19 +26,22 @@ def simulate(options: argparse.Namespace) -> int:
     console = Console()
     folder = built(options.task)
     base = spec_of(options)
+    check_trainer(base.trainer)
+    check_out(options.out)
+    methods = dict.fromkeys(options.method or [None])
+    jobs = jobs_of(folder, [msgspec.structs.replace(base, method=method) for method in methods])
     options.out.mkdir(parents=True, exist_ok=True)
-    tables = tomllib.loads((folder.path / "task.toml").read_text())
-    for method in options.method or [None]:
-        spec = msgspec.structs.replace(base, method=method)
-        path = result_path(options.out, folder.path, spec)
-        outcome = read_outcome(path) if options.resume else None
+    for job in jobs:
+        path, task = options.out / job.name, task_of(folder, tomllib.loads(job.toml), job.spec)
+        outcome = finished_run(job, options.out) if options.resume else None
         if outcome is None:
-            task = task_of(folder, tables, spec)
+            if options.resume and path.exists():
+                console.print(f"{path}: the data has changed since; it is run again", soft_wrap=True, highlight=False)
             journal = open_journal(path, journal_bytes(options), resume=options.resume)
-            outcome = _watched(console, Simulation(folder, task, spec, journal), path, journal)
+            outcome = _watched(console, Simulation(folder, task, job.spec, journal), path, journal, job.inputs)
         if outcome is None:
             return 130
-        _tell(console, outcome, path)
+        _tell(console, outcome, job.spec.method or f"task ({task.method.name})", path)
     return 0
 
 
@@ -46,7 +50,7 @@ def journal_bytes(options: argparse.Namespace) -> int:
     return int(options.journal_gb * 1e9)
 
 
-def _watched(console: Console, simulation: Simulation, path: Path, journal: Journal | None) -> Outcome | None:
+def _watched(console: Console, simulation: Simulation, path: Path, journal: Journal | None, inputs: str) -> Outcome | None:
     """Run with a bar; None after Ctrl-C, which leaves the curve so far and the journal beside the place of the outcome."""
     points: list[Point] = []
     spec = simulation.spec
@@ -67,11 +71,14 @@ def _watched(console: Console, simulation: Simulation, path: Path, journal: Jour
             progress.update(bar, completed=point.time_s, state=state)
 
         try:
-            outcome = simulation.run(on_point)
+            outcome = msgspec.structs.replace(simulation.run(on_point), inputs_digest=inputs)
         except KeyboardInterrupt:
-            part = path.with_suffix(".part.json")
-            part.write_bytes(msgspec.json.format(msgspec.json.encode(points), indent=1))
-            console.print(f"stopped after {simulation.world.now:.0f} of {spec.seconds:.0f} virtual seconds; the curve so far is in {part}")
+            left = "before the first point of the curve"
+            if points:
+                part = path.with_suffix(".part.json")
+                part.write_bytes(msgspec.json.format(msgspec.json.encode(points), indent=1))
+                left = f"the curve so far is in {part}"
+            console.print(f"stopped after {simulation.world.now:.0f} of {spec.seconds:.0f} virtual seconds; {left}", soft_wrap=True)
             console.print(f"to go on: {_command('--resume')}", soft_wrap=True, highlight=False)
             if journal is not None:
                 journal.close()
@@ -81,13 +88,17 @@ def _watched(console: Console, simulation: Simulation, path: Path, journal: Jour
     return outcome
 
 
-def _tell(console: Console, outcome: Outcome, path: Path) -> None:
+def _tell(console: Console, outcome: Outcome, method: str, path: Path) -> None:
     last, spec = outcome.points[-1], outcome.spec
     console.print(
-        f"{spec.method or 'task'} on {spec.data}, {spec.split} over {spec.clients} devices, links {spec.links}: "
-        f"accuracy {outcome.final_accuracy:.4f} after {last.time_s:.0f} virtual seconds, "
-        f"{last.version} aggregations of {last.updates} updates, {(last.bytes_up + last.bytes_down) / 1e6:.1f} MB; {path}"
+        f"{method} on {spec.data}, {spec.split} over {spec.clients} devices, links {spec.links}: "
+        f"accuracy {outcome.final_accuracy:.4f} after {seconds_of(outcome)[-1]:.0f} virtual seconds, "
+        f"{last.version} aggregations of {last.updates} updates, {(last.bytes_up + last.bytes_down) / 1e6:.1f} MB; {path}",
+        soft_wrap=True,
     )
+    untrained = why_untrained(outcome)
+    if untrained is not None:
+        print(f"regrow: {method}: {untrained}", file=sys.stderr)
 
 
 def _command(*more: str) -> str:

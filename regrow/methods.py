@@ -89,14 +89,26 @@ def defaults_of(name: object) -> Defaults:
         return {}
 
 
+def shortened(name: str) -> list[str]:
+    """The same method without each of its additions and ablations."""
+    base, addition, ablation = _parts(name)
+    added, ablated = f"+{addition}" if addition else "", f"-{ablation}" if ablation else ""
+    return [*([f"{base}{ablated}"] if added else []), *([f"{base}{added}"] if ablated else [])]
+
+
+def _parts(name: str) -> tuple[str, str | None, str | None]:
+    """Base method, addition, ablation; "" for the base of what has not the form of a name."""
+    parts = re.fullmatch(r"(\w+)(?:\+(restore|async))?(?:-([\w-]+))?", name)
+    return (parts[1], parts[2], parts[3]) if parts else ("", None, None)
+
+
 def named(name: str) -> dict[str, dict[str, Any]]:
     """The tables of a method, restored (`fiarse+restore`) or with one part taken away or changed (`fedgmr-fa`, `fedgmr-pace`).
 
     Raises:
         LocalError: no such name; the message lists them.
     """
-    parts = re.fullmatch(r"(\w+)(?:\+(restore|async))?(?:-([\w-]+))?", name)
-    base, addition, ablation = parts.groups() if parts else ("", None, None)
+    base, addition, ablation = _parts(name)
     if base not in METHODS or (ablation is not None and ablation not in ABLATIONS):
         known = f"known are {', '.join(METHODS)}, each with +restore or +async, or changed in a part: {', '.join(ABLATIONS)}"
         raise LocalError(f"method {name!r}: {known}")

@@ -7,6 +7,7 @@ reported with its specification and stops no other.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,11 +20,35 @@ from threading import Thread
 import msgspec
 import tomllib
 
-from broker_server.runs import load_task
+from broker_server.runs import TaskFolder, load_task
 from regrow.errors import LocalError, RegrowError
+from regrow.task import parse_task
+from testbed.inputs import inputs_digest, same_inputs
 from testbed.journal import Journal
 from testbed.outcome import Outcome, Spec, write_outcome
 from testbed.simulate import Simulation, open_journal, task_of
+
+_log = logging.getLogger(__name__)
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A run and the name of its outcome, both decided once: task.toml may be edited while runs go on.
+
+    It has the text, not the task made of it: in a task that multiprocessing handed over, text is equal to the defaults of wire messages,
+    but not the very same object, which is what msgspec leaves out. Messages would be longer than in a run of this process.
+
+    Args:
+        toml: what task.toml said.
+        build: digest of the folder's build.json.
+        name: of the outcome's file.
+        inputs: `testbed.inputs.inputs_digest`.
+    """
+
+    spec: Spec
+    toml: str
+    build: str
+    name: str
+    inputs: str
 
 
 @dataclass(frozen=True)
@@ -38,17 +63,40 @@ class Failure:
         return f"{self.spec.method or 'task'} seed {self.spec.seed}{settings}: {self.message}"
 
 
-Engine = Callable[[Path, Sequence[Spec], Path], Iterator[tuple[Spec, str | None]]]
-"""(task folder, specifications, folder for outcomes): runs them all; yields each as it ends, with what went wrong, or None when its
-outcome lies at `result_path`. Closing the iterator ends what still runs."""
+Engine = Callable[[Path, Sequence[Job], Path], Iterator[tuple[Job, str | None]]]
+"""(task folder, jobs, folder for outcomes): runs them all; yields each as it ends, with what went wrong, or None when its outcome lies
+under the job's name. Closing the iterator ends what still runs."""
+
+
+def jobs_of(folder: TaskFolder, specs: Sequence[Spec]) -> list[Job]:
+    """What is to be run, in this order; data is read once for all that share it.
+
+    Raises:
+        LocalError: a method or setting that there is not.
+    """
+    toml, build = (folder.path / "task.toml").read_text(), _build_json(folder.path)
+    tables = tomllib.loads(toml)
+    digests: dict[str, str] = {}
+    jobs = []
+    for spec in specs:
+        task = task_of(folder, tables, spec)  # with all defaults: a name whose meaning has changed is another run
+        content = msgspec.json.encode(spec) + msgspec.json.encode(task) + build
+        name = f"{spec.method or 'task'}-s{spec.seed}-{hashlib.sha256(content).hexdigest()[:10]}.json"
+        read = repr((spec.data, spec.data_folder, spec.links, spec.steps_trace, spec.attend))
+        if read not in digests:
+            digests[read] = inputs_digest(spec)
+        built_as = hashlib.sha256(build).hexdigest()
+        jobs.append(Job(spec=spec, toml=toml, build=built_as, name=name, inputs=digests[read]))
+    return jobs
+
+
+def _build_json(folder: Path) -> bytes:
+    return (folder / "build" / "build.json").read_bytes()
 
 
 def result_path(out: Path, folder: Path, spec: Spec) -> Path:
     """Where the outcome of this specification of this task lies: the name tells method and seed, the digest everything else."""
-    tables = tomllib.loads((folder / "task.toml").read_text())
-    task = task_of(load_task(folder), tables, spec)  # with all defaults: a name whose meaning has changed is another run
-    content = msgspec.json.encode(spec) + msgspec.json.encode(task) + (folder / "build" / "build.json").read_bytes()
-    return out / f"{spec.method or 'task'}-s{spec.seed}-{hashlib.sha256(content).hexdigest()[:10]}.json"
+    return out / jobs_of(load_task(folder), [spec])[0].name
 
 
 def read_outcome(path: Path) -> Outcome | None:
@@ -61,24 +109,45 @@ def read_outcome(path: Path) -> Outcome | None:
         return msgspec.json.decode(path.read_bytes(), type=Outcome)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise LocalError(f"{path}: {error}; delete it, and it will be run again") from error
 
 
-def run_spec(folder_path: Path, spec: Spec, out: Path, journal_bytes: int = 0) -> Path:
+def finished_run(job: Job, out: Path) -> Outcome | None:
+    """The job's outcome, if it is there and was made from the data that lies there now.
+
+    Raises:
+        LocalError: the file is not an outcome.
+    """
+    outcome = read_outcome(out / job.name)
+    return outcome if outcome is not None and same_inputs(outcome.inputs_digest, job.inputs) else None
+
+
+def run_spec(folder: Path, spec: Spec, out: Path, journal_bytes: int = 0) -> Path:
     """Run one specification, unless its outcome is there; returns where it is. With a journal, an interrupted run goes on where it was."""
-    path = result_path(out, folder_path, spec)
-    if read_outcome(path) is None:
-        journal = open_journal(path, journal_bytes, resume=True)
-        write_outcome(path, outcome_of(folder_path, spec, journal), journal)
-    return path
+    job = jobs_of(load_task(folder), [spec])[0]
+    run_job(folder, job, out, journal_bytes)
+    return out / job.name
 
 
-def outcome_of(folder_path: Path, spec: Spec, journal: Journal | None = None) -> Outcome:
-    """Run one specification, here and now."""
-    folder = load_task(folder_path)
-    tables = tomllib.loads((folder_path / "task.toml").read_text())
-    return Simulation(folder, task_of(folder, tables, spec), spec, journal).run()
+def run_job(folder: Path, job: Job, out: Path, journal_bytes: int = 0) -> None:
+    """As `run_spec`, whatever task.toml says by now."""
+    if finished_run(job, out) is None:
+        journal = open_journal(out / job.name, journal_bytes, resume=True)
+        write_outcome(out / job.name, outcome_of(folder, job, journal), journal)
+
+
+def outcome_of(folder: Path, job: Job, journal: Journal | None = None) -> Outcome:
+    """Run one job, here and now.
+
+    Raises:
+        LocalError: the programs of the folder are no longer those of the job.
+    """
+    if hashlib.sha256(_build_json(folder)).hexdigest() != job.build:
+        raise LocalError(f"{folder}: its programs were built anew while runs were going on; start the command again")
+    loaded = load_task(folder, parse_task(job.toml, str(folder / "task.toml")))
+    task = task_of(loaded, tomllib.loads(job.toml), job.spec)
+    return msgspec.structs.replace(Simulation(loaded, task, job.spec, journal).run(), inputs_digest=job.inputs)
 
 
 def run_all(folder: Path, specs: Sequence[Spec], out: Path, engine: Engine) -> Generator[tuple[int, Outcome | Failure], None, None]:
@@ -87,29 +156,31 @@ def run_all(folder: Path, specs: Sequence[Spec], out: Path, engine: Engine) -> G
     Leaving early (Ctrl-C, or closing the iterator) ends the processes; what is finished stays.
     """
     out.mkdir(parents=True, exist_ok=True)
-    missing: dict[Path, list[int]] = {}
-    for number, spec in enumerate(specs):
-        path = result_path(out, folder, spec)
-        if path in missing:
-            missing[path].append(number)
+    jobs = jobs_of(load_task(folder), specs)
+    missing: dict[str, list[int]] = {}
+    for number, job in enumerate(jobs):
+        if job.name in missing:
+            missing[job.name].append(number)
             continue
-        found = _result(path, spec)
+        found = _result(job, out)
         if found is None:
-            missing[path] = [number]
+            missing[job.name] = [number]
+            if (out / job.name).exists():
+                _log.warning("%s: the data has changed since; it is run again", out / job.name)
         else:
             yield number, found
-    for spec, wrong in engine(folder, [specs[numbers[0]] for numbers in missing.values()], out) if missing else ():
-        path = result_path(out, folder, spec)
-        result = Failure(spec, wrong) if wrong is not None else _result(path, spec) or Failure(spec, f"{path} is gone; run it again")
-        for number in missing[path]:
+    for job, wrong in engine(folder, [jobs[numbers[0]] for numbers in missing.values()], out) if missing else ():
+        gone = f"{out / job.name} is gone; run it again"
+        result = Failure(job.spec, wrong) if wrong is not None else _result(job, out) or Failure(job.spec, gone)
+        for number in missing[job.name]:
             yield number, result
 
 
-def _result(path: Path, spec: Spec) -> Outcome | Failure | None:
+def _result(job: Job, out: Path) -> Outcome | Failure | None:
     try:
-        return read_outcome(path)
+        return finished_run(job, out)
     except LocalError as error:
-        return Failure(spec, str(error))
+        return Failure(job.spec, str(error))
 
 
 # ---- this machine's processes ------------------------------------------------------------------------------------------------------
@@ -118,19 +189,19 @@ def _result(path: Path, spec: Spec) -> Outcome | Failure | None:
 def in_processes(processes: int, journal_bytes: int = 0) -> Engine:
     """An engine of so many processes of this machine at once: one for each run, so that one which dies takes no other with it."""
 
-    def run(folder: Path, specs: Sequence[Spec], out: Path) -> Iterator[tuple[Spec, str | None]]:
-        waiting = list(reversed(specs))
-        running: dict[object, tuple[BaseProcess, connection.Connection, Spec]] = {}
+    def run(folder: Path, jobs: Sequence[Job], out: Path) -> Iterator[tuple[Job, str | None]]:
+        waiting = list(reversed(jobs))
+        running: dict[object, tuple[BaseProcess, connection.Connection, Job]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < processes:
-                    spec = waiting.pop()
-                    process, said = _started(folder, spec, out, journal_bytes)
-                    running[process.sentinel] = process, said, spec
+                    job = waiting.pop()
+                    process, said = _started(folder, job, out, journal_bytes)
+                    running[process.sentinel] = process, said, job
                 for sentinel in connection.wait([process.sentinel for process, _, _ in running.values()]):
-                    process, said, spec = running.pop(sentinel)
+                    process, said, job = running.pop(sentinel)
                     process.join()
-                    yield spec, _wrong(process, said)
+                    yield job, _wrong(process, said)
         finally:
             for process, _, _ in running.values():
                 process.terminate()
@@ -140,12 +211,12 @@ def in_processes(processes: int, journal_bytes: int = 0) -> Engine:
     return run
 
 
-def _started(folder: Path, spec: Spec, out: Path, journal_bytes: int) -> tuple[BaseProcess, connection.Connection]:
+def _started(folder: Path, job: Job, out: Path, journal_bytes: int) -> tuple[BaseProcess, connection.Connection]:
     # A fresh interpreter: onnxruntime's threads do not survive a fork. Ctrl-C is for the parent, which ends its processes; a child
     # inherits that it ignores it, from its first moment.
     context = get_context("spawn")
     said, say = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(say, folder, spec, out, journal_bytes), daemon=True)
+    process = context.Process(target=_work, args=(say, folder, job, out, journal_bytes), daemon=True)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
@@ -155,11 +226,11 @@ def _started(folder: Path, spec: Spec, out: Path, journal_bytes: int) -> tuple[B
     return process, said
 
 
-def _work(say: connection.Connection, folder: Path, spec: Spec, out: Path, journal_bytes: int) -> None:
+def _work(say: connection.Connection, folder: Path, job: Job, out: Path, journal_bytes: int) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        run_spec(folder, spec, out, journal_bytes)
+        run_job(folder, job, out, journal_bytes)
     except (RegrowError, OSError) as error:
         say.send_bytes(str(error).encode())
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, median, stdev
 
 import msgspec
 
-from testbed.outcome import Outcome, Point
+from testbed.outcome import Outcome, Point, seconds_of
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 BASELINE = "fedasync"
@@ -37,17 +37,19 @@ class Row(Reached, frozen=True, kw_only=True):
 
     `difference` to the reference method: mean over the seeds that both have; intervals are half of a 95 % one (Student's t).
     `worst_class` has the least mean over seeds in `per_class_mean`; `worst_class_mean` is the mean over seeds of each run's worst.
-    Updates per device are means over seeds of each run's least, median and most. `minimum_coverage` and `mean_coverage` are over time,
-    of the share of devices that train the least covered coordinate."""
+    Updates per device are means over seeds of each run's least, median and most. `mean_density`, `minimum_coverage` and `mean_coverage` are
+    over time, from when somebody had joined; coverage is the share of devices that train the least covered coordinate. One seed has no
+    `final_std`."""
 
     final_mean: float
-    final_std: float
+    final_std: float | None
     final_interval: float | None
     seeds: int
     worst_decile_mean: float
     worst_class_mean: float
     worst_class: int
     per_class_mean: list[float]
+    aggregations_mean: float
     updates_mean: float
     updates_per_device_min: float
     updates_per_device_median: float
@@ -72,9 +74,18 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     coverage: list[float]
 
 
-def reach(points: Sequence[Point], target: float, what: Callable[[Point], float]) -> float | None:
-    """`what` at the first point of the curve with at least the target accuracy; None if there is none."""
-    return next((what(point) for point in points if point.accuracy >= target), None)
+def reach(points: Sequence[Point], target: float, what: Sequence[float]) -> float | None:
+    """`what` at the first point of the curve with at least the target accuracy; None if there is none.
+
+    Args:
+        what: a number for each point.
+    """
+    return next((number for point, number in zip(points, what, strict=True) if point.accuracy >= target), None)
+
+
+def seconds_to(run: Outcome, target: float) -> float | None:
+    """Virtual seconds to the target accuracy."""
+    return reach(run.points, target, seconds_of(run))
 
 
 def rows_of(outcomes: Outcomes, target: float, reference: str) -> dict[str, Row]:
@@ -93,21 +104,22 @@ def _row(runs: Sequence[Outcome], reached: Reached, paired: Sequence[float]) -> 
     return Row(
         **msgspec.structs.asdict(reached),
         final_mean=mean(finals),
-        final_std=stdev(finals) if len(finals) > 1 else 0.0,
+        final_std=stdev(finals) if len(finals) > 1 else None,
         final_interval=_half_interval(finals),
         seeds=len(runs),
         worst_decile_mean=mean(run.worst_decile for run in runs),
         worst_class_mean=mean(min(run.per_class) for run in runs),
         worst_class=classes.index(min(classes)),
         per_class_mean=classes,
+        aggregations_mean=mean(run.aggregations for run in runs),
         updates_mean=mean(sum(each) for each in counts),
         updates_per_device_min=mean(min(each) for each in counts),
         updates_per_device_median=mean(median(each) for each in counts),
         updates_per_device_max=mean(max(each) for each in counts),
         rejected_mean=mean(run.rejected for run in runs),
-        mean_density=mean(_mean_density(run) for run in runs),
-        minimum_coverage=mean(min(point.coverage for point in run.points) for run in runs),
-        mean_coverage=mean(mean(point.coverage for point in run.points) for run in runs),
+        mean_density=mean(mean(point.mean_density for point in peopled(run)) for run in runs),
+        minimum_coverage=mean(min(point.coverage for point in peopled(run)) for run in runs),
+        mean_coverage=mean(mean(point.coverage for point in peopled(run)) for run in runs),
         difference=mean(paired) if paired else None,
         difference_interval=_half_interval(paired),
     )
@@ -115,15 +127,18 @@ def _row(runs: Sequence[Outcome], reached: Reached, paired: Sequence[float]) -> 
 
 def reached_of(runs: Sequence[Outcome], baseline: Sequence[Outcome], target: float) -> Reached:
     """How these runs get to the target, beside FedAsync's."""
-    seconds = _median([reach(run.points, target, _seconds) for run in runs])
-    base = _median([reach(run.points, target, _seconds) for run in baseline])
+    seconds = _median([seconds_to(run, target) for run in runs])
+    base = _median([seconds_to(run, target) for run in baseline])
     # A run that never got there took longer than it lasted, so the median with its length in this place is a lower bound.
-    at_least = median([reach(run.points, target, _seconds) or run.points[-1].time_s for run in baseline]) if baseline else None
+    at_least = median([seconds_to(run, target) or seconds_of(run)[-1] for run in baseline]) if baseline else None
+    compute_s = None
+    if all(map(_timed, runs)):
+        compute_s = _median([reach(run.points, target, [_compute(point) for point in run.points]) for run in runs])
     return Reached(
-        reached=sum(reach(run.points, target, _seconds) is not None for run in runs),
+        reached=sum(seconds_to(run, target) is not None for run in runs),
         seconds_to_target_median=seconds,
-        bytes_to_target_median=_median([reach(run.points, target, _bytes) for run in runs]),
-        compute_s_to_target_median=_median([reach(run.points, target, _compute) for run in runs]) if all(map(_timed, runs)) else None,
+        bytes_to_target_median=_median([reach(run.points, target, [_bytes(point) for point in run.points]) for run in runs]),
+        compute_s_to_target_median=compute_s,
         speedup_over_fedasync=base / seconds if base is not None and seconds else None,
         speedup_at_least=at_least / seconds if base is None and at_least is not None and seconds else None,
     )
@@ -152,7 +167,7 @@ def curve_of(runs: Sequence[Outcome]) -> Curve:
     """The mean curve; as long as the shortest of them."""
     columns = list(zip(*(run.points for run in runs), strict=False))
     return Curve(
-        seconds=[mean(map(_seconds, column)) for column in columns],
+        seconds=[mean(column) for column in zip(*(seconds_of(run) for run in runs), strict=False)],
         megabytes=[mean(map(_bytes, column)) / 1e6 for column in columns],
         accuracy=[mean(point.accuracy for point in column) for column in columns],
         lowest=[min(point.accuracy for point in column) for column in columns],
@@ -166,13 +181,9 @@ def _best(outcomes: Outcomes) -> float:
     return max(mean(run.final_accuracy for run in runs) for runs in outcomes.values())
 
 
-def _mean_density(run: Outcome) -> float:
-    """Over the points at which somebody had joined."""
-    return mean([point.mean_density for point in run.points if point.mean_density > 0] or [0.0])
-
-
-def _seconds(point: Point) -> float:
-    return point.time_s
+def peopled(run: Outcome) -> Sequence[Point]:
+    """The points at which somebody had joined; all of them where nobody ever did."""
+    return [point for point in run.points if point.mean_density > 0] or run.points
 
 
 def _bytes(point: Point) -> float:

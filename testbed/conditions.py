@@ -17,6 +17,7 @@ from testbed.links import LogNormal
 from testbed.memory import World
 
 DAY_S = 86_400.0
+_HOURS = "write it as FROM-TO, such as 22-6, several with spaces between, such as 8-12 13.5-17"
 NIGHTLY = "nightly:"  # how an --attend begins that is no file
 
 # ---- who is there when ---------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,10 @@ class Attendance:
         edges = [edge for window in self.windows_s for edge in window]
         within = not edges or (0.0 <= edges[0] < self.period_s and edges[-1] < edges[0] + self.period_s)
         if not within or any(not later > earlier for earlier, later in pairwise(edges)):
-            raise LocalError(f"attendance: windows {self.windows_s} must ascend, lie apart and fit into {self.period_s} s")
+            hours = " ".join(
+                f"{start / 3600.0:g}-{end / 3600.0 if end <= DAY_S else end / 3600.0 - 24.0:g}" for start, end in self.windows_s
+            )
+            raise LocalError(f"attendance: the windows {hours} (hours of the day) must lie apart and leave a time between them")
 
     def available(self, time_s: float) -> bool:
         """Whether the device has a link at this virtual time; at the edge of a window what begins there holds."""
@@ -85,10 +89,18 @@ class Attendance:
 
 def nightly(from_hour: float, to_hour: float, *, joins_s: float = 0.0, leaves_s: float = math.inf) -> Attendance:
     """There from one hour of the day to another, such as while charging; time 0 is midnight, to_hour <= from_hour is the next day's."""
+    window = _window(from_hour, to_hour)
+    return Attendance(joins_s, leaves_s, () if window == (0.0, DAY_S) else (window,))
+
+
+def _window(from_hour: float, to_hour: float) -> tuple[float, float]:
+    """(from, to) in seconds; all of the day is 0 to DAY_S."""
     if not (0.0 <= from_hour < 24.0 and 0.0 <= to_hour <= 24.0):
-        raise LocalError(f"attendance: from {from_hour} h to {to_hour} h; hours of the day are 0..24")
-    to_hour += 24.0 if to_hour <= from_hour else 0.0
-    return Attendance(joins_s, leaves_s, ((3600.0 * from_hour, 3600.0 * to_hour),))
+        raise LocalError(f"attendance: from {from_hour:g} h to {to_hour:g} h; hours of the day are 0..24")
+    if from_hour == to_hour:
+        raise LocalError(f"attendance: from {from_hour:g} h to {to_hour:g} h is no time or all day; write 0-24 for always")
+    to_hour += 24.0 if to_hour < from_hour else 0.0
+    return 3600.0 * from_hour, 3600.0 * to_hour
 
 
 def attendances(text: str, names: Sequence[str]) -> dict[str, Attendance]:
@@ -104,8 +116,11 @@ def attendances(text: str, names: Sequence[str]) -> dict[str, Attendance]:
         LocalError: with the place, for anything else.
     """
     if text.startswith(NIGHTLY):
-        always = _attendance(f"--attend {text}", {"hours": text.removeprefix(NIGHTLY)})
-        return dict.fromkeys(names, always)
+        hours = text.removeprefix(NIGHTLY)
+        if not hours.strip():
+            raise LocalError(f"--attend {text}: it says no hours; {_HOURS}")
+        for_all = _attendance(f"--attend {text}", {"hours": hours})
+        return {} if for_all == Attendance() else dict.fromkeys(names, for_all)
     path = Path(text)
     found: dict[str, Attendance] = {}
     for place, who, values in _toml_rows(path) if path.suffix == ".toml" else _csv_rows(path):
@@ -122,17 +137,21 @@ def _attendance(place: str, values: Mapping[str, Any]) -> Attendance:
         raise LocalError(f"{place}: {unknown[0]!r} is none of joins_s, leaves_s, hours")
     try:
         joins_s, leaves_s = float(values.get("joins_s", 0.0)), float(values.get("leaves_s", math.inf))
-        windows = sorted(_window(part) for part in str(values.get("hours", "")).split())
-        return Attendance(joins_s, leaves_s, tuple(windows))
     except (TypeError, ValueError) as error:
-        raise LocalError(f"{place}: joins_s and leaves_s are seconds, hours are such as 22-6 or 8-12 13.5-17") from error
+        raise LocalError(f"{place}: joins_s and leaves_s are seconds, such as 600") from error
+    try:
+        windows = sorted(_window(*_hours(part)) for part in str(values.get("hours", "")).split())
+        return Attendance(joins_s, leaves_s, () if windows == [(0.0, DAY_S)] else tuple(windows))
     except LocalError as error:
         raise LocalError(f"{place}: {error}") from error
 
 
-def _window(text: str) -> tuple[float, float]:
+def _hours(text: str) -> tuple[float, float]:
     start, _, end = text.partition("-")
-    return nightly(float(start), float(end)).windows_s[0]
+    try:
+        return float(start), float(end)
+    except ValueError as error:
+        raise LocalError(f"{text!r} is no window of hours; {_HOURS}") from error
 
 
 def _toml_rows(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

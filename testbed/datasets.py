@@ -4,10 +4,12 @@
     watch           testbed/watch.py: ten wearers; without a folder, in the user's cache (fetched at the first call)
     femnist         LEAF's JSON: train/*.json and test/*.json, as its preprocess.sh writes them; natural users
     cifar10         the binary or the Python version, six files; the latter is a pickle, and is read as data, never unpickled
+    npz             data of one's own: train.npz and test.npz, see testbed/own_data.py
 
 Nothing is downloaded here but the watch data. Every missing or malformed file is one LocalError with its name and the cure.
 Pixels become float32: divided by 255 and standardised per channel with the fixed statistics below, so that a sample means
-the same on every client and nothing of the test part is used. FEMNIST's pixels stay the 0..1 that LEAF publishes.
+the same on every client and nothing of the test part is used. FEMNIST's pixels stay the 0..1 that LEAF publishes, and of
+one's own data becomes what a device makes of it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 
 from edge_agent.data.sources import load_idx
 from regrow.errors import LocalError
-from testbed import watch
+from testbed import own_data, watch
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # Of the 60 000 training images, on 0..1 (the test recomputes them where the data is installed).
@@ -98,6 +100,17 @@ def load(name: str, folder: Path | None = None) -> Loaded:
     return _LOADERS[name](folder)
 
 
+def files_of(name: str, folder: Path | None = None) -> list[Path]:
+    """The files that `load` would read, in a fixed order.
+
+    Raises:
+        LocalError: an unknown name, or files that are not there; nothing is fetched here.
+    """
+    if name not in _LOADERS:
+        raise LocalError(f"no data set {name!r}: take one of {', '.join(NAMES)}")
+    return _FILES[name](folder)
+
+
 def _check_labels(y: NDArray[np.int64], classes: int, place: str, cure: str) -> None:
     if not len(y):
         raise LocalError(f"{place} holds no examples: {cure}")
@@ -122,8 +135,12 @@ def _fashion_mnist(folder: Path | None) -> Loaded:
     return Loaded(_fashion_part(place, "train"), _fashion_part(place, "t10k"))
 
 
+def _fashion_files(folder: Path, part: str) -> list[Path]:
+    return [_plain_or_gz(folder / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+
+
 def _fashion_part(folder: Path, part: str) -> Dataset:
-    images, labels = (_plain_or_gz(folder / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    images, labels = _fashion_files(folder, part)
     try:
         samples = load_idx(images, labels)
     except LocalError as error:
@@ -146,8 +163,12 @@ def _plain_or_gz(file: Path) -> Path:
 # ---- the smartwatch data ---------------------------------------------------------------------------------------------
 
 
+def _watch_folder(folder: Path | None) -> Path:
+    return folder or watch.cache_folder() / "watch"
+
+
 def _watch(folder: Path | None) -> Loaded:
-    people = watch.wearers(folder or watch.cache_folder() / "watch")
+    people = watch.wearers(_watch_folder(folder))
 
     def together(parts: tuple[str, ...]) -> Dataset:
         pieces = [(person.id, part, getattr(person, name)) for person in people for part, name in enumerate(parts)]
@@ -186,9 +207,8 @@ class _LeafRows:
 
 
 def _femnist(folder: Path | None) -> Loaded:
-    if folder is None:
-        raise LocalError(f"femnist needs a folder: {_FEMNIST_CURE}")
-    parts = {part: _leaf_part(folder / part) for part in ("train", "test")}
+    place = _given(folder, "femnist", _FEMNIST_CURE)
+    parts = {part: _leaf_part(place / part) for part in ("train", "test")}
     # One number per writer, the same in both parts: LEAF can split each writer's examples as well as the writers.
     number = {user: i for i, user in enumerate(sorted({rows.user for part in parts.values() for rows in part}))}
 
@@ -200,11 +220,15 @@ def _femnist(folder: Path | None) -> Loaded:
     return Loaded(together(parts["train"]), together(parts["test"]))
 
 
-def _leaf_part(folder: Path) -> list[_LeafRows]:
+def _leaf_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise LocalError(f"no {folder}/*.json: {_FEMNIST_CURE}")
-    part = [rows for file in files for rows in _leaf_file(file)]
+    return files
+
+
+def _leaf_part(folder: Path) -> list[_LeafRows]:
+    part = [rows for file in _leaf_files(folder) for rows in _leaf_file(file)]
     if not any(len(rows.y) for rows in part):
         raise LocalError(f"{folder}/*.json hold no examples: {_FEMNIST_CURE}")
     return part
@@ -240,17 +264,20 @@ def _leaf_user(user: str, data: _LeafUser, declared: int, place: str) -> _LeafRo
 
 
 def _cifar10(folder: Path | None) -> Loaded:
-    if folder is None:
-        raise LocalError(f"cifar10 needs a folder: {_CIFAR_CURE}")
-    train = [f"data_batch_{i}" for i in range(1, 6)]
-    for place in (folder / sub for sub in _CIFAR_FOLDERS):
-        for suffix, read in ((".bin", _cifar_binary), ("", _cifar_python)):
-            if (place / f"{train[0]}{suffix}").is_file():
-                return Loaded(
-                    _cifar_part([place / f"{name}{suffix}" for name in train], read),
-                    _cifar_part([place / f"test_batch{suffix}"], read),
-                )
-    raise LocalError(f"{folder} holds neither data_batch_1.bin nor data_batch_1: {_CIFAR_CURE}")
+    files = _cifar_files(folder)
+    read = _cifar_binary if files[0].suffix == ".bin" else _cifar_python
+    return Loaded(_cifar_part(files[:5], read), _cifar_part(files[5:], read))
+
+
+def _cifar_files(folder: Path | None) -> list[Path]:
+    """Five of training data, one of test data."""
+    given = _given(folder, "cifar10", _CIFAR_CURE)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for place in (given / sub for sub in _CIFAR_FOLDERS):
+        for suffix in (".bin", ""):
+            if (place / f"{names[0]}{suffix}").is_file():
+                return [place / f"{name}{suffix}" for name in names]
+    raise LocalError(f"{given} holds neither data_batch_1.bin nor data_batch_1: {_CIFAR_CURE}")
 
 
 _Batch = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -315,10 +342,35 @@ def _unicode_strings(pickled: bytes) -> bytes:
     return stream.getvalue()
 
 
+# ---- one's own -------------------------------------------------------------------------------------------------------
+
+
+def _npz(folder: Path | None) -> Loaded:
+    train, test = own_data.parts(_given(folder, "npz", own_data.CURE))
+    classes = 1 + int(max(train.y.max(), test.y.max()))
+    return Loaded(
+        Dataset(str(train.file), train.x, train.y, train.user, classes, train.part), Dataset(str(test.file), test.x, test.y, None, classes)
+    )
+
+
+def _given(folder: Path | None, name: str, cure: str) -> Path:
+    if folder is None:
+        raise LocalError(f"{name} needs a folder: {cure}")
+    return folder
+
+
 _LOADERS: dict[str, Callable[[Path | None], Loaded]] = {
     "fashion-mnist": _fashion_mnist,
     "watch": _watch,
     "femnist": _femnist,
     "cifar10": _cifar10,
+    "npz": _npz,
+}
+_FILES: dict[str, Callable[[Path | None], list[Path]]] = {
+    "fashion-mnist": lambda folder: [file for part in ("train", "t10k") for file in _fashion_files(folder or FASHION_FOLDER, part)],
+    "watch": lambda folder: [_watch_folder(folder) / "recordings.npz"],
+    "femnist": lambda folder: [file for part in ("train", "test") for file in _leaf_files(_given(folder, "femnist", _FEMNIST_CURE) / part)],
+    "cifar10": _cifar_files,
+    "npz": lambda folder: own_data.files(_given(folder, "npz", own_data.CURE)),
 }
 NAMES = tuple(_LOADERS)

@@ -275,8 +275,14 @@ class WithOutages(Link):
             if edge == len(self._edges_s):
                 self._draw_until(self._edges_s[-1])
             edge_s = self._edges_s[edge]
+            if edge % 2 == 0:  # an outage: over it at once, for it may last longer than anybody could count pieces of the link below
+                yield edge_s, 0.0
+                edge += 1
+                below = self.link.pieces(edge_s)
+                below_until_s, bps = next(below)
+                continue
             until_s = min(edge_s, below_until_s)
-            yield until_s, bps if edge % 2 else 0.0
+            yield until_s, bps
             edge += edge_s == until_s
             if below_until_s == until_s:
                 below_until_s, bps = next(below)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -12,6 +12,8 @@ from regrow.aggregate import staleness
 from regrow.ledger import Ledger
 from regrow.publication import version_of
 from testbed.journal import Journal
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,7 +63,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
     time_s: float
     version: int
-    accuracy: float
+    accuracy: Share
     loss: float
     bytes_up: int
     bytes_down: int
@@ -74,18 +76,51 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished run. `worst_decile`: mean over the tenth of devices (at least one) on whose validation data the model is worst."""
+    """A finished run.
+
+    Args:
+        worst_decile: mean over the tenth of devices (at least one) on whose validation data the model is worst.
+        inputs_digest: of the files that it read (testbed.inputs); "" where it is not known.
+    """
 
     spec: Spec
-    points: list[Point]
-    final_accuracy: float
-    validation_accuracy: float
-    worst_decile: float
-    per_class: list[float]
+    points: Annotated[list[Point], msgspec.Meta(min_length=1)]
+    final_accuracy: Share
+    validation_accuracy: Share
+    worst_decile: Share
+    per_class: Annotated[list[Share], msgspec.Meta(min_length=1)]
     updates: dict[str, int]
     densities: dict[str, tuple[float, float]]
     rejected: int
     reason: str
+    inputs_digest: str = ""
+
+    @property
+    def aggregations(self) -> int:
+        """How often updates were aggregated."""
+        return self.points[-1].version
+
+
+def seconds_of(outcome: Outcome) -> list[float]:
+    """Each point's virtual time, within the run: the world's clock may stand up to a second after the end when the last one is made."""
+    return [min(point.time_s, outcome.spec.seconds) for point in outcome.points]
+
+
+def why_untrained(outcome: Outcome) -> str | None:
+    """Why nothing was aggregated, with a cure; None where something was."""
+    spec, joined = outcome.spec, len(outcome.densities)
+    if outcome.aggregations:
+        return None
+    if not joined:
+        why = "no device got through to the coordinator; links are too slow, or --attend or --outages keeps all of them away"
+    elif not any(outcome.updates.values()):
+        why = (
+            f"{joined} of {spec.clients} devices joined and no update arrived: a round (model down, steps, update up), or the wait for "
+            "fleet.min_devices, takes longer than the run; take more --seconds, quicker links or fewer steps"
+        )
+    else:
+        why = f"updates that arrived: {sum(outcome.updates.values())}; the method still waited for others: take more --seconds"
+    return f"nothing was aggregated, so this is the untrained model: {why}"
 
 
 def write_outcome(path: Path, outcome: Outcome, journal: Journal | None = None) -> None:

@@ -26,13 +26,14 @@ import regrow
 import testbed
 from broker_server.runs import read_task
 from regrow.errors import LocalError, RegrowError
-from testbed.compare import Engine, outcome_of, result_path
+from testbed.compare import Engine, Job, outcome_of
 from testbed.conditions import NIGHTLY
+from testbed.inputs import inputs_digest, same_inputs
 from testbed.outcome import Spec, outcome_text, write_text
+from testbed.scenario import TRACES
 
 LOCALHOST = "127.0.0.1"
 OBJECT_STORE_BYTES = 1 << 29  # of a cluster of ours; it holds one task folder's files and outcomes
-TRACES = "trace:"
 
 
 def on_ray(processes: int, address: str | None) -> Engine:
@@ -54,17 +55,17 @@ def on_ray(processes: int, address: str | None) -> Engine:
     except ModuleNotFoundError as error:
         raise LocalError("--engine ray needs Ray: pip install 'regrow[ray]', on every machine of the cluster") from error
 
-    def run(folder: Path, specs: Sequence[Spec], out: Path) -> Iterator[tuple[Spec, str | None]]:
+    def run(folder: Path, jobs: Sequence[Job], out: Path) -> Iterator[tuple[Job, str | None]]:
         others = set(psutil.Process().children(recursive=True))
-        pending: dict[Any, Spec] = {}
+        pending: dict[Any, Job] = {}
         try:
             _connect(ray, processes, address)
             task = ray.remote(num_cpus=1, max_retries=1)(_work)
             files = ray.put(task_files(folder))
-            pending |= {task.remote(files, msgspec.json.encode(spec), str(Path.cwd())): spec for spec in specs}
+            pending |= {task.remote(files, msgspec.json.encode(job), str(Path.cwd())): job for job in jobs}
             while pending:
                 for reference in ray.wait(list(pending), num_returns=1)[0]:
-                    yield _finished(ray, reference, pending.pop(reference), folder, out)
+                    yield _finished(ray, reference, pending.pop(reference), out)
         finally:
             for reference in pending:
                 ray.cancel(reference, force=True)
@@ -113,31 +114,34 @@ def _end(processes: set[psutil.Process]) -> None:
     psutil.wait_procs(left, timeout=5.0)
 
 
-def _finished(ray: Any, reference: Any, spec: Spec, folder: Path, out: Path) -> tuple[Spec, str | None]:
+def _finished(ray: Any, reference: Any, job: Job, out: Path) -> tuple[Job, str | None]:
     try:
         text, wrong = ray.get(reference)
     except ray.exceptions.RayError as error:
-        return spec, " ".join(str(error).split())
+        return job, " ".join(str(error).split())
     if text is not None:
-        path = result_path(out, folder, spec)
+        path = out / job.name
         write_text(path, text)
         path.with_suffix(".journal").unlink(missing_ok=True)  # of a run on this machine that was interrupted
-    return spec, wrong
+    return job, wrong
 
 
 def _work(files: dict[str, bytes], encoded: bytes, place: str) -> tuple[bytes | None, str | None]:
     """One run, on whatever machine: the outcome's file, or what went wrong there."""
-    spec = msgspec.json.decode(encoded, type=Spec)
+    job = msgspec.json.decode(encoded, type=Job)
+    here = msgspec.structs.replace(job, spec=_here(job.spec, Path(place)))
     with tempfile.TemporaryDirectory(prefix="regrow-") as name:
         folder = Path(name)
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
         try:
-            outcome = outcome_of(folder, _here(spec, Path(place)))
+            if not same_inputs(inputs_digest(here.spec), job.inputs):
+                raise LocalError("its data or recordings are not those of the machine where the command was given; make them the same")
+            outcome = outcome_of(folder, here)
         except (RegrowError, OSError) as error:
             return None, f"on node {socket.gethostname()}: {error}"
-    return outcome_text(msgspec.structs.replace(outcome, spec=spec)), None
+    return outcome_text(msgspec.structs.replace(outcome, spec=job.spec)), None
 
 
 def _here(spec: Spec, place: Path) -> Spec:

@@ -15,6 +15,7 @@ from testbed.compare import Failure
 from testbed.comparison import BASELINE, Curve, Outcomes, Row, baseline_of, curve_of, reached_of, rows_of, targets_of
 from testbed.grid import Choice
 from testbed.machine import machine
+from testbed.outcome import why_untrained
 from testbed.tables import Table, as_html, as_markdown, by_target, fairness, overview, tuning, work
 
 _STYLE = """
@@ -35,7 +36,8 @@ figcaption { font-weight: 600 } figure { margin: 2em 0 } code { overflow-wrap: a
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a report is made of; `choices` by row, where there was tuning; `reference` is a row's name."""
+    """What a report is made of; `choices` by row, where there was tuning; `reference` is a row's name; `seeds`: how many
+    each row should have, 0 where nobody said."""
 
     outcomes: Outcomes
     target: float
@@ -43,6 +45,7 @@ class Comparison:
     command: str
     choices: Mapping[str, Choice] = field(default_factory=dict)
     failures: Sequence[Failure] = ()
+    seeds: int = 0
 
 
 def write_report(comparison: Comparison, out: Path) -> dict[str, Any]:
@@ -77,11 +80,24 @@ def _summary(comparison: Comparison, rows: Mapping[str, Row]) -> dict[str, Any]:
             for target in targets_of(outcomes, comparison.target)
         },
         "failed": [str(failure) for failure in comparison.failures],
+        "untrained": _untrained(comparison),
         "machine": machine(),
     }
+    if comparison.seeds:
+        summary["seeds"] = comparison.seeds
     if comparison.choices:
         summary["tuning"] = {row: _tuned(choice) for row, choice in comparison.choices.items()}
     return summary
+
+
+def _untrained(comparison: Comparison) -> list[str]:
+    """A line for each run in which nothing was aggregated."""
+    return [
+        f"{row} seed {run.spec.seed}: {why}"
+        for row, runs in comparison.outcomes.items()
+        for run in runs
+        if (why := why_untrained(run)) is not None
+    ]
 
 
 def _tuned(choice: Choice) -> dict[str, Any]:
@@ -97,7 +113,7 @@ def _tuned(choice: Choice) -> dict[str, Any]:
 def _tables(comparison: Comparison, rows: Mapping[str, Row]) -> list[Table]:
     targets = targets_of(comparison.outcomes, comparison.target)
     tables = [
-        overview(rows, comparison.target, comparison.reference),
+        overview(rows, comparison.target, comparison.reference, comparison.seeds),
         by_target(comparison.outcomes, targets),
         work(rows),
         fairness(rows),
@@ -110,9 +126,10 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = [
         "Accuracies are on test data, but for the worst decile of devices and the choice in tuning, which are on the devices' own "
         "validation data. Times are virtual; bytes are MQTT payload, up and down.",
-        "A run that never reaches a target counts as never; medians are over all seeds, so `never` means that half of them did not.",
+        "Medians are over all seeds, with a run that does not reach the target as the slowest: `never` means that none did, `no median` "
+        "that some did, but half of them or more did not. One seed has no deviation.",
         f"`x {BASELINE}`: the median time of {baseline or BASELINE} by that of the method; `> x` where {BASELINE} itself never got there "
-        "and its runs' length gives a bound; `not run` without it.",
+        "and its runs' length gives a bound (1.00 for a method that got there only at the end); `not run` without it.",
         f"`against {comparison.reference}`: mean difference in final accuracy over the same seeds with half a 95 % interval (Student's t).",
         "Least coverage: the share of devices that train the least covered coordinate.",
     ]
@@ -124,6 +141,7 @@ def _notes(comparison: Comparison) -> list[str]:
 def _markdown(comparison: Comparison, rows: Mapping[str, Row]) -> str:
     parts = ["# Methods compared", f"```sh\n{comparison.command}\n```"]
     parts += [f"- failed: {failure}" for failure in comparison.failures]
+    parts += [f"- {line}" for line in _untrained(comparison)]
     parts += [as_markdown(table) for table in _tables(comparison, rows)]
     return "\n\n".join([*parts, *_notes(comparison)]) + "\n"
 
@@ -148,6 +166,7 @@ def _page(
         ("Updates of each device, a dot a device", pictures.update_strips(comparison.outcomes)),
     ]
     failed = "".join(f"<li>{html.escape(str(failure))}</li>" for failure in comparison.failures)
+    untrained = "".join(f"<li>{html.escape(line)}</li>" for line in _untrained(comparison))
     body = "".join(f"<figure><figcaption>{html.escape(title)}</figcaption>{picture}</figure>\n" for title, picture in shown)
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in _notes(comparison))
     machine_line = ", ".join(f"{key} {value}" for key, value in where.items())
@@ -156,6 +175,7 @@ def _page(
         f"<title>Regrow: methods compared</title><style>{_STYLE}</style></head>\n<body><h1>Methods compared</h1>\n"
         f"<p><code>{html.escape(comparison.command)}</code></p>\n"
         + (f"<p>Runs that failed, and are in no figure below:</p><ul>{failed}</ul>\n" if failed else "")
+        + (f"<p>Runs that never aggregated:</p><ul>{untrained}</ul>\n" if untrained else "")
         + as_html(first)
         + body
         + "".join(map(as_html, others))

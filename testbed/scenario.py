@@ -16,6 +16,7 @@ from testbed.conditions import PERCENT, heterogeneity, paper_links
 from testbed.links import Constant, Latency, Link, WithOutages, read_trace
 
 RATE_PERIOD_S = 10.0
+TRACES = "trace:"  # how --links begins that names a folder of recordings
 Pair = tuple[Link, Link]
 _Value = TypeVar("_Value")
 
@@ -41,8 +42,8 @@ def link_pairs(text: str, clients: int, model_bytes: int, seed: int, outages: tu
         pairs: Iterable[Pair] = (
             paper_links(f"device-{index}", density, model_bytes, seed=seed, period_s=RATE_PERIOD_S) for index, density in enumerate(classes)
         )
-    elif text.startswith("trace:"):
-        pairs = _traces(Path(text.removeprefix("trace:")), clients)
+    elif text.startswith(TRACES):
+        pairs = _traces(text.removeprefix(TRACES), clients)
     else:
         pairs = spread([_constant(text, part) for part in text.split(",")], clients)
     if outages is None:
@@ -65,10 +66,10 @@ def _constant(text: str, part: str) -> Pair:
         raise LocalError(f"links {text!r}: {error}") from error
 
 
-def _traces(folder: Path, clients: int) -> list[Pair]:
+def _traces(folder: str, clients: int) -> list[Pair]:
     """NAME.csv for both directions, or NAME.up.csv and NAME.down.csv."""
     recordings: dict[str, dict[str, Path]] = {}
-    for file in _csv_files(folder, "links", "seconds,bits_per_second"):
+    for file in _csv_files(folder, "--links trace:", "seconds,bits_per_second"):
         name, _, direction = file.stem.rpartition(".")
         whole = direction not in ("up", "down") or not name
         recordings.setdefault(file.stem if whole else name, {})["both" if whole else direction] = file
@@ -76,16 +77,22 @@ def _traces(folder: Path, clients: int) -> list[Pair]:
     for name, files in recordings.items():
         if set(files) not in ({"both"}, {"up", "down"}):
             found = ", ".join(sorted(file.name for file in files.values()))
-            raise LocalError(f"links {folder}: {found}: give {name}.csv for both directions, or {name}.up.csv and {name}.down.csv")
+            raise LocalError(
+                f"--links {TRACES}{folder}: {found}: give {name}.csv for both directions, or {name}.up.csv and {name}.down.csv"
+            )
         traces = {direction: read_trace(file) for direction, file in files.items()}
         pairs.append((traces["both"], traces["both"]) if "both" in traces else (traces["up"], traces["down"]))
     return [pairs[index % len(pairs)] for index in range(clients)]
 
 
-def _csv_files(folder: Path, what: str, lines: str) -> list[Path]:
-    files = sorted(folder.glob("*.csv"))
+def _csv_files(folder: str, option: str, lines: str) -> list[Path]:
+    path, cure = Path(folder), f"give a folder of .csv files with lines `{lines}`"
+    if not folder.strip() or not path.is_dir():
+        what = "it names no folder" if not folder.strip() else "this is a file" if path.exists() else "there is no such folder"
+        raise LocalError(f"{option}{folder}: {what}; {cure}")
+    files = sorted(path.glob("*.csv"))
     if not files:
-        raise LocalError(f"{what} {str(folder)!r}: no .csv file there; give a folder of files with lines `{lines}`")
+        raise LocalError(f"{option}{folder}: no .csv file there; {cure}")
     return files
 
 
@@ -121,7 +128,7 @@ def speeds(
     """
     recorded: list[tuple[float, ...]] = [(step_s,)]
     if steps_trace is not None:
-        recorded = [read_steps(file) for file in _csv_files(steps_trace, "steps-trace", "seconds_per_step")]
+        recorded = [read_steps(file) for file in _csv_files(str(steps_trace), "--steps-trace ", "seconds_per_step")]
     factors = spread(slowdowns, len(names))
     return {
         name: Compute(recorded[index % len(recorded)], factors[index], by_density, sigma, seed, name) for index, name in enumerate(names)

@@ -32,7 +32,7 @@ from regrow.device import Device
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
-from regrow.methods import named
+from regrow.methods import named, shortened
 from regrow.parameters import Layout
 from regrow.presence import Identity
 from regrow.programs import MEMORY, UNITS
@@ -54,6 +54,8 @@ from testbed.waves import Jobs, Result, Waves
 CURVE_EXAMPLES = 2000  # of the test data, for the curve; the last point uses all of it
 Scorer = Callable[[NDArray[np.float32]], Score]
 OF_THE_COMMAND = {
+    "name": "none: a name changes nothing of a run",
+    "model": "another task folder: `regrow task new FOLDER --model FILE`",
     "seed": "--seed",
     "stop.seconds": "--seconds",
     "evaluation": "none: devices score the model on their own validation data, and the curve shows the test data",
@@ -71,6 +73,7 @@ def task_of(folder: TaskFolder, tables: Mapping[str, Any], spec: Spec) -> Task:
     """
     merged: dict[str, Any] = {section: dict(values) if isinstance(values, dict) else values for section, values in tables.items()}
     if spec.method is not None:
+        _check_method(spec)
         for section in ("method", "trigger", "restoration"):
             merged.pop(section, None)
         merged |= named(spec.method)
@@ -87,6 +90,24 @@ def task_of(folder: TaskFolder, tables: Mapping[str, Any], spec: Spec) -> Task:
     if restoration.get("trigger") in ("fixed", "mixed"):
         merged["restoration"] = {"planned_s": spec.seconds, **restoration}
     return task_from_tables(merged, f"{folder.path / 'task.toml'} with this command's options")
+
+
+def _check_method(spec: Spec) -> None:
+    """The method's name says what is run: nothing else names one, and no part of it is without effect."""
+    method = spec.method or ""
+    table = spec.settings.get("method")
+    if "method.name" in spec.settings or (isinstance(table, dict) and "name" in table):
+        raise LocalError(f"--set method.name: the run is of {method}, by --method; name another one there")
+    for shorter in shortened(method):
+        if _alone(method) == _alone(shorter):
+            raise LocalError(f"method {method!r} is the same as {shorter!r}: that part changes nothing here; take {shorter!r}")
+
+
+def _alone(method: str) -> Task:
+    """A task that says nothing but the method."""
+    tables = named(method)
+    tables["restoration"] = {"planned_s": 1.0, **tables.get("restoration", {})}
+    return task_from_tables({"name": "alone", **tables}, f"method {method!r}")
 
 
 def _set(tables: dict[str, Any], key: str, value: Any) -> None:

@@ -100,7 +100,7 @@ def split(dataset: Dataset, clients: int, kind: Split | str, seed: int, *, min_e
     if clients < 1 or min_examples < 1:
         raise LocalError(f"{clients} clients with at least {min_examples} examples each: both must be 1 or more")
     if len(dataset.y) < clients * min_examples:
-        cure = "take fewer clients or lower min_examples"
+        cure = f"take fewer clients, {max(len(dataset.y) // min_examples, 1)} at most"
         raise LocalError(f"{dataset.name} has {len(dataset.y)} examples, {clients} clients need {min_examples} each: {cure}")
     rng = _rng(seed, _SPLIT)
     if how.kind == "user":
@@ -113,7 +113,7 @@ def split(dataset: Dataset, clients: int, kind: Split | str, seed: int, *, min_e
         parts = np.array_split(rng.permutation(len(dataset.y)), clients)
     for client, part in enumerate(parts):
         if len(part) < min_examples:
-            cure = "take fewer clients, lower min_examples or try another seed"
+            cure = "take fewer clients or another seed or split"
             raise LocalError(f"{how} of {dataset.name} gives client {client} {len(part)} examples, not {min_examples}: {cure}")
     return [np.sort(part).astype(np.int64) for part in parts]
 
@@ -148,7 +148,7 @@ def train_validation(
             held_out = np.zeros(len(own), bool)
             held_out[_rng(seed, _VALIDATION, client).permutation(len(own))[:count]] = True
         if held_out.all():
-            raise LocalError(f"client {client} has no training example: take fewer clients, more min_examples or another seed")
+            raise LocalError(f"client {client} has no training example: take fewer clients or another seed")
         both.append((np.sort(own[~held_out]), np.sort(own[held_out])))
     return both
 

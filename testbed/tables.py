@@ -19,17 +19,19 @@ class Table:
     lines: Sequence[Sequence[str]] = field(default_factory=list)
 
 
-def overview(rows: Mapping[str, Row], target: float, reference: str) -> Table:
-    """One line a method, the best final accuracy first."""
-    head = ["method", "final accuracy", f"s to {target:.0%}", f"MB to {target:.0%}", f"x {BASELINE}", "reached", f"against {reference}"]
+def overview(rows: Mapping[str, Row], target: float, reference: str, seeds: int = 0) -> Table:
+    """One line a method, the best final accuracy first; where `seeds` says how many were wanted, rows of fewer are marked."""
+    head = ["method", "final accuracy", f"s to {target:.0%}", f"MB to {target:.0%}", f"x {BASELINE}", "reached", "seeds"]
+    head.append(f"against {reference}")
     ordered = sorted(rows, key=lambda method: -rows[method].final_mean)
     with_baseline = _has_baseline(rows)
     lines = [
         [
             method,
-            f"{rows[method].final_mean:.4f} ± {rows[method].final_std:.4f}",
+            f"{rows[method].final_mean:.4f} ± {_deviation(rows[method])}" + ("" if rows[method].aggregations_mean else ", untrained"),
             *_reached_cells(rows[method], with_baseline),
             f"{rows[method].reached}/{rows[method].seeds}",
+            f"only {rows[method].seeds} of {seeds}" if rows[method].seeds < seeds else str(rows[method].seeds),
             _difference(rows[method]),
         ]
         for method in ordered
@@ -56,10 +58,22 @@ def fairness(rows: Mapping[str, Row]) -> Table:
 
 def work(rows: Mapping[str, Row]) -> Table:
     """Updates, densities, coverage."""
-    head = ["method", "updates", "per device: least", "median", "most", "rejected", "mean density", "mean coverage", "least coverage"]
+    head = [
+        "method",
+        "aggregations",
+        "updates",
+        "per device: least",
+        "median",
+        "most",
+        "rejected",
+        "mean density",
+        "mean coverage",
+        "least coverage",
+    ]
     lines = [
         [
             method,
+            f"{row.aggregations_mean:.0f}",
             f"{row.updates_mean:.0f}",
             f"{row.updates_per_device_min:.0f}",
             f"{row.updates_per_device_median:.0f}",
@@ -71,7 +85,7 @@ def work(rows: Mapping[str, Row]) -> Table:
         ]
         for method, row in rows.items()
     ]
-    return Table("Work and coverage: means over seeds; density and coverage over time too", head, lines)
+    return Table("Work and coverage: means over seeds; density and coverage over time too, from when somebody had joined", head, lines)
 
 
 def by_target(outcomes: Outcomes, targets: Sequence[float]) -> Table:
@@ -109,8 +123,11 @@ def _has_baseline(rows: Mapping[str, Row]) -> bool:
 
 
 def _reached_cells(reached: Reached, with_baseline: bool) -> list[str]:
-    megabytes = None if reached.bytes_to_target_median is None else reached.bytes_to_target_median / 1e6
-    return [_number(reached.seconds_to_target_median, "{:.0f}"), _number(megabytes, "{:.1f}"), _speedup(reached, with_baseline)]
+    if reached.seconds_to_target_median is None or reached.bytes_to_target_median is None:
+        without = "no median" if reached.reached else "never"
+        return [without, without, without if with_baseline else "not run"]
+    megabytes = reached.bytes_to_target_median / 1e6
+    return [f"{reached.seconds_to_target_median:.0f}", f"{megabytes:.1f}", _speedup(reached, with_baseline)]
 
 
 def _speedup(reached: Reached, with_baseline: bool) -> str:
@@ -118,7 +135,7 @@ def _speedup(reached: Reached, with_baseline: bool) -> str:
         return "not run"
     if reached.speedup_over_fedasync is not None:
         return f"{reached.speedup_over_fedasync:.2f}"
-    return "never" if reached.speedup_at_least is None else f"> {reached.speedup_at_least:.2f}"
+    return "-" if reached.speedup_at_least is None else f"> {reached.speedup_at_least:.2f}"
 
 
 def _difference(row: Row) -> str:
@@ -127,8 +144,8 @@ def _difference(row: Row) -> str:
     return f"{row.difference:+.4f}" + ("" if row.difference_interval is None else f" ± {row.difference_interval:.4f}")
 
 
-def _number(value: float | None, form: str) -> str:
-    return "never" if value is None else form.format(value)
+def _deviation(row: Row) -> str:
+    return "-" if row.final_std is None else f"{row.final_std:.4f}"
 
 
 # ---- as text -----------------------------------------------------------------------------------------------------------------------

@@ -290,12 +290,21 @@ def _in_step(shares: Sequence[Share]) -> Iterator[list[Batch]]:
         yield here
 
 
+def check_cuda() -> None:
+    """Refuse where there is no CUDA device.
+
+    Raises:
+        LocalError: torch finds none.
+    """
+    if not torch.cuda.is_available():
+        raise LocalError("trainer torch-cuda: torch finds no CUDA device on this machine; use --trainer torch or onnxruntime")
+
+
 def _device(name: str, threads: int) -> torch.device:
     if threads < 1:
         raise LocalError(f"threads is {threads}, but training needs at least 1")
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise LocalError("trainer torch-cuda: torch finds no CUDA device on this machine; use --trainer torch or onnxruntime")
+        check_cuda()
         # Results are compared with onnxruntime's in float32, so no tensor cores; and the same algorithms in every run.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True

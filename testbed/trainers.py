@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 from edge_agent.data.source import DataSource
@@ -40,6 +41,24 @@ class OnnxEngine:
         return [train_job(self._trainers, source, job) for source, job in jobs]
 
 
+def check_trainer(name: str) -> None:
+    """What can be told of a trainer before the first run, without a task.
+
+    Raises:
+        LocalError: the name is unknown, torch is not installed, or there is no CUDA device.
+    """
+    if name not in TRAINERS:
+        raise LocalError(f"trainer {name!r}: known are {', '.join(TRAINERS)}")
+    if name == "onnxruntime":
+        return
+    if find_spec("torch") is None:
+        raise LocalError(f"trainer {name}: torch is not installed here; pip install 'regrow[sim,torch]'")
+    if name == "torch-cuda":
+        from testbed.torch_training import check_cuda
+
+        check_cuda()
+
+
 def engine_of(name: str, programs: Mapping[str, bytes]) -> Engine:
     """The engine of that name for a task's programs.
 
@@ -47,14 +66,9 @@ def engine_of(name: str, programs: Mapping[str, bytes]) -> Engine:
         LocalError: the name is unknown, torch is not installed, there is no CUDA device, or torch lacks an op of the model.
         PeerError: a layout is malformed.
     """
-    if name not in TRAINERS:
-        raise LocalError(f"trainer {name!r}: known are {', '.join(TRAINERS)}")
+    check_trainer(name)
     if name == "onnxruntime":
         return OnnxEngine(programs)
-    try:
-        from testbed.torch_training import TorchEngine
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise LocalError(f"trainer {name}: torch is not installed here; pip install 'regrow[sim,torch]'") from error
+    from testbed.torch_training import TorchEngine
+
     return TorchEngine(programs, device="cuda" if name == "torch-cuda" else "cpu", together=True)

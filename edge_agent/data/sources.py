@@ -90,17 +90,25 @@ def open_source(
 
 def load_npz(file: Path, limit_bytes: int = LIMIT_BYTES) -> Samples:
     """x, y and, when there, group and part of a NumPy .npz file; other arrays are not read."""
+    arrays = npz_arrays(file, ("x", "y", "group", "part"), limit_bytes)
+    return Samples(arrays["x"], arrays["y"], arrays.get("group"), arrays.get("part"))
+
+
+def npz_arrays(file: Path, wanted: tuple[str, ...], limit_bytes: int = LIMIT_BYTES) -> dict[str, NDArray[Any]]:
+    """Those of the wanted arrays that a NumPy .npz file holds, x and y among them; other arrays are not read.
+
+    Raises:
+        LocalError: x or y is not there, or one of them cannot be read or is larger than the limit.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
-            arrays = {
-                name: _npy(archive, f"{name}.npy", file, limit_bytes) for name in ("x", "y", "group", "part") if f"{name}.npy" in names
-            }
+            arrays = {name: _npy(archive, f"{name}.npy", file, limit_bytes) for name in wanted if f"{name}.npy" in names}
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise LocalError(f"cannot read {file} as .npz: {error}; write it with numpy.savez") from error
     if missing := {"x", "y"} - set(arrays):
         raise LocalError(f"{file} has no array {min(missing)!r}: write it with numpy.savez(file, x=..., y=...)")
-    return Samples(arrays["x"], arrays["y"], arrays.get("group"), arrays.get("part"))
+    return arrays
 
 
 def _npy(archive: zipfile.ZipFile, name: str, file: Path, limit_bytes: int) -> NDArray[Any]:

@@ -28,4 +28,7 @@ def test_the_page_leads_to_a_trained_and_verified_model(reader: Reader) -> None:
     accuracy = re.search(r"accuracy on the left device's data: ([0-9.]+)", reader.output)
     assert accuracy is not None, reader.output
     assert float(accuracy[1]) > 0.8
+    simulated = re.search(r"links 4000000,400000: accuracy ([0-9.]+)", reader.output)
+    assert simulated is not None, reader.output
+    assert float(simulated[1]) > 0.8
     assert re.search(r"[1-9]\d* receipted updates, [1-9]\d* aggregations", reader.output), reader.output

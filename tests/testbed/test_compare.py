@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +20,12 @@ from cli.main import main
 from regrow.errors import LocalError
 from testbed.compare import Failure, in_processes, read_outcome, result_path, run_all, run_spec
 from testbed.grid import by_seed, specs_of, variants_of
-from testbed.outcome import Outcome
+from testbed.inputs import inputs_digest
+from testbed.outcome import Outcome, write_outcome
 from testbed.ray_engine import on_ray
-from tests.testbed.bars import spec
+from tests.testbed.bars import spec, write_images
 from tests.testbed.processes import until
+from tests.testbed.test_comparison import run as finished
 
 TINY = {"seconds": 20.0, "points": 2, "clients": 3, "settings": {"training.local_steps": 1}}
 
@@ -52,6 +56,111 @@ def test_a_comparison_runs_what_is_missing_and_a_broken_outcome_stops_no_other(t
     assert isinstance(results[4], Failure)
     assert "fedgmr seed 1 training.local_steps=1" in str(results[4])
     assert str(tmp_path / "none") in results[4].message
+
+
+def test_outcomes_of_other_data_are_made_anew(
+    task: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    write_images(data)
+    one = spec(data, method="fedasync", **TINY)
+
+    def run() -> tuple[Outcome, bytes]:
+        ((_, outcome),) = run_all(task, [one], out, in_processes(1))
+        assert isinstance(outcome, Outcome)
+        return outcome, result_path(out, task, one).read_bytes()
+
+    first, text = run()
+    assert len(first.inputs_digest) == 32
+    old = msgspec.structs.replace(first, inputs_digest="", final_accuracy=0.125)  # written before there were digests
+    write_outcome(result_path(out, task, one), old)
+    assert run()[0] == old
+    result_path(out, task, one).write_bytes(text)
+    labels = data / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(gzip.decompress(labels.read_bytes())[:8] + bytes(400), 1))
+    assert not caplog.records
+    second, _ = run()
+    assert "the data has changed since; it is run again" in caplog.text
+    assert (second.inputs_digest, second.points) != (first.inputs_digest, first.points)
+    labels.unlink()
+    assert run()[0] == second, "where the data is gone, what was finished stays"
+
+    write_images(data)
+    words = ["simulate", str(task), "--data-folder", str(data), "--method", "fedasync", "--clients", "3", "--seconds", "8", "--points", "1"]
+    words += ["--set", "training.local_steps=1", "--out", str(out), "--resume"]
+    assert main(words) == 0
+    assert main(words) == 0
+    assert "run again" not in capsys.readouterr().out
+    labels.write_bytes(gzip.compress(gzip.decompress(labels.read_bytes())[:8] + bytes(400), 1))
+    assert main(words) == 0
+    assert "the data has changed since; it is run again" in capsys.readouterr().out
+
+
+def test_recordings_and_attendances_count_as_data(images: Path, tmp_path: Path) -> None:
+    for folder in ("links", "steps"):
+        (tmp_path / folder).mkdir()
+    files = [tmp_path / "links" / "a.csv", tmp_path / "steps" / "a.csv", tmp_path / "who.csv"]
+    for file in files:
+        file.write_text("1\n")
+    one = spec(images, links=f"trace:{tmp_path / 'links'}", steps_trace=str(tmp_path / "steps"), attend=str(files[2]))
+    digests = {inputs_digest(one), inputs_digest(spec(images))}
+    for file in files:
+        file.write_text("2\n")
+        digests.add(inputs_digest(one))
+    assert len(digests) == 5
+    assert "" not in digests
+    files[2].unlink()
+    assert inputs_digest(one) == ""
+
+
+def test_a_task_that_is_edited_meanwhile_changes_nothing(task: Path, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "task"
+    shutil.copytree(task, folder)
+    specs = [spec(images, method="fedasync", seed=seed, **TINY) for seed in (1, 2)]
+    for one in specs:
+        run_spec(folder, one, _made(tmp_path / "whole"))
+    paths = [result_path(tmp_path / "out", folder, one) for one in specs]
+    results = run_all(folder, specs, tmp_path / "out", in_processes(1))
+    first = next(results)
+    text = (folder / "task.toml").read_text()
+    (folder / "task.toml").write_text(text.replace("learning_rate = 0.05", "learning_rate = 0.5"))
+    found = dict([first, *results])
+    assert all(isinstance(result, Outcome) for result in found.values()), found
+    for path in paths:
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    assert result_path(tmp_path / "out", folder, specs[0]) != paths[0]
+
+    (folder / "task.toml").write_text(text)
+    specs = [spec(images, method="fedavg", seed=seed, **TINY) for seed in (1, 2)]
+    results = run_all(folder, specs, tmp_path / "out", in_processes(1))
+    next(results)
+    (folder / "build" / "build.json").write_text("{}")
+    assert "built anew" in str(next(result for _, result in results))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"points": []}, "points"), ({"final_accuracy": 7.5}, "final_accuracy"), ({"per_class": []}, "per_class"), ({"seed": 1}, "spec")],
+)
+def test_an_outcome_that_was_edited_is_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    path = tmp_path / "a.json"
+    write_outcome(path, finished(1, 0.5))
+    assert read_outcome(path) == finished(1, 0.5)
+    content = msgspec.json.decode(path.read_bytes())
+    if "seed" in change:
+        content["spec"]["sede"] = 1
+    path.write_bytes(msgspec.json.encode(content | change))
+    with pytest.raises(LocalError, match=rf"a\.json: .*{said}.*; delete it"):
+        read_outcome(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(LocalError, match="delete it"):
+        read_outcome(path)
 
 
 def test_a_process_that_is_killed_takes_no_other_with_it(task: Path, images: Path, tmp_path: Path) -> None:
@@ -154,6 +263,10 @@ def test_the_command(task: Path, images: Path, tmp_path: Path, capsys: pytest.Ca
         (["--methods", "fedgmr", "--target", "2"], "at most 1"),
         (["--methods", "fedavg", "--reference", "fedbuff"], "not among"),
         (["--methods", "fedavg", "--ray-address", "auto"], "--engine ray"),
+        (["--methods", "fedavg", "--tune-seconds", "5"], "--tune-seconds is for --tune"),
+        (["--methods", "fedavg", "--tune-base"], "--tune-base is for --tune"),
+        (["--methods", "fedavg", "--grid", "method.name='fedgmr'"], "--set method.name"),
+        (["--methods", "fedavg-sync"], "the same as 'fedavg'"),
         (["--methods", "fedavg", "--grid", "training.local_stepz=1"], "local_stepz"),
         (["--methods", "fedavg", "--tune", "training.local_steps=1,1"], "--tune"),
         (["--methods", "fedavg", "--set-for", "fedgmr:training.local_steps=1"], "--set-for fedgmr"),

@@ -14,7 +14,7 @@ from testbed import pictures
 from testbed.compare import Failure
 from testbed.comparison import baseline_of, curve_of, default_target, reach, reached_of, rows_of, targets_of
 from testbed.grid import Choice
-from testbed.outcome import Outcome, Point, Spec
+from testbed.outcome import Outcome, Point, Spec, why_untrained
 from testbed.report import Comparison, write_report
 from testbed.tables import as_markdown, by_target, overview
 
@@ -60,8 +60,8 @@ OUTCOMES = {
 
 def test_reaching_a_target() -> None:
     points = curve(0.1, 0.5, 0.4)
-    assert reach(points, 0.5, lambda point: point.time_s) == 20.0
-    assert reach(points, 0.6, lambda point: point.time_s) is None
+    assert reach(points, 0.5, [10.0, 20.0, 30.0]) == 20.0
+    assert reach(points, 0.6, [10.0, 20.0, 30.0]) is None
 
 
 def test_rows_count_those_that_never_reach_it() -> None:
@@ -80,15 +80,60 @@ def test_rows_count_those_that_never_reach_it() -> None:
     assert rows["fedgmr"].updates_mean == 7
 
 
-def test_density_counts_from_when_somebody_had_joined() -> None:
+def test_density_and_coverage_count_from_when_somebody_had_joined() -> None:
     one = run(1, 0.5, 0.6)
-    late = msgspec.structs.replace(one, points=[msgspec.structs.replace(one.points[0], mean_density=0.0), one.points[1]])
-    assert rows_of({"fedgmr": [late]}, 0.7, "fedgmr")["fedgmr"].mean_density == 0.5
+    empty = msgspec.structs.replace(one.points[0], mean_density=0.0, coverage=0.0)
+    late = msgspec.structs.replace(one, points=[empty, one.points[1]])
+    row = rows_of({"fedgmr": [late]}, 0.7, "fedgmr")["fedgmr"]
+    assert (row.mean_density, row.mean_coverage, row.minimum_coverage) == (0.5, 0.25, 0.25)
+    nobody = rows_of({"fedgmr": [msgspec.structs.replace(one, points=[empty])]}, 0.7, "fedgmr")["fedgmr"]
+    assert (nobody.mean_density, nobody.mean_coverage) == (0.0, 0.0)
+
+
+def test_no_time_lies_after_the_end_of_the_run() -> None:
+    late = [msgspec.structs.replace(one, spec=Spec(seed=one.spec.seed, seconds=29.5)) for one in OUTCOMES["fedgmr"]]  # the clock says 30
+    assert rows_of({"fedgmr": late}, 0.85, "fedgmr")["fedgmr"].reached == 1
+    assert reached_of(late[:1], [], 0.85).seconds_to_target_median == 29.5
+    assert curve_of(late).seconds == [10.0, 20.0, 29.5]
+    assert reached_of(OUTCOMES["fedgmr"], late[:1], 0.95).speedup_at_least is None
+
+
+def test_a_row_of_fewer_seeds_is_marked_and_one_seed_has_no_deviation() -> None:
+    rows = rows_of({"fedgmr": OUTCOMES["fedgmr"][:1], "fedavg": OUTCOMES["fedavg"][:2]}, 0.7, "fedgmr")
+    shown = overview(rows, 0.7, "fedgmr", 2)
+    seeds = shown.head.index("seeds")
+    assert {line[0]: (line[1], line[seeds]) for line in shown.lines} == {
+        "fedgmr": ("0.9000 ± -", "only 1 of 2"),
+        "fedavg": ("0.3000 ± 0.0000", "2"),
+    }
+
+
+def test_never_is_said_of_runs_that_never_got_there_only() -> None:
+    shown = overview(rows_of({"fedgmr": OUTCOMES["fedgmr"][:2]}, 0.85, "fedgmr"), 0.85, "fedgmr")
+    assert shown.lines[0][2:6] == ["no median", "no median", "not run", "1/2"]
+
+
+def test_runs_without_aggregations_say_why() -> None:
+    trained = run(1, 0.1, 0.1)
+    assert why_untrained(trained) is None
+    still = [msgspec.structs.replace(point, version=0) for point in trained.points]
+    lonely = msgspec.structs.replace(trained, points=still, updates={}, densities={})
+    silent = msgspec.structs.replace(lonely, updates={"a": 0}, densities={"a": (1.0, 1.0)})
+    waiting = msgspec.structs.replace(silent, updates={"a": 3})
+    for outcome, why in (
+        (lonely, "no device got through"),
+        (silent, "1 of 10 devices joined and no update"),
+        (waiting, "updates that arrived: 3"),
+    ):
+        assert why in (why_untrained(outcome) or "")
+    assert rows_of({"fedgmr": [waiting, trained]}, 0.7, "fedgmr")["fedgmr"].aggregations_mean == 0.5
+    shown = overview(rows_of({"fedgmr": [waiting], "fedavg": [trained]}, 0.7, "fedgmr"), 0.7, "fedgmr")
+    assert {line[0]: line[1] for line in shown.lines} == {"fedgmr": "0.1000 ± -, untrained", "fedavg": "0.1000 ± -"}
 
 
 def test_without_fedasync_there_is_no_speedup() -> None:
     rows = rows_of({"fedgmr": OUTCOMES["fedgmr"][:1]}, 0.7, "fedgmr")
-    assert (rows["fedgmr"].speedup_over_fedasync, rows["fedgmr"].final_std) == (None, 0.0)
+    assert (rows["fedgmr"].speedup_over_fedasync, rows["fedgmr"].final_std) == (None, None)
 
 
 def test_the_default_target_is_below_the_best() -> None:
@@ -176,7 +221,7 @@ def test_the_report(tmp_path: Path) -> None:
     tried = [({"training.learning_rate": 0.1}, 0.5), ({"training.learning_rate": 0.2}, None)]
     choices = {name: Choice({"training.learning_rate": 0.1}, tried, name, 0, 60.0) for name in OUTCOMES}
     failures = [Failure(Spec(method="fedfix", seed=2), "no <disk>")]
-    summary = write_report(Comparison(OUTCOMES, 0.7, "fedgmr", "regrow compare <x>", choices, failures), tmp_path)
+    summary = write_report(Comparison(OUTCOMES, 0.7, "fedgmr", "regrow compare <x>", choices, failures, 4), tmp_path)
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -185,7 +230,8 @@ def test_the_report(tmp_path: Path) -> None:
     for said in ("regrow compare &lt;x&gt;", "fedfix seed 2: no &lt;disk&gt;", "training.learning_rate=0.2: failed"):
         assert said in text
     pasted = (tmp_path / "report.md").read_text()
-    assert "| fedavg | 0.3000 ± 0.0000 | never | never | never | 0/3 | -0.5333 ± 0.1434 |" in pasted
+    assert "| fedavg | 0.3000 ± 0.0000 | never | never | never | 0/3 | only 3 of 4 | -0.5333 ± 0.1434 |" in pasted
+    assert "aggregations" in pasted
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert msgspec.json.decode((tmp_path / "summary.json").read_bytes()) == msgspec.to_builtins(summary)
     assert summary["methods"]["fedavg"]["reached"] == 0
@@ -193,6 +239,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert {"final_mean", "final_std", "seconds_to_target_median", "speedup_over_fedasync"} <= summary["methods"]["fedgmr"].keys()
     assert summary["targets"]["0.80"]["fedgmr"]["reached"] == 3
     assert summary["failed"] == ["fedfix seed 2: no <disk>"]
+    assert (summary["seeds"], summary["untrained"]) == (4, [])
     assert summary["machine"]["python"]
 
 

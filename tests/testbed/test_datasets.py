@@ -370,7 +370,7 @@ def test_text_in_place_of_a_label_is_refused() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    assert datasets.NAMES == ("fashion-mnist", "watch", "femnist", "cifar10")
+    assert datasets.NAMES == ("fashion-mnist", "watch", "femnist", "cifar10", "npz")
     refused("mnist", None, "no data set 'mnist'", "fashion-mnist, watch, femnist, cifar10")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,14 @@ def test_a_trace_that_does_not_repeat_keeps_its_last_rate() -> None:
     assert silent.finish_s(0.0, 1_001) == math.inf
     assert WithOutages(silent, 5.0, 1.0).finish_s(0.0, 5_000) == math.inf
     assert Trace((7.0,), (800.0,)).finish_s(3.0, 200) == 5.0
+
+
+def test_an_outage_of_years_is_passed_at_once() -> None:
+    link = WithOutages(LogNormal(1e6), 5.0, 1e9, seed=3)
+    until_s, _ = next(piece for piece in link.pieces(0.0) if piece[1] == 0.0)
+    assert link.finish_s(0.0, 10**7) > until_s > 1e6
+    pieces = list(islice(link.pieces(0.0), 1000))
+    assert sum(until - at for (at, _), (until, bps) in pairwise(pieces) if not bps) > 1e9
 
 
 def test_outages_carry_nothing_and_are_as_long_as_asked() -> None:

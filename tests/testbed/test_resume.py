@@ -156,6 +156,18 @@ def test_ctrl_c_says_how_to_go_on(
     assert "links 4000000" in capsys.readouterr().out
 
 
+def test_ctrl_c_before_the_first_point_promises_no_curve(
+    task: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_self: Simulation, _jobs: Jobs) -> Sequence[Result]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Simulation, "_train", interrupted)
+    assert main(["simulate", *quick(task, images), "--out", str(tmp_path)]) == 130
+    assert "before the first point of the curve" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part.json"))
+
+
 def test_a_comparison_goes_on_inside_a_run(task: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = spec(images, method="fedbuff", **(BRISK | {"seconds": 8.0}))
     for folder in ("whole", "parts"):

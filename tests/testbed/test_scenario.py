@@ -11,7 +11,7 @@ from broker_server.runs import load_task
 from cli.main import main
 from regrow.errors import LocalError
 from regrow.machine import Train
-from testbed.conditions import attendances, nightly
+from testbed.conditions import Attendance, attendances, nightly
 from testbed.links import Constant, Latency, Trace
 from testbed.outcome import Spec
 from testbed.scenario import latencies, speeds, spread
@@ -71,14 +71,19 @@ def test_attendance_for_all_by_file_and_by_pattern(tmp_path: Path) -> None:
     assert found[names[0]] == nightly(22, 6)
     assert (found[names[3]].joins_s, found[names[3]].leaves_s, found[names[3]].windows_s) == (60.0, 90.5, ())
     assert found[names[11]].windows_s == ((28_800.0, 43_200.0), (48_600.0, 61_200.0))
+    assert attendances("nightly:0-24", names) == {}
     table = tmp_path / "who.csv"
+    table.write_text("device,hours\n2,0-24\n")
+    assert attendances(str(table), names) == {names[2]: Attendance()}
     table.write_text("device,joins_s,leaves_s,hours\n2,60,,\ndevice-000[45],,500,22-6\n")
     found = attendances(str(table), names)
     assert sorted(found) == [names[2], names[4], names[5]]
     assert found[names[5]] == nightly(22, 6, leaves_s=500.0)
     for content, said in (
         ("device\n12\n", "who.csv:2: no device '12'"),
-        ("device,hours\n1,22\n", "who.csv:2: joins_s and leaves_s are seconds"),
+        ("device,hours\n1,22\n", "who.csv:2: '22' is no window of hours; write it as FROM-TO"),
+        ("device,hours\n1,8-8\n", "who.csv:2: .*from 8 h to 8 h is no time or all day; write 0-24"),
+        ("device,hours\n1,0-24 8-9\n", "who.csv:2: .*the windows 0-24 8-9"),
         ("device,hours\n1,22-25\n", "who.csv:2: .*0..24"),
         ("device,hours\n1,8-12 11-13\n", "who.csv:2: .*apart"),
         ("device,joins_s\n1,soon\n", "who.csv:2"),
@@ -152,24 +157,55 @@ def test_mistakes_are_named_with_their_cure(task: Path, images: Path, tmp_path: 
         (["--outages", "300,0"], "--outages"),
         (["--step-by-density", "0.5"], "--step-by-density"),
         (["--step-by-density", "1=1,0.5=0.4"], "ascending"),
-        (["--step-by-density", "2=1"], "0..1"),
-        (["--steps-trace", str(tmp_path / "none")], "steps-trace"),
-        (["--attend", "nightly:22"], "--attend nightly:22"),
+        (["--step-by-density", "2=1"], "above 0 and up to 1"),
+        (["--step-by-density", "0=1"], "above 0 and up to 1"),
+        (["--step-by-density", "0.5=nan"], "--step-by-density '0.5=nan'"),
+        (["--outages", "300,1e10"], "from 0.01 to 1e9"),
+        (["--steps-trace", str(tmp_path / "none")], f"--steps-trace {tmp_path / 'none'}: there is no such folder"),
+        (["--steps-trace", str(tmp_path), "--step-s", "0.1"], "give one of them"),
+        (["--links", f"trace:{tmp_path / 'none'}"], f"--links trace:{tmp_path / 'none'}: there is no such folder"),
+        (["--links", "trace:"], "--links trace:: it names no folder"),
+        (["--links", f"trace:{task / 'task.toml'}"], "task.toml: this is a file; give a folder"),
+        (["--attend", "nightly:22"], "--attend nightly:22: '22' is no window of hours"),
+        (["--attend", "nightly:foo"], "--attend nightly:foo: 'foo' is no window of hours"),
+        (["--attend", "nightly:"], "it says no hours"),
+        (["--clients", "100000"], "take fewer clients, 40 at most"),
+        (["--trainer", "tensorflow"], "known are onnxruntime"),
+        (["--out", str(task / "task.toml")], "task.toml is a file; name a folder"),
+        (["--data", "npz"], "no " + str(images / "train.npz")),
+    ):
+        assert main([*scenario, *wrong]) == 1, wrong
+        assert said in capsys.readouterr().err
+    nowhere = tmp_path / "nope" / "data"
+    assert main(["simulate", str(task), "--data", "watch", "--data-folder", str(nowhere), "--split", "user"]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+    assert not nowhere.parent.exists()
+
+
+def test_methods_and_settings_that_would_be_another_run_or_the_same_are_refused(
+    task: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenario = ["simulate", str(task), "--data-folder", str(images), "--clients", "3", "--seconds", "30", "--out", str(tmp_path / "out")]
+    for wrong, said in (
+        (["--set", "model='own.onnx'"], "use another task folder"),
+        (["--set", "name='x'"], "a name changes nothing"),
+        (["--method", "fedgmr", "--set", "method.name='fedavg'"], "--set method.name: the run is of fedgmr"),
+        (["--method", "fedgmr", "--set", "method={name='fedavg'}"], "--set method.name: the run is of fedgmr"),
+        (["--method", "fedasync-no-buffer"], "the same as 'fedasync'"),
+        (["--method", "fedavg-sync"], "the same as 'fedavg'"),
+        (["--method", "fedgmr+restore"], "the same as 'fedgmr'"),
+        (["--method", "fiarse+restore-no-buffer-x"], "known are"),
         (["--set", "stop.seconds=10"], "use --seconds"),
         (["--set", "stop={seconds=10}"], "use --seconds"),
         (["--set", "seed=3"], "use --seed"),
         (["--set", "evaluation.data='x.npz'"], "evaluation.data"),
-        (["--set", "name.first='x'"], "is no table"),
+        (["--set", "x=1", "--set", "x.y=2"], "is no table"),
     ):
         assert main([*scenario, *wrong]) == 1, wrong
         assert said in capsys.readouterr().err
     folder = load_task(task)
     stop = task_of(folder, {"name": "bars", "stop": {"accuracy": 0.5}}, spec(images, settings={"stop.aggregations": 7})).stop
     assert (stop.seconds, stop.aggregations, stop.accuracy) == (60.0, 7, None)
-    nowhere = tmp_path / "nope" / "data"
-    assert main(["simulate", str(task), "--data", "watch", "--data-folder", str(nowhere), "--split", "user"]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
-    assert not nowhere.parent.exists()
 
 
 def test_data_that_does_not_fit_the_model_names_both(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,8 +106,15 @@ def test_the_command(task: Path, images: Path, tmp_path: Path, capsys: pytest.Ca
         "training.local_steps=2",
     ]
     out = ["--out", str(tmp_path / "one")]
-    assert main(["simulate", *scenario, *out, "--method", "fedbuff", "--method", "fedfix"]) == 0
+    assert main(["simulate", *scenario, *out, "--method", "fedasync", "--method", "fedfix", "--method", "fedasync"]) == 0
     assert len(list((tmp_path / "one").glob("fed*.json"))) == 2
-    assert "accuracy" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out.count("after 30 virtual") == 2, "each method once, and nothing past the end"
+    assert "nothing was aggregated" not in said.err
+    short = [*scenario[:5], "--seconds", "2", "--points", "1", "--step-sigma", "0", *out]
+    assert main(["simulate", *short]) == 0
+    said = capsys.readouterr()
+    assert "task (fedgmr-pace) on fashion-mnist" in said.out
+    assert "regrow: task (fedgmr-pace): nothing was aggregated, so this is the untrained model: " in said.err
     assert main(["simulate", *scenario, "--split", "random"]) == 1
     assert main(["simulate", *scenario, "--outages", "soon"]) == 1

@@ -300,6 +300,10 @@ def test_the_choice_of_a_trainer(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([*scenario, "--trainer", "torch-cuda"]) == 1
     assert "torch finds no CUDA device on this machine" in capsys.readouterr().err
+    words = ["--methods", "fedavg", "--trainer", "torch-cuda", "--out", str(tmp_path / "compared")]
+    assert main(["compare", str(task), "--data-folder", str(images), *words]) == 1
+    assert "torch finds no CUDA device on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "compared").exists(), "known before the first run"
     for module in ("testbed.torch_training", "export.torch_graph", "export.torch_ops"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torch", None)
