@@ -35,6 +35,8 @@ def test_unsubscribed_topics_stay_away(rig: Rig) -> None:
     rig.bus.perform(Publish("regrow/v1/t/r/manifest", b"x"))
     rig.bus.perform(Publish("regrow/v1/t/r/manifest", b"y", token=1))
     rig.hear(Acknowledged)
+    rig.bus.perform(Subscribe(("regrow/v1/device/nobody/+",)))
+    assert rig.flush() == []  # amqtt has passed everything on now
     rig.bus.perform(Subscribe(("regrow/v1/#",)))
     assert rig.flush() == []
 
