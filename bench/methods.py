@@ -30,7 +30,7 @@ METHODS = (
     f"{PAPERS},heterofl+restore,fjord+restore,fedrolex+restore,fiarse+restore,"
     "fedgmr-sync,fedgmr-no-buffer,fedgmr-no-restore,fedgmr-ga,fedgmr-fa,fedgmr-fixed,fedgmr-pace"
 )
-OPTIONS = ["--seeds", "3", "--points", "100", "--validation", "0.05", "--journal-gb", "0"]
+OPTIONS = ["--points", "100", "--validation", "0.05", "--journal-gb", "0"]
 TUNE = ["--tune", "training.learning_rate=0.025,0.05,0.1,0.2", "--tune-seconds", "900"]
 FLOAT32 = ["--set", 'wire.up="float32"', "--set", 'wire.down="float32"']
 PRECISIONS = ["--grid", 'wire.up="float32","int8","int4"', "--set", 'wire.down="float16"']
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--precision", action="store_true", help="compare precisions too, at the learning rates of the main comparison")
     parser.add_argument("--methods", help="names, with commas between (default: all of them)")
     parser.add_argument("--seconds", help="virtual seconds of every run")
+    parser.add_argument("--seeds", default="3", help="how many (default: %(default)s)")
     options = parser.parse_args()
     methods = options.methods or (f"{PAPERS},fedgmr-pace" if options.precision else METHODS)
     name = "methods-precision" if options.precision else "methods-fashion"
@@ -57,6 +58,8 @@ def main() -> int:
         methods,
         "--seconds",
         options.seconds or ("900" if options.precision else "3000"),
+        "--seeds",
+        options.seeds,
         *OPTIONS,
         "--set",
         "training.local_steps=5",
