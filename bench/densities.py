@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from studies import BASE, FLOAT32, FOLDER, RESULTS, command, outcomes_of, report, task_folder, tuned_rate, with_settings
 
 from broker_server.runs import load_task
-from testbed.comparison import reach
+from testbed.comparison import seconds_to
 from testbed.conditions import full_density_bps
 from testbed.outcome import Outcome
 
@@ -75,8 +75,8 @@ def _intervals(outcomes: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
 
 def _crossing_s(run: Outcome, low: float, high: float) -> float:
     """Seconds from the first point with one accuracy to the first with the other."""
-    end = reach(run.points, high, lambda point: point.time_s)
-    start = reach(run.points, low, lambda point: point.time_s) if low else 0.0
+    end = seconds_to(run, high)
+    start = seconds_to(run, low) if low else 0.0
     return float("inf") if end is None or start is None else end - start
 
 

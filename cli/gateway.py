@@ -258,7 +258,7 @@ def _print_note(note: Note) -> None:
 
 def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None:
     """Leave the model, the metrics and the picture in the run's folder."""
-    write_trained(folder.model_path, ledger.flat_weights, path / "model.onnx")
+    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx")
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
 

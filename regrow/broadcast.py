@@ -87,7 +87,7 @@ class Broadcast:
             batch=task.training.batch,
             learning_rate=learning_rate(self.ledger),
             seed=task.seed * 1_000_003 + lease.number,
-            dtype=lease.dtype,
+            dtype=lease.dtype or task.wire.dtypes[-1],
             chunk_bytes=chunk_bytes(device.uplink_bps),
             deadline_s=lease.deadline_s,
             evaluate_level=lease.evaluate_level,

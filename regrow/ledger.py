@@ -17,7 +17,7 @@ from regrow import aggregate, indexset, moves, personal, records, restoration, v
 from regrow.aggregate import Update
 from regrow.density import Bound, remember_round
 from regrow.errors import LocalError
-from regrow.levels import densities_of, next_order
+from regrow.levels import densities_of, next_order, only_prefix
 from regrow.machine import Payload, Record
 from regrow.order import Order, importance
 from regrow.parameters import Layout
@@ -43,9 +43,9 @@ class Lease:
     version: int
     epoch: int
     level: int
-    dtype: values.WireDtype
     deadline_s: float
     evaluate_level: int | None = None
+    dtype: values.WireDtype | None = None
 
 
 @dataclass(slots=True)
@@ -142,6 +142,18 @@ class Ledger:
         flat[self.order.coordinates] = self.weights
         return flat
 
+    @property
+    def trained_weights(self) -> NDArray[np.float32]:
+        """What there is to deploy, float32 [n] by flat coordinate: W_k.
+
+        While nobody trains all of it, the largest part that somebody does, 0 elsewhere, as the global score is of that level; W_k all the
+        same where every round trains another part (FedRolex).
+        """
+        largest = max((device.density for device in self.devices.values()), default=1.0)
+        if largest >= 1.0 or self.task.method.importance == "rolling":
+            return self.flat_weights
+        return only_prefix(self.order, self.flat_weights, self.reach(self.order, self.level_of(largest)))
+
     def level_of(self, density: float) -> int:
         """The lowest level that holds this density."""
         return next(level for level, rung in enumerate(densities_of(self.task)) if rung >= density - 1e-9)
@@ -223,7 +235,7 @@ def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
 def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
     device = ledger.devices[entry.device]
     device.number = entry.number
-    device.lease = Lease(entry.number, entry.version, entry.epoch, entry.level, entry.dtype, entry.deadline_s, entry.evaluate_level)
+    device.lease = Lease(entry.number, entry.version, entry.epoch, entry.level, entry.deadline_s, entry.evaluate_level, entry.dtype)
     device.rounds_since_full = 0 if entry.evaluate_level is not None else device.rounds_since_full + 1
     if ledger.task.method.density == "relative":
         device.density = ledger.density_of(entry.level)  # round times decide anew with every assignment

@@ -26,6 +26,13 @@ def unit_densities_of(task: Task) -> tuple[float, ...] | None:
     return densities_of(task) if task.method.granularity == "unit" else None
 
 
+def only_prefix(order: Order, flat_weights: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """float32 [n] by flat coordinate: the first `length` positions, and 0 elsewhere."""
+    part = flat_weights.copy()
+    part[order.coordinates[length:]] = 0.0
+    return part
+
+
 def next_order(
     task: Task, layout: Layout, units: Units | None, ranked: NDArray[np.float32], flat_weights: NDArray[np.float32], epoch: int
 ) -> Order:

@@ -49,6 +49,7 @@ class Assigned(Entry, frozen=True, kw_only=True):
     """A device leases a version: its base stays until the update, the deadline or expiry.
 
     `version`, here and in Accepted, Published and Retired, is the number of a model (publication.number_of): k, unless k has several.
+    `dtype` is that of its update; logs from before there was a choice have none.
     """
 
     device: str
@@ -56,9 +57,9 @@ class Assigned(Entry, frozen=True, kw_only=True):
     version: int
     epoch: int
     level: int
-    dtype: WireDtype
     deadline_s: float
     evaluate_level: int | None = None
+    dtype: WireDtype | None = None
 
 
 class Accepted(Entry, frozen=True, kw_only=True):

@@ -107,7 +107,7 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
     if lease is not None and head.assignment == lease.number:
         if (head.version, head.epoch, head.level) != (lease.version, lease.epoch, lease.level):
             raise PeerError(f"version {head.version}, epoch {head.epoch}, level {head.level} is not what was assigned")
-        dtypes = (lease.dtype,)
+        dtypes = dtypes if lease.dtype is None else (lease.dtype,)
     elif head.assignment > known.number:
         raise PeerError(f"assignment {head.assignment} was never given")
     if head.version not in ledger.published:

@@ -234,13 +234,13 @@ def _report(
     seconds: float,
 ) -> dict[str, Any]:
     """Test, train centrally for comparison, and write everything that a run leaves."""
-    write_trained(folder.model_path, ledger.flat_weights, path / "model.onnx")
+    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx")
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: FedGMR, ten wearers, links 200 to 4000 kbit/s")
     with np.load(test, allow_pickle=False) as arrays:
         x, y = arrays["x"], arrays["y"]
     trainer = Trainer(folder.programs, threads=2)
-    accuracy = trainer.evaluate(ledger.flat_weights, x, y).accuracy
+    accuracy = trainer.evaluate(ledger.trained_weights, x, y).accuracy
     updates = [row for row in rows if row["kind"] == "update"]
     fleet_examples = int(sum(row["examples"] for row in updates))
     central_examples = min(fleet_examples, CENTRAL_EXAMPLES)

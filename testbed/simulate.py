@@ -179,15 +179,17 @@ class Simulation:
         self._people_the_world(Coordinator(self._ledger, "simulated", programs, spec.seed + 1), 4 * layout.size)
 
     def _without_declined(self, task: Task, programs: Mapping[str, bytes]) -> Task:
-        """The task, waiting at its beginning only for devices whose memory holds some level."""
+        """The task, waiting at its beginning only for devices whose memory holds some level; by default only for those that are there."""
         if not self._memory:
             return task
         memory = memory_of(programs, task)
         needs = {name: min(needs_bytes(memory, task, source.validation_size)) for name, source in self._sources.items()}
-        declined = [name for name, offer in self._memory.items() if needs[name] > offer]
+        declined = {name for name, offer in self._memory.items() if needs[name] > offer}
         if len(declined) == len(self.names):
             raise LocalError(f"--memory-mb: training takes {min(needs.values()) / 1e6:.1f} MB, more than any device has")
-        fewer = max(task.fleet.min_devices - len(declined), 1)
+        late = {name for name, attendance in attendances_of(self.spec).items() if not attendance.available(0.0)}
+        given = task.fleet.min_devices != max(len(self.names) - len(late), 1)
+        fewer = max(min(task.fleet.min_devices, len(self.names) - len(declined if given else declined | late)), 1)
         return msgspec.structs.replace(task, fleet=msgspec.structs.replace(task.fleet, min_devices=fewer))
 
     def _people_the_world(self, coordinator: Coordinator, model_bytes: int) -> None:
@@ -238,20 +240,9 @@ class Simulation:
     def _scorer(self, data: Dataset) -> Scorer:
         return lambda vector: self._trainer.evaluate(vector, data.x, data.y)
 
-    def _model(self) -> NDArray[np.float32]:
-        """float32 [n] by flat coordinate: what there is to deploy. While nobody trains the whole model, that is the largest part that is
-        trained (as the global score is of that level), unless it is another one in every round."""
-        ledger = self._ledger
-        flat, largest = ledger.flat_weights, max((device.density for device in ledger.devices.values()), default=1.0)
-        if largest < 1.0 and self.task.method.importance != "rolling":
-            order = ledger.order
-            flat = flat.copy()
-            flat[order.coordinates[ledger.reach(order, ledger.level_of(largest)) :]] = 0.0
-        return flat
-
     def _point(self, scorer: Scorer) -> Point:
         ledger = self._ledger
-        score, clients = scorer(self._model()), [self.world.clients[name] for name in self.names if name in self.world.clients]
+        score, clients = scorer(ledger.trained_weights), [self.world.clients[name] for name in self.names if name in self.world.clients]
         devices = ledger.devices.values()
         densities = [device.density for device in devices]
         return Point(
@@ -270,7 +261,7 @@ class Simulation:
         )
 
     def _outcome(self, points: list[Point]) -> Outcome:
-        weights, ledger = self._model(), self._ledger
+        weights, ledger = self._ledger.trained_weights, self._ledger
         own = [self._trainer.evaluate(weights, *source.validation()) for source in self._sources.values() if len(source.validation()[1])]
         counts = np.array([score.examples for score in own])
         accuracies = np.array([score.accuracy for score in own])

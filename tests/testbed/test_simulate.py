@@ -53,11 +53,11 @@ def test_while_nobody_trains_the_whole_model_the_largest_part_that_is_trained_is
     outcome = simulation.run()
     assert set(outcome.densities.values()) == {(0.1, 0.1)}
     kept = round(0.1 * folder.layout.size)
-    assert np.count_nonzero(simulation._model()) <= kept
-    score = simulation._trainer.evaluate(simulation._model(), simulation._test.x, simulation._test.y)
+    ledger = simulation._ledger
+    assert np.count_nonzero(ledger.trained_weights) <= kept
+    score = simulation._trainer.evaluate(ledger.trained_weights, simulation._test.x, simulation._test.y)
     assert outcome.final_accuracy == score.accuracy
     # Beyond the part, the ledger still has what the model began with.
-    ledger = simulation._ledger
     beyond = ledger.order.coordinates[kept:]
     assert ledger.flat_weights[beyond].tobytes() == folder.initial[beyond].tobytes()
 
