@@ -121,7 +121,8 @@ class Coordinator:
             return self.claim.wait_s
         if self.phase is not Phase.LEADING:
             return None
-        times = (self.roster.deadlines.least(), self._due_s(), self.planner.join_due_s(), self.planner.stop_due_s())
+        joins = (self.planner.join_due_s(), self.planner.restarts.due_s())
+        times = (self.roster.deadlines.least(), self._due_s(), *joins, self.planner.stop_due_s())
         return min([self.claim.beat_s, *(at for at in times if at is not None)])
 
     # ---- who leads ---------------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class Coordinator:
         self.broadcast.tasks(who)
         rebooted = known is not None and known.boot != hello.boot.hex()
         if hello.uplink_bps:  # the hello before its first probe is not yet a start to count
-            self.planner.take_in(who, hello, max(hello.uplink_bps, MIN_LINK_BPS), rebooted=rebooted)
+            self.planner.take_in(who, hello, max(hello.uplink_bps, MIN_LINK_BPS))
         if rebooted and known is not None and known.lease is not None:
             self.broadcast.offer_again(known.lease, who)
         self._advance()

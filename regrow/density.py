@@ -10,15 +10,29 @@ from regrow.errors import LocalError
 
 SLACK = 0.9  # a rung is given when the link carries 0.9 of what it needs, up to the next rung (ours)
 Bound = Literal["link", "compute", "memory"]
+FASTEST_OVER_MEDIAN = 10.0  # what devices say of their speed is believed up to here (ours)
 GRID = 64  # PR-FL's densities are rounded to 1/64, which bounds the chunks of a large fleet (ours)
 
 
 def full_density_goodput_bps(ascending_bps: Sequence[float]) -> float:
-    """The link that deserves the whole model, bit/s: the 90th percentile (nearest rank) of the live ones, which ascend; at least one.
-
-    Of steps per second it is in the same way the speed of the fastest tenth.
-    """
+    """The link that deserves the whole model, bit/s: the 90th percentile (nearest rank) of the live ones, which ascend; at least one."""
     return ascending_bps[math.ceil(0.9 * len(ascending_bps)) - 1]
+
+
+def full_density_speed(ascending_per_s: Sequence[float]) -> float:
+    """The speed that deserves the whole model, steps per second: the 90th percentile (nearest rank), as far as it can be believed.
+
+    A speed is what a device says of itself, and a high one makes everybody else's model smaller. So it is never that of the single fastest
+    of several devices, which the percentile is below ten of them, and at most 10 times the median (of an even number the lower one).
+
+    Args:
+        ascending_per_s: full-model steps per second of the live devices, ascending; at least one.
+
+    Source: ours.
+    """
+    count = len(ascending_per_s)
+    rank = min(math.ceil(0.9 * count), max(count - 1, 1))
+    return min(ascending_per_s[rank - 1], FASTEST_OVER_MEDIAN * ascending_per_s[(count - 1) // 2])
 
 
 def initial_density(uplink_bps: float, ladder: Sequence[float], full_density_bps: float) -> float:

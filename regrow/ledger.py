@@ -51,7 +51,7 @@ class Lease:
 @dataclass(slots=True)
 class Device:
     """What is known of one device, see records.Joined. `last_*` answer a repeated update; rejections in a row lead to exclusion, until
-    another boot."""
+    another boot. `uncut_density` is the density that it would have with any memory: another start may find more of it."""
 
     install: str
     uplink_bps: float
@@ -70,9 +70,25 @@ class Device:
     step_s: float | None = None
     memory_density: float = 1.0
     bound_by: Bound = "link"
+    uncut_density: float = 0.0
+    uncut_by: Bound = "link"
     full_round_s: list[float] = field(default_factory=list)
     reports: dict[int, Score] = field(default_factory=dict)
     boot: str = ""
+
+    def __post_init__(self) -> None:
+        self.uncut_density = self.uncut_density or self.density  # logs and snapshots of before do not know it
+
+    def set_density(self, density: float) -> None:
+        """It was raised, or round times have decided; what the memory has cut off is still to come."""
+        cut = density >= self.memory_density
+        self.density, self.uncut_density = density, max(density, self.uncut_density) if cut else density
+
+    def cut_to_memory(self) -> None:
+        """Another start may have other memory. Where it holds no level at all the density stays: there is no work for it."""
+        if self.memory_density > 0.0:
+            self.density = min(self.uncut_density, self.memory_density)
+        self.bound_by = "memory" if self.memory_density < self.uncut_density else self.uncut_by
 
 
 @dataclass
@@ -221,12 +237,12 @@ def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
     if known is None:
         device = Device(entry.install, entry.uplink_bps, entry.density, first_density=entry.density, boot=entry.boot)
         device.step_s, device.memory_density, device.bound_by = entry.step_s, entry.memory_density, entry.bound_by
+        device.uncut_density, device.uncut_by = entry.uncut_density or entry.density, entry.uncut_by
         ledger.devices[entry.device] = device
         return
     known.uplink_bps, known.boot = entry.uplink_bps, entry.boot
     known.step_s, known.memory_density = entry.step_s, entry.memory_density
-    if 0.0 < entry.memory_density < known.density:
-        known.density, known.bound_by = entry.memory_density, "memory"
+    known.cut_to_memory()
     known.rejections = 0
     if known.install != entry.install:
         known.install, known.last_sequence = entry.install, -1
@@ -238,7 +254,7 @@ def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
     device.lease = Lease(entry.number, entry.version, entry.epoch, entry.level, entry.deadline_s, entry.evaluate_level, entry.dtype)
     device.rounds_since_full = 0 if entry.evaluate_level is not None else device.rounds_since_full + 1
     if ledger.task.method.density == "relative":
-        device.density = ledger.density_of(entry.level)  # round times decide anew with every assignment
+        device.set_density(ledger.density_of(entry.level))  # round times decide anew with every assignment
 
 
 def _accepted(ledger: Ledger, entry: records.Accepted, payload: Payload) -> None:
@@ -365,7 +381,7 @@ def _forget_orders(ledger: Ledger) -> None:
 
 def _restored(ledger: Ledger, entry: records.Restored, _: Payload) -> None:
     for who, density in entry.densities.items():
-        ledger.devices[who].density = density
+        ledger.devices[who].set_density(density)
     ledger.restoration = msgspec.json.decode(bytes(entry.state), type=restoration.RestorationState)
     ledger.global_score, ledger.trained_out = entry.global_score, entry.finished
     ledger.level_scores = {float(density): score for density, score in entry.scores.items()}

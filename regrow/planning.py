@@ -16,6 +16,7 @@ from regrow.machine import Evaluate, Evaluated, Note
 from regrow.order import importance
 from regrow.precision import update_dtype
 from regrow.publication import CodedOrder, number_of, version_of
+from regrow.restarts import Restarts
 from regrow.step_memory import largest_density, needs_bytes
 from regrow.task import Task
 from regrow.values import WireDtype
@@ -36,6 +37,7 @@ class Planner:
         self._coordinator = coordinator
         self._first_hello_s: float | None = None
         self._declined: dict[str, str] = {}
+        self.restarts = Restarts()
 
     @property
     def _ledger(self) -> Ledger:
@@ -43,9 +45,12 @@ class Planner:
 
     # ---- who takes part ------------------------------------------------------------------------------------------------------------
 
-    def take_in(self, who: str, hello: wire.Hello, uplink_bps: float, *, rebooted: bool) -> None:
-        """Queue a new device for its first density, take back one that is new or has other memory, decline one that holds no level."""
+    def take_in(self, who: str, hello: wire.Hello, uplink_bps: float) -> None:
+        """Queue a new device for its first density, take back one that has started anew, decline one that holds no level."""
         coordinator, known = self._coordinator, self._ledger.devices.get(who)
+        anew = known is not None and (known.boot, known.install) != (hello.boot.hex(), hello.install.hex())
+        if anew and not self.restarts.counts(who, hello, uplink_bps, coordinator.now):
+            return
         needs = needs_bytes(coordinator.memory, self._ledger.task, hello.validation_examples)
         join = records.Joined(
             device=who,
@@ -65,12 +70,12 @@ class Planner:
             else:
                 coordinator.waiting.pop(who, None)
             return
-        other_install, other_memory = known.install != join.install, known.memory_density != join.memory_density
-        if not (rebooted or other_install):
-            return
-        if known.lease is not None and (other_install or other_memory):
-            coordinator.release_lease(who, "reinstalled" if other_install else "started with other memory")
-        coordinator.commit(join)
+        self.restarts.forget(who)
+        if anew:
+            other_install, other_memory = known.install != join.install, known.memory_density != join.memory_density
+            if known.lease is not None and (other_install or other_memory):
+                coordinator.release_lease(who, "reinstalled" if other_install else "started with other memory")
+            coordinator.commit(join)
 
     def join_due_s(self) -> float | None:
         """When waiting devices get their first density, or None while the fleet is too small."""
@@ -84,7 +89,12 @@ class Planner:
         return self._first_hello_s if self._ledger.devices else self._first_hello_s + fleet.join_s
 
     def admit(self) -> None:
-        """Give every waiting device its class: by its link and its computing relative to all that are here, and by its memory."""
+        """Give every waiting device its class: by its link and its computing relative to all that are here, and by its memory.
+
+        Who started anew too often, and has waited for it, is taken back.
+        """
+        for late in self.restarts.take(self._coordinator.now):
+            self.take_in(*late)
         due = self.join_due_s()
         if due is None or due > self._coordinator.now:
             return
@@ -99,12 +109,24 @@ class Planner:
         ladder = densities_of(self._ledger.task) if method.density == "full" else method.ladder
         for join in waiting.values():
             by_link = density.initial_density(join.uplink_bps, ladder, full_bps)
-            by_compute = density.initial_density(1.0 / join.step_s, ladder, full_speed) if join.step_s and full_speed else 1.0
+            by_compute = self._by_compute(join, ladder, full_speed)
             first, bound_by = density.tightest(by_link, by_compute, join.memory_density)
-            self._coordinator.commit(msgspec.structs.replace(join, density=first, bound_by=bound_by))
+            uncut, uncut_by = density.tightest(by_link, by_compute, 1.0)
+            found = {"density": first, "bound_by": bound_by, "uncut_density": uncut, "uncut_by": uncut_by}
+            self._coordinator.commit(msgspec.structs.replace(join, **found))
             fields = {"device": join.device, "uplink_bps": join.uplink_bps, "density": first, "bound_by": bound_by}
             self._coordinator.emit(Note("joined", fields))
         waiting.clear()
+
+    def _by_compute(self, join: records.Joined, ladder: Sequence[float], full_speed: float | None) -> float:
+        """What the computing of a device allows: everything where a round of the full model is more transfer than training."""
+        if not join.step_s or full_speed is None:
+            return 1.0
+        ledger, order = self._ledger, self._ledger.order
+        upload_bytes = ledger.largest_update_bytes(order, len(order.lengths) - 1, ledger.task.wire.dtypes[0])
+        if ledger.task.training.local_steps * join.step_s <= 8 * upload_bytes / join.uplink_bps:
+            return 1.0
+        return density.initial_density(1.0 / join.step_s, ladder, full_speed)
 
     # ---- aggregation -----------------------------------------------------------------------------------------------------------------
 
@@ -175,9 +197,12 @@ class Planner:
             self._coordinator.emit(Note("restored", {"device": who, "density_from": before[who], "density": value}))
 
     def _refresh_pays(self) -> bool:
-        """k_rest aggregations have passed, somebody still trains a part, and the slow class has trained several rounds on this order."""
+        """k_rest aggregations have passed, somebody still trains a part, and the slow class has trained several rounds on this order.
+
+        Who is excluded trains no more rounds, and is not waited for.
+        """
         roster = self._coordinator.roster
-        lowest = min(roster.densities.counts, default=1.0)
+        lowest = min(roster.eligible.counts, default=1.0)
         if lowest >= 1.0 or self._ledger.since_refresh < self._ledger.task.method.refresh_every:
             return False
         return lowest not in roster.unready.counts

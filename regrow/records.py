@@ -32,7 +32,8 @@ class Joined(Entry, frozen=True, kw_only=True):
 
     With another boot nonce nothing is held against it any more; with another install nonce its sequence starts anew too.
     `memory_density`: the largest that fits its memory, which nothing ever exceeds, 0.0 where none does; `bound_by`: what the first density
-    comes from; `step_s`: of the full model, as far as the device has measured it.
+    comes from; `uncut_density`, `uncut_by`: the same with any memory, 0.0 in logs of before, which did not keep it; `step_s`: of the full
+    model, as far as the device has measured it. Of a device that starts anew no density is read.
     """
 
     device: str
@@ -43,6 +44,8 @@ class Joined(Entry, frozen=True, kw_only=True):
     step_s: float | None = None
     memory_density: float = 1.0
     bound_by: Bound = "link"
+    uncut_density: float = 0.0
+    uncut_by: Bound = "link"
 
 
 class Assigned(Entry, frozen=True, kw_only=True):

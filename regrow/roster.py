@@ -11,7 +11,7 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from regrow import density, records
 from regrow.ledger import Device, Ledger
@@ -112,10 +112,12 @@ class Roster:
         overdue: who missed a deadline; not waited for again until they deliver.
         deadlines: of the leases, monotonic seconds.
         classes: first densities of the live devices that are not excluded.
-        densities: of all devices. `unready`: of the live ones with too few rounds on this order for a refresh.
+        densities: of all devices; `eligible`: of those that are not excluded, live or not; `unready`: of the live ones among these with too
+            few rounds on this order for a refresh.
         leases: versions that are leased.
         uplinks: of all devices, bit/s.
-        transfers: density / uplink of all devices, and `live_transfers` of the live ones: what a transfer takes, but for a constant.
+        transfers: density / uplink of all devices, and `live_transfers` of the live ones that are not excluded: what a transfer takes, but
+            for a constant.
         rounds: mean normalised round times, seconds, where densities follow from them (PR-FL).
         scores: what devices reported of the levels.
     """
@@ -128,7 +130,7 @@ class Roster:
         self.outstanding: set[str] = set()
         self.overdue: set[str] = set()
         self.deadlines, self.uplinks, self.transfers, self.live_transfers, self.rounds = Least(), Least(), Least(), Least(), Least()
-        self.classes, self.densities, self.unready, self.leases = Tally(), Tally(), Tally(), Tally()
+        self.classes, self.densities, self.eligible, self.unready, self.leases = Tally(), Tally(), Tally(), Tally(), Tally()
         self._live_links, self._live_speeds = Ranked(), Ranked()
         self.scores = Scoreboard(ledger)
         self._look_at(ledger.devices)
@@ -213,7 +215,8 @@ class Roster:
         if device is None:
             return
         live = who in self._heard_s
-        working = live and not self.excluded(device)
+        eligible = not self.excluded(device)
+        working = live and eligible
         method, lease = self._ledger.task.method, device.lease
         _member(self.idle, who, working and lease is None and who not in self._ledger.arrived)
         _member(self.outstanding, who, live and lease is not None and who not in self.overdue)
@@ -222,14 +225,15 @@ class Roster:
         self.leases.put(who, None if lease is None else lease.version)
         self.classes.put(who, device.first_density if working else None)
         self.densities.put(who, device.density)
-        self.unready.put(who, device.density if live and device.rounds_in_epoch < method.refresh_min_rounds else None)
+        self.eligible.put(who, device.density if eligible else None)
+        self.unready.put(who, device.density if working and device.rounds_in_epoch < method.refresh_min_rounds else None)
         self.uplinks.put(who, device.uplink_bps)
         self.transfers.put(who, device.density / device.uplink_bps)
-        self.live_transfers.put(who, device.density / device.uplink_bps if live else None)
+        self.live_transfers.put(who, device.density / device.uplink_bps if working else None)
         if method.full_density_bps is None:
-            self._live_links.put(who, device.uplink_bps if live else None)
+            self._live_links.put(who, device.uplink_bps if working else None)
         if method.granularity == "unit":
-            self._live_speeds.put(who, 1.0 / device.step_s if live and device.step_s else None)
+            self._live_speeds.put(who, 1.0 / device.step_s if working and device.step_s else None)
         if method.density == "relative":
             self.rounds.put(who, density.mean_round_s(device.full_round_s))
 
@@ -252,19 +256,19 @@ class Roster:
         return math.fsum(value * count for value, count in self.densities.counts.items()) / len(self.densities)
 
     def full_density_bps(self, joining_bps: Iterable[float]) -> float:
-        """The link that deserves the whole model, among the live devices' and these, bit/s."""
-        return _full_density(self._live_links.ascending, list(joining_bps))
+        """The link that deserves the whole model, among these and those of the live devices that are not excluded, bit/s."""
+        return _full_density(density.full_density_goodput_bps, self._live_links.ascending, list(joining_bps))
 
     def full_density_speed(self, joining_per_s: Iterable[float]) -> float | None:
-        """Steps of the full model per second at which a device deserves it, among the live devices' and these; None without any."""
+        """Steps of the full model per second at which a device deserves it, among the same devices; None without any."""
         ascending, joining = self._live_speeds.ascending, list(joining_per_s)
-        return _full_density(ascending, joining) if ascending or joining else None
+        return _full_density(density.full_density_speed, ascending, joining) if ascending or joining else None
 
 
-def _full_density(ascending: list[float], joining: list[float]) -> float:
+def _full_density(rule: Callable[[Sequence[float]], float], ascending: list[float], joining: list[float]) -> float:
     for value in joining:
         insort(ascending, value)
-    full = density.full_density_goodput_bps(ascending)
+    full = rule(ascending)
     for value in joining:
         del ascending[bisect_left(ascending, value)]
     return full

@@ -5,21 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
-from regrow import records, restoration
+from regrow import records, restoration, topics, wire
+from regrow.checkpoint import dump, load
 from regrow.coordinator import Coordinator
 from regrow.density import tightest
 from regrow.device import Device
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
+from regrow.machine import Train, Trained, TrainingFailed
 from regrow.programs import MEMORY
+from regrow.restarts import STARTS, STARTS_S
 from regrow.restoration import RestorationConfig, RestorationState
 from regrow.step_memory import JobBytes, StepMemory, largest_density, memory_of, needs_bytes
 from regrow.task import Task
-from testbed.memory import COORDINATOR
-from tests.regrow.fleet import identity, programs_of, start_ledger, task
-from tests.regrow.harness import Tape, fingerprint, replay, replay_with_snapshot
+from testbed.memory import COORDINATOR, saved_of
+from tests.regrow.fleet import UNITS, identity, programs_of, start_ledger, task, train
+from tests.regrow.harness import Tape, fingerprint, inject, replay, replay_with_snapshot
 
 LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
 LEVELS = StepMemory([JobBytes(100 * level, 1, 2) for level in range(1, 6)])
@@ -37,8 +41,8 @@ def leader(settings: Task, ledger: Ledger | None = None, nonce: int = 7, memory:
     return Coordinator(start_ledger(settings) if ledger is None else ledger, "r1", programs, nonce)
 
 
-def device(name: str, bps: float, step_s: float | None, memory_bytes: int | None, boot: int = 0) -> Device:
-    made = Device(replace(identity(name, boot), memory_bytes=memory_bytes), {}, bps)
+def device(name: str, bps: float, step_s: float | None, memory_bytes: int | None) -> Device:
+    made = Device(replace(identity(name), memory_bytes=memory_bytes), {}, bps)
     made.meters.full_step_s = step_s
     return made
 
@@ -51,8 +55,8 @@ FLEET = {
 }
 
 
-def fleet(settings: Task, coordinator: Coordinator | None = None) -> Tape:
-    world = Tape()
+def fleet(settings: Task, coordinator: Coordinator | None = None, trainer: Any = train) -> Tape:
+    world = Tape(trainer)
     world.add(COORDINATOR, coordinator or leader(settings))
     for name, (bps, step_s, memory_bytes) in FLEET.items():
         world.add(name, device(name, bps, step_s, memory_bytes), up_bps=bps, down_bps=4 * bps)
@@ -165,19 +169,166 @@ def test_a_restarted_coordinator_keeps_the_limit_and_what_bound() -> None:
     assert len([fields for fields in world.notes_of("joined") if fields["device"] == "d3"]) == 1
 
 
+def start_again(world: Tape, name: str, boot: int, offer: int | None, install: int = 0) -> None:
+    made = Device(replace(identity(name, boot, install), memory_bytes=offer), saved_of(world, name), FLEET[name][0])
+    made.meters.full_step_s = FLEET[name][1]
+    world.kill(name)
+    world.add(name, made, up_bps=FLEET[name][0], down_bps=4 * FLEET[name][0])
+    world.run(world.now + 3.0)
+
+
 def test_a_device_that_starts_with_other_memory_has_another_limit() -> None:
-    settings = unit_task(stop=200)
+    settings = unit_task(stop=10_000)
     world = fleet(settings)
     world.run(4.0)
     known = world.coordinator().ledger.devices["d0"]
-    assert known.density == 1.0
-    for boot, offer, density in ((1, 430, 0.2), (2, 10_000, None), (3, 10, None)):
-        world.kill("d0")
-        world.add("d0", device("d0", 4e6, 0.1, offer, boot), up_bps=4e6, down_bps=16e6)
-        world.run(world.now + 3.0)
-        assert known.memory_density == largest_density((220, 320, 420, 520, 620), LADDER, offer)
-        assert density is None or known.density == density
+    assert (known.density, known.bound_by) == (1.0, "link")
+    starts = ((1, 430, 0.2, "memory"), (2, 10_000, 1.0, "link"), (3, 10, 1.0, "memory"), (4, 320, 0.1, "memory"), (5, None, 1.0, "link"))
+    for boot, offer, density, bound_by in starts:
+        start_again(world, "d0", boot, offer)
+        limit = 1.0 if offer is None else largest_density((220, 320, 420, 520, 620), LADDER, offer)
+        assert (known.memory_density, known.density, known.bound_by) == (limit, density, bound_by)
+        if limit == 0.0:
+            number = known.number
+            world.run(world.now + 5.0)
+            assert known.number == number, "what holds no level has no work"
     assert world.notes_of("declined") == [{"device": "d0", "needs_bytes": 220, "memory_bytes": 10}]
     last = known.number
     world.run(world.now + 5.0)
-    assert known.number == last, "what holds no level has no work"
+    assert known.number > last, "and a memory that holds one has it again"
+    assert world.coordinator().ledger.density_of(assigned(world, "d0")[-1].level) == 1.0
+    assert fingerprint(replay_with_snapshot(world.log, settings, len(world.log) // 2)) == fingerprint(world.coordinator().ledger)
+
+
+def test_memory_that_was_short_at_the_first_start_is_made_good_by_the_next() -> None:
+    """Nothing restores here: what the memory has cut off comes back, and no more than that."""
+    settings = task(
+        method={"granularity": "unit"}, fleet={"min_devices": 4}, restoration={"trigger": "none"}, stop={"aggregations": 10_000}
+    )
+    world = fleet(settings)
+    world.run(4.0)
+    devices = world.coordinator().ledger.devices
+    assert (devices["d3"].density, devices["d3"].bound_by) == (0.1, "memory")
+    start_again(world, "d3", 1, 10_000)
+    assert (devices["d3"].density, devices["d3"].bound_by) == (1.0, "link")
+    for boot, offer, density, bound_by in ((1, 230, 0.05, "memory"), (2, 10_000, 0.2, "compute")):
+        start_again(world, "d2", boot, offer)
+        assert (devices["d2"].density, devices["d2"].bound_by) == (density, bound_by)
+
+
+def test_restoration_counts_from_what_the_memory_has_cut_off() -> None:
+    ledger = start_ledger(unit_task())
+    cut = {"install": "00" * 16, "uplink_bps": 1e6, "density": 0.1, "memory_density": 0.1, "bound_by": "memory", "uncut_density": 0.2}
+    ledger.apply(records.Joined(device="d", **cut))
+    known = ledger.devices["d"]
+    boots = iter(range(1, 9))
+
+    def limited(memory_density: float) -> float:
+        ledger.apply(
+            records.Joined(device="d", install="00" * 16, boot=str(next(boots)), uplink_bps=1e6, density=0.0, memory_density=memory_density)
+        )
+        return known.density
+
+    def restored(density: float) -> None:
+        state = msgspec.Raw(msgspec.json.encode(RestorationState()))
+        said = {"state": state, "scores": {}, "global_score": None, "reasons": [], "finished": False}
+        ledger.apply(records.Restored(densities={"d": density}, **said))
+
+    assert limited(0.5) == 0.2
+    restored(0.5)
+    assert [limited(0.1), limited(0.0), limited(1.0)] == [0.1, 0.1, 0.5]
+
+
+def test_a_log_of_before_has_no_more_than_the_density() -> None:
+    ledger = start_ledger(unit_task())
+    ledger.apply(records.Joined(device="d", install="00" * 16, uplink_bps=1e6, density=0.5, bound_by="memory", memory_density=0.5))
+    meta, arrays = dump(ledger)
+    old = msgspec.json.decode(meta)
+    for key in ("uncut_density", "uncut_by"):
+        del old["devices"]["d"][key]
+    known = load(ledger.task, ledger.layout, msgspec.json.encode(old), arrays, UNITS).devices["d"]
+    assert known.uncut_density == ledger.devices["d"].uncut_density == 0.5
+    assert known.bound_by == "memory"
+
+
+@pytest.mark.parametrize("why", ["memory", "rejections"])
+def test_who_gets_no_more_work_holds_no_refresh_back(why: str) -> None:
+    """d3 is alone on the lowest rung, and stays connected."""
+    settings = task(
+        method={"granularity": "unit", "refresh_every": 5, "refresh_min_rounds": 2},
+        fleet={"min_devices": 4, "heartbeat_s": 3.0, "max_rejections": 3},
+        restoration={"trigger": "none"},
+        stop={"aggregations": 10_000},
+    )
+
+    def fails(name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
+        hopeless = name == "d3" and job.number > 2
+        return (0.5, TrainingFailed(job.number, "no")) if hopeless and why == "rejections" else train(name, job)
+
+    world = fleet(settings, trainer=fails)
+    world.run(4.0)
+    known = world.coordinator().ledger.devices["d3"]
+    start_again(world, "d3", 1, 230 if why == "rejections" else 399)
+    world.run(world.now + 4.0)
+    if why == "memory":
+        start_again(world, "d3", 2, 10)
+    roster = world.coordinator().roster
+    assert roster.excluded(known)
+    refreshes = len(world.notes_of("refreshed"))
+    world.run(world.now + 10.0)
+    assert roster.live("d3")
+    assert len(world.notes_of("refreshed")) >= refreshes + 2
+
+
+def test_one_devices_claimed_speed_makes_nobody_smaller() -> None:
+    settings = unit_task()
+    world = fleet(settings)
+    world.add("d3", device("d3", 4e6, 1e-12, None), up_bps=4e6, down_bps=16e6)
+    world.run(3.0)
+    joined = {fields["device"]: fields["density"] for fields in world.notes_of("joined")}
+    assert joined == {"d0": 1.0, "d1": 0.1, "d2": 0.2, "d3": 1.0}
+
+
+def test_computing_binds_only_where_it_takes_longer_than_the_upload() -> None:
+    """Twenty steps of 0.5 ms are 10 ms; the upload of 1.5 kB is 60 ms at 0.2 Mbit/s and less than 1 ms at 16 Mbit/s."""
+    settings = unit_task()
+    for bps, expected in ((2e5, (1.0, "link")), (16e6, (0.2, "compute"))):
+        world = Tape()
+        world.add(COORDINATOR, leader(settings))
+        for number, step_s in enumerate((1e-4, 1e-4, 1e-4, 5e-4)):
+            world.add(f"d{number}", device(f"d{number}", bps, step_s, None), up_bps=bps, down_bps=4 * bps)
+        world.run(3.0)
+        joined = {fields["device"]: (fields["density"], fields["bound_by"]) for fields in world.notes_of("joined")}
+        assert joined["d3"] == expected
+        assert joined["d0"] == (1.0, "link")
+
+
+def test_a_device_that_starts_again_and_again_is_taken_back_once_a_minute() -> None:
+    settings = task(method={"granularity": "unit"}, fleet={"min_devices": 4, "heartbeat_s": 30.0}, stop={"aggregations": 10_000})
+    world = fleet(settings, trainer=lambda name, job: (15.0, train(name, job)[1]))
+    world.run(4.0)
+
+    def joins() -> int:
+        entries = [records.from_record(record) for record in world.log]
+        return len([entry for entry in entries if isinstance(entry, records.Joined) and entry.device == "d0"])
+
+    def releases() -> int:
+        return len([fields for fields in world.notes_of("released") if fields["device"] == "d0"])
+
+    for boot in range(1, STARTS + 1):
+        start_again(world, "d0", boot, 430 if boot % 2 else None, install=boot % 3)
+    assert joins() == 1 + STARTS
+    before = (joins(), releases(), len(world.notes_of("declined")))
+    for boot in range(STARTS + 1, STARTS + 11):
+        hello = wire.Hello(
+            boot=identity("d0", boot).boot, install=identity("d0").install, uplink_bps=4e6, memory_bytes=10 + 400 * (boot % 2)
+        )
+        inject(world, topics.hello("d0"), wire.encode(hello))
+    assert (joins(), releases(), len(world.notes_of("declined"))) == before
+    start_again(world, "d0", 99, None)
+    assert joins() == before[0]
+    world.run(world.now + STARTS_S)
+    assert world.coordinator().ledger.devices["d0"].boot == identity("d0", 99).boot.hex(), (
+        "it counts later, and needs no other hello for it"
+    )
+    assert joins() == before[0] + 1

@@ -3,6 +3,7 @@ import pytest
 from regrow.density import (
     full_density_goodput_bps,
     full_density_round_s,
+    full_density_speed,
     initial_density,
     mean_round_s,
     relative_density,
@@ -25,6 +26,17 @@ def test_initial_classes_of_the_papers_ten_clients() -> None:
 @pytest.mark.parametrize(("ratio", "density"), [(0.01, 0.05), (0.055, 0.05), (0.056, 0.1), (0.55, 0.5), (0.56, 1.0), (7.0, 1.0)])
 def test_the_lowest_rung_that_holds_nine_tenths(ratio: float, density: float) -> None:
     assert initial_density(ratio * 1e6, LADDER, 1e6) == density
+
+
+def test_the_full_density_speed_is_not_one_devices_word() -> None:
+    assert full_density_speed([3.0]) == 3.0
+    assert full_density_speed([2.0, 10.0]) == 2.0
+    for honest in (4, 9, 30):
+        assert full_density_speed([*[10.0] * honest, 1e6]) == 10.0
+    assert full_density_speed([1.0, *[10.0] * 18, 1e6]) == 10.0
+    assert full_density_speed([*[10.0] * 5, *[1e6] * 4]) == 100.0, "several are believed up to 10 times the median"
+    paper = [0.05, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5, 0.5, 1.0, 1.0]
+    assert full_density_speed(paper) == full_density_goodput_bps(paper) == 1.0
 
 
 def test_wrong_links_are_refused() -> None:

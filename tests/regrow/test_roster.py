@@ -29,12 +29,12 @@ def expected(leader: Coordinator) -> dict[str, Any]:
     method = ledger.task.method
     live = {who for who in devices if leader.live(who)}
     leased = {who for who, device in devices.items() if device.lease is not None}
-    working = [who for who in live if devices[who].rejections < ledger.task.fleet.max_rejections]
+    working = [who for who in live if devices[who].rejections < ledger.task.fleet.max_rejections and devices[who].memory_density > 0.0]
     first = [devices[who].first_density for who in working]
     transfers = {who: device.density / device.uplink_bps for who, device in devices.items()}
     rounds = [mean for device in devices.values() if (mean := density.mean_round_s(device.full_round_s)) is not None]
-    lowest = min((device.density for device in devices.values()), default=1.0)
-    slow = [devices[who].rounds_in_epoch for who in live if devices[who].density == lowest]
+    lowest = min((device.density for device in devices.values() if not leader.roster.excluded(device)), default=1.0)
+    slow = [devices[who].rounds_in_epoch for who in working if devices[who].density == lowest]
     top = len(densities_of(ledger.task)) - 1
     reports = [
         (ledger.density_of(level), device.reports[level].accuracy, device.reports[level].examples)
@@ -50,11 +50,11 @@ def expected(leader: Coordinator) -> dict[str, Any]:
         "mean": float(np.mean([device.density for device in devices.values()])) if devices else None,
         "uplink": min((device.uplink_bps for device in devices.values()), default=None),
         "transfer": min(transfers.values(), default=None),
-        "live transfer": min((transfers[who] for who in live), default=None),
+        "live transfer": min((transfers[who] for who in working), default=None),
         "rounds": min(rounds, default=None) if method.density == "relative" else None,
         "unready": bool(slow) and min(slow) < method.refresh_min_rounds,
         "scores": reference.score_levels(reports),
-        "full": density.full_density_goodput_bps(sorted([3e5, *(devices[who].uplink_bps for who in live)])),
+        "full": density.full_density_goodput_bps(sorted([3e5, *(devices[who].uplink_bps for who in working)])),
     }
 
 
@@ -71,7 +71,7 @@ def kept(leader: Coordinator) -> dict[str, Any]:
         "transfer": roster.transfers.least(),
         "live transfer": roster.live_transfers.least(),
         "rounds": roster.rounds.least(),
-        "unready": min(roster.densities.counts, default=1.0) in roster.unready.counts,
+        "unready": min(roster.eligible.counts, default=1.0) in roster.unready.counts,
         "scores": roster.scores.means(),
         "full": roster.full_density_bps([3e5]),
     }
