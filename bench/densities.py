@@ -3,8 +3,9 @@
     python bench/densities.py
 
 Ten equal devices train the same fixed part of the reduced CNN on Fashion-MNIST, Dirichlet(0.3), float32 both ways, three seeds, without
-restoration; for every interval of accuracy the density that crosses it in the least time. Their links carry the whole model in 130 s, a little
-less than those of the slowest class of the papers. While a part is all that anybody trains, that part is the model, and it is what is scored.
+restoration; for every interval of accuracy the density that crosses it in the least time. Their links carry the whole model in 130 s, a
+little less than those of the slowest class of the papers. While a part is all that anybody trains, that part is the model, and it is what
+is scored.
 """
 
 from __future__ import annotations
