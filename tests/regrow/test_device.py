@@ -24,6 +24,7 @@ from regrow.machine import (
     Publish,
     Received,
     SetTimer,
+    Subscribe,
     Train,
     Trained,
     TrainingFailed,
@@ -321,6 +322,20 @@ def test_a_device_without_a_link_waits_for_it_and_is_not_woken_again_and_again()
     assert device.phase is Phase.FETCHING
     timers = [effect.at_s for effect in device.step(Woken(), now + 100) if isinstance(effect, SetTimer)]
     assert timers == [float("inf")]
+
+
+def test_a_fetch_begun_without_a_link_is_asked_for_when_the_link_is_back() -> None:
+    world = until(Phase.TRAINING)
+    device, now = world.device("d1"), world.now
+    assert device.assignment is not None
+    assert device.names is not None
+    following = msgspec.structs.replace(device.assignment, number=device.assignment.number + 1)
+    device.step(Received(device.names.assignment("d1"), wire.encode(following)), now)
+    device.step(Disconnected("cut"), now + 1)
+    device.step(TrainingFailed(device._job, "no data"), now + 2)
+    assert device.phase is Phase.FETCHING
+    effects = device.step(Connected(), now + 3)
+    assert Subscribe((device.names.manifest(following.version),)) in effects
 
 
 def test_a_result_of_an_earlier_job_is_not_taken_for_this_one() -> None:
