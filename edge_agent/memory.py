@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 
 SHARE = 0.9
-"""Of what is left. Small, because it is not the only margin: what a job is said to take is already 1.1 to 1.9 times what it does take
-(bench/step_memory.py). The rest is for what an agent holds beside a job: downloads, its update."""
+"""Of what is left. The rest is for what an agent holds beside a job: downloads, its update. It need not cover errors in what a job is
+said to take, which was at least 1.1 times what the job took wherever it was measured (bench/step_memory.py)."""
 
 V1_NO_LIMIT_BYTES = 1 << 60
 V2_LIMITS = ("memory.max", "memory.high")  # above the second a process is not killed, but slowed down until it is below again

@@ -93,7 +93,7 @@ class Presence:
         if not self.trouble or now < self._complaint_s:
             return []
         self._complaint_s = now + COMPLAINT_S
-        cure = "repair the data or the settings and start the agent again; data that have come meanwhile are tried without"
+        cure = "repair the data or the settings and start the agent again; only data that a source appends meanwhile are tried without"
         return [Note("without work", {"reason": self.trouble, "cure": cure})]
 
     def hello_soon(self, now: float) -> None:

@@ -65,7 +65,11 @@ def memory_of(programs: Mapping[str, bytes], task: Task) -> StepMemory:
     return memory
 
 
-def needs_bytes(memory: StepMemory, task: Task, validation_examples: int | None = None) -> tuple[int, ...]:
+def needs_bytes(
+    memory: StepMemory,
+    task: Task,
+    validation_examples: int | None = None,  # noqa: ARG001 - to go as soon as no caller gives it any more
+) -> tuple[int, ...]:
     """What a round takes at every level, bytes.
 
     Scoring counts with all that is scored at once: a device's validation data may grow after it has said how many they are.
