@@ -16,6 +16,7 @@ from rich.text import Text
 from regrow.machine import Note
 
 SILENT_S = 30.0
+HAS_WORK = ("joined", "assigned")
 PHASE_AFTER = {"assigned": "fetching", "update": "waiting", "rejected": "waiting"}  # sooner than the next telemetry
 
 
@@ -23,6 +24,7 @@ PHASE_AFTER = {"assigned": "fetching", "update": "waiting", "rejected": "waiting
 class _Row:
     fields: dict[str, Any] = field(default_factory=dict)
     updates: int = 0
+    declined: bool = False
     heard_s: float = 0.0
 
 
@@ -50,6 +52,7 @@ class FleetView:
                 row.heard_s = time.monotonic()
                 row.fields.update({name: value for name, value in note.fields.items() if value is not None})
                 row.updates += note.kind == "update"
+                row.declined = note.kind == "declined" or (row.declined and note.kind not in HAS_WORK)
                 if note.kind in PHASE_AFTER:
                     row.fields["phase"] = PHASE_AFTER[note.kind]
             if note.kind == "aggregated":
@@ -70,6 +73,9 @@ class FleetView:
             parts.append(f"{max(self._planned_s - elapsed_s, 0):.0f} s left")
         if self._run.get("mean_density") is not None:
             parts.append(f"mean density {self._run['mean_density']:.2f}")
+        declined = sum(row.declined for row in self._rows.values())
+        if declined:  # they do not count as devices of the task, which may wait for its `min_devices` because of them
+            parts.append(f"{declined} declined for memory")
         head = Text("  ·  ".join(parts), style="bold")
         scores = self._run.get("scores") or {}
         levels = "   ".join(f"{float(level):g}: {score:.3f}" for level, score in sorted(scores.items(), key=lambda s: float(s[0])))
@@ -85,7 +91,7 @@ class FleetView:
             known = row.fields
             density = float(known.get("density", 0.0))
             silent = time.monotonic() - row.heard_s > SILENT_S
-            bad = "silent" if silent else "cannot train" if known.get("failed") else ""
+            bad = "too little memory" if row.declined else "silent" if silent else "cannot train" if known.get("failed") else ""
             table.add_row(
                 who,
                 f"{known.get('uplink_bps', 0) / 1000:.0f} kbit/s",

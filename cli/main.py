@@ -13,6 +13,7 @@ from typing import Any
 from regrow.errors import RegrowError
 
 INTERRUPTED = 130
+MEMORY_MOST_BYTES = 2**53  # that a hello can say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,8 +177,8 @@ def _agent(commands: Commands) -> None:
     agent.add_argument("--max-uplink-bps", type=_positive, metavar="N", help="send at most this many bits a second")
     agent.add_argument("--max-downlink-bps", type=_positive, metavar="N", help="take at most this many bits a second")
     agent.add_argument("--threads", type=int, default=1, metavar="N", help="for training")
-    memory = "memory that training may take, in 10^6 bytes (default: three quarters of what is free at the start, within its cgroup)"
-    agent.add_argument("--memory-mb", type=_positive, metavar="N", help=memory)
+    memory = "memory that training may take, in 10^6 bytes (default: nine tenths of what is free at the start, within its cgroup)"
+    agent.add_argument("--memory-mb", type=_memory_mb, metavar="N", help=memory)
 
 
 def _runs(commands: Commands) -> None:
@@ -317,6 +318,13 @@ def _positive(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _memory_mb(text: str) -> float:
+    value = _positive(text)
+    if value * 1e6 > MEMORY_MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 9e9, more than a device can say")
     return value
 
 

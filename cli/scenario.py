@@ -76,7 +76,11 @@ def _latency(text: str) -> tuple[float, float]:
 
 
 def _memory(text: str) -> tuple[int, ...]:
-    return tuple(int(1e6 * number) for number in _numbers("--memory-mb", text, "megabytes, each above 0, for example 64,512"))
+    cure = "megabytes, each above 0 and up to 9e9, for example 64,512"
+    numbers = _numbers("--memory-mb", text, cure)
+    if max(numbers) > 9e9:  # a hello says at most 2^53 bytes
+        raise LocalError(f"--memory-mb {text!r}: give {cure}")
+    return tuple(int(1e6 * number) for number in numbers)
 
 
 def _by_density(text: str) -> tuple[tuple[float, float], ...]:

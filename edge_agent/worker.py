@@ -35,7 +35,7 @@ class Worker:
         threads: for onnxruntime.
 
     Attributes:
-        step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model.
+        step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model. None until these programs did.
     """
 
     def __init__(self, source: DataSource, done: Callable[[Trained | TrainingFailed], None], *, threads: int = 1) -> None:
@@ -65,7 +65,7 @@ class Worker:
 
     def _train(self, job: Train) -> Trained:
         trainers = self._trainers_of(job.programs)
-        trainers.keep({job.level, *job.widths, *job.evaluate})
+        trainers.keep({job.level, *job.widths, *job.evaluate}, whole=job.kept is not None)
         trained = train_job(trainers, self._source, job, time.monotonic)
         self.step_s = trained.seconds / max(job.steps, 1)
         if trainers.is_full(job.level) and not job.widths:
@@ -76,6 +76,7 @@ class Worker:
         """The sessions of these programs, kept until others come."""
         key = tuple(wire.digest(programs[name]) for name in sorted(programs))
         if self._trainers is None or self._trainers[0] != key:
+            self._trainers = self.step_s = self.full_step_s = None  # what was measured is of another model
             self._trainers = (key, LevelTrainers(programs, threads=self._threads))
         return self._trainers[1]
 
@@ -189,26 +190,38 @@ class LevelTrainers:
         self, programs: Mapping[str, bytes], threads: int = 1, make: Callable[[Mapping[str, bytes], int], Training] = Trainer
     ) -> None:
         self._programs, self._threads, self._make = programs, threads, make
-        self._full = make(programs, threads)
+        self._full: Training | None = make(programs, threads)
         self._small: dict[int, Training] = {}
 
     def is_full(self, level: int) -> bool:
         """Whether a step of this level costs what one of the full model does."""
         return f"layout:{level}" not in self._programs
 
-    def keep(self, levels: Collection[int]) -> None:
-        """Let go of the smaller models of other levels: a session keeps its memory."""
+    def keep(self, levels: Collection[int], *, whole: bool = False) -> None:
+        """Let go of the models of other levels, the full one too unless one of these trains it: a session keeps its memory.
+
+        Args:
+            levels: that a job needs.
+            whole: it needs the full model whatever its levels (personal masks).
+        """
+        if not whole and not any(map(self.is_full, levels)):
+            self._full = None
         self._small = {level: trainer for level, trainer in self._small.items() if level in levels}
 
     def at(self, level: int) -> Training:
         """The trainer of a level."""
         if self.is_full(level):
-            return self._full
+            return self._of_all()
         if level not in self._small:
             names = [name for name in ("layout", "train", "evaluate") if f"{name}:{level}" in self._programs]
             own = {name: self._programs[f"{name}:{level}"] for name in names}
             self._small[level] = self._make(own, self._threads)
         return self._small[level]
+
+    def _of_all(self) -> Training:
+        if self._full is None:
+            self._full = self._make(self._programs, self._threads)
+        return self._full
 
     def place(self, job: Train, level: int, length: int) -> Place:
         """Where the first `length` positions of the job lie in the level's vector; personal masks lie in the full model whatever the level.
@@ -217,7 +230,7 @@ class LevelTrainers:
             PeerError: the level's program is of another size than the level.
         """
         where = job.coordinates[:length]
-        trainer = self.at(level) if job.kept is None else self._full
+        trainer = self.at(level) if job.kept is None else self._of_all()
         if trainer is self._full:
             return Place(trainer, where)
         if trainer.layout.size != length:

@@ -253,7 +253,7 @@ class Device:
         """Ask for what is still lacking; start training when nothing is."""
         if self.names is None or self.assignment is None or self._fetching.subscribed:
             return
-        asked = self._fetching.ask(self.names.manifest(self.assignment.version))
+        asked = self._fetching.ask(self.names.manifest(self.assignment.version), self.connected)
         if not asked:
             self._begin_training()
         elif self.connected:

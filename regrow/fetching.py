@@ -189,11 +189,15 @@ class Fetching:
         wanted = self.wanted.parts if self.wanted is not None else {}
         return [topic for digest, topic in wanted.items() if digest not in self.parts]
 
-    def ask(self, manifest_topic: str) -> tuple[str, ...]:
-        """What to subscribe to next, some filters at a time: the manifest, then what is lacking; nothing when all is here."""
+    def ask(self, manifest_topic: str, connected: bool) -> tuple[str, ...]:
+        """What to subscribe to next, some filters at a time: the manifest, then what is lacking; nothing when all is here.
+
+        Without a connection nothing is asked for, and the next connect must ask again.
+        """
         topics_wanted = [manifest_topic] if self.wanted is None else self.lacking()
-        self.subscribed = set(topics_wanted[:FILTERS_AT_ONCE])
-        return tuple(topics_wanted[:FILTERS_AT_ONCE])
+        asked = tuple(topics_wanted[:FILTERS_AT_ONCE])
+        self.subscribed = set(asked) if connected else set()
+        return asked
 
     def begin(self, connected: bool, now: float) -> list[Effect]:
         """Another assignment: its manifest comes first."""

@@ -51,7 +51,7 @@ class Planner:
         anew = known is not None and (known.boot, known.install) != (hello.boot.hex(), hello.install.hex())
         if anew and not self.restarts.counts(who, hello, uplink_bps, coordinator.now):
             return
-        needs = needs_bytes(coordinator.memory, self._ledger.task, hello.validation_examples)
+        needs = needs_bytes(coordinator.memory, self._ledger.task)
         join = records.Joined(
             device=who,
             install=hello.install.hex(),

@@ -9,7 +9,7 @@ from regrow.machine import DataChanged, Note, Publish
 
 HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
-COMPLAINT_S = 300.0  # a device that could not do its last work, and got no other, says so this often
+COMPLAINT_S = 300.0  # a device that could not do its last work and got no other, or has none at all, says so this often
 LEADER_SILENT_S = 60.0  # a leader beats every two seconds; after this long it may be gone, and another may not know of us
 
 
@@ -62,6 +62,7 @@ class Presence:
 
     def connect(self, now: float) -> None:
         self._hello_wait_s = HELLO_FIRST_S
+        self._wait_anew(now)
         self.beaten(now)
 
     def disconnect(self) -> None:
@@ -78,6 +79,11 @@ class Presence:
     def at_work(self, now: float) -> None:
         """The device works for a coordinator that is heard of: no need for another hello unless that one falls silent."""
         self.hello_s = now + LEADER_SILENT_S
+        self._wait_anew(now)
+
+    def _wait_anew(self, now: float) -> None:
+        if not self.trouble:
+            self._complaint_s = now + COMPLAINT_S
 
     def start_anew(self, data: DataChanged) -> Identity:
         """Who the device is from now on."""
@@ -89,14 +95,19 @@ class Presence:
         self.trouble, self._complaint_s = reason, now + COMPLAINT_S
 
     def complaints(self, now: float) -> list[Note]:
-        """What a device that still has no other work says of its trouble, now and then."""
-        if not self.trouble or now < self._complaint_s:
+        """What a device that waits for work says now and then: of its trouble, or else of what may keep it waiting."""
+        if now < self._complaint_s:
             return []
         self._complaint_s = now + COMPLAINT_S
-        cure = "repair the data or the settings and start the agent again; data that have come meanwhile are tried without"
+        if not self.trouble:
+            why = "too few devices are there, or this one was declined for its memory: the gateway's log says so"
+            return [Note("no work yet", {"memory_bytes": self.identity.memory_bytes, "reason": why})]
+        cure = "repair the data or the settings and start the agent again; only data that a source appends meanwhile are tried without"
         return [Note("without work", {"reason": self.trouble, "cure": cure})]
 
     def hello_soon(self, now: float) -> None:
+        """There is another task, or none any more."""
+        self._wait_anew(now)
         self.hello_s = min(self.hello_s, now + HELLO_AGAIN_S)
 
     def hello(self, uplink_bps: float | None, now: float, *, again: bool) -> Publish:

@@ -61,17 +61,15 @@ def memory_of(programs: Mapping[str, bytes], task: Task) -> StepMemory:
         LocalError: it is malformed, or of another number of levels.
     """
     memory = StepMemory.from_json(programs[MEMORY]) if MEMORY in programs else StepMemory([])
-    needs_bytes(memory, task, 0)
+    needs_bytes(memory, task)
     return memory
 
 
-def needs_bytes(memory: StepMemory, task: Task, validation_examples: int) -> tuple[int, ...]:
+def needs_bytes(memory: StepMemory, task: Task) -> tuple[int, ...]:
     """What a round takes at every level, bytes.
 
+    Scoring counts with all that is scored at once: a device's validation data may grow after it has said how many they are.
     Ordered dropout draws among all widths up to the device's, and the program of each keeps its memory.
-
-    Args:
-        validation_examples: that the device scores the model on.
 
     Raises:
         LocalError: the figures are those of another number of levels.
@@ -80,8 +78,7 @@ def needs_bytes(memory: StepMemory, task: Task, validation_examples: int) -> tup
     levels = (memory.levels or [JobBytes(0, 0, 0)]) * (count if len(memory.levels) <= 1 else 1)
     if len(levels) != count:
         raise LocalError(f"memory.json is of {len(levels)} levels, the task has {count}; run `regrow task build`")
-    scored = min(validation_examples, SCORED_AT_ONCE)
-    needs = tuple(each.fixed + each.trained * task.training.batch + each.scored * scored for each in levels)
+    needs = tuple(each.fixed + each.trained * task.training.batch + each.scored * SCORED_AT_ONCE for each in levels)
     return tuple(accumulate(needs)) if task.method.local == "ordered_dropout" and len(memory.levels) > 1 else needs
 
 

@@ -183,10 +183,10 @@ class Simulation:
         if not self._memory:
             return task
         memory = memory_of(programs, task)
-        needs = {name: min(needs_bytes(memory, task, source.validation_size)) for name, source in self._sources.items()}
-        declined = {name for name, offer in self._memory.items() if needs[name] > offer}
+        need = min(needs_bytes(memory, task))
+        declined = {name for name, offer in self._memory.items() if need > offer}
         if len(declined) == len(self.names):
-            raise LocalError(f"--memory-mb: training takes {min(needs.values()) / 1e6:.1f} MB, more than any device has")
+            raise LocalError(f"--memory-mb: training takes {need / 1e6:.1f} MB, more than any device has")
         late = {name for name, attendance in attendances_of(self.spec).items() if not attendance.available(0.0)}
         given = task.fleet.min_devices != max(len(self.names) - len(late), 1)
         fewer = max(min(task.fleet.min_devices, len(self.names) - len(declined if given else declined | late)), 1)

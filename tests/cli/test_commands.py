@@ -51,7 +51,15 @@ def test_every_command_explains_itself(words: tuple[str, ...], capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["nothing"], ["agent"], ["demo", "--seconds", "0"], ["agent", "--bundle", "b", "--data", "d", "--max-uplink-bps", "nan"]]
+    "words",
+    [
+        [],
+        ["nothing"],
+        ["agent"],
+        ["demo", "--seconds", "0"],
+        ["agent", "--bundle", "b", "--data", "d", "--max-uplink-bps", "nan"],
+        ["agent", "--bundle", "b", "--data", "d", "--memory-mb", "1e20"],
+    ],
 )
 def test_what_cannot_be_parsed_is_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import queue
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -131,6 +133,13 @@ def test_data_that_does_not_fit_the_model_is_told(results: Results, job: Train, 
     worker.close()
 
 
+def test_another_model_forgets_what_a_step_of_the_last_one_took(worker: Worker, results: Results, job: Train) -> None:
+    trained(results.of(worker, job))
+    assert worker.full_step_s is not None
+    assert isinstance(results.of(worker, replace(job, programs={**job.programs, "train": b"junk"})), TrainingFailed)
+    assert (worker.step_s, worker.full_step_s) == (None, None)
+
+
 def test_close_ends_the_thread(results: Results) -> None:
     worker = Worker(source(), results.queue.put)
     assert worker._thread.is_alive()
@@ -219,6 +228,18 @@ def test_a_step_changes_its_width_only_and_narrow_widths_are_trained_more_often(
     starts = [0, *order.lengths[:-1]]
     most = [int(changes[start:stop].max()) for start, stop in zip(starts, order.lengths, strict=True)]
     assert most == draws.tolist(), "the narrowest in every step, the widest only when it was drawn"
+
+
+def test_a_job_of_small_widths_keeps_no_session_of_the_full_model(worker: Worker, results: Results, widths: tuple[Train, Order]) -> None:
+    job, _ = widths
+    trained(results.of(worker, job))
+    assert worker._trainers is not None
+    full = weakref.ref(worker._trainers[1].at(2))
+    narrow = replace(job, level=0, length=job.widths[0], widths={0: job.widths[0]})
+    trained(results.of(worker, narrow))
+    gc.collect()
+    assert full() is None, "it would keep its memory beside that of the level"
+    trained(results.of(worker, job))
 
 
 def test_levels_above_its_own_are_never_drawn(widths: tuple[Train, Order]) -> None:

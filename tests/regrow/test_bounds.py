@@ -26,8 +26,8 @@ from tests.regrow.fleet import UNITS, identity, programs_of, start_ledger, task,
 from tests.regrow.harness import Tape, fingerprint, inject, replay, replay_with_snapshot
 
 LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
-LEVELS = StepMemory([JobBytes(100 * level, 1, 2) for level in range(1, 6)])
-"""With batches of 20 and 50 validation examples: 220, 320, 420, 520 and 620 bytes."""
+LEVELS = StepMemory([JobBytes(100 + 100 * level, 1, 0) for level in range(1, 6)])
+"""With batches of 20: 220, 320, 420, 520 and 620 bytes."""
 
 
 def unit_task(stop: int = 12, **method: Any) -> Task:
@@ -77,14 +77,15 @@ def test_the_tightest_of_three_binds_and_the_first_of_equal_ones_is_named() -> N
 
 def test_what_a_job_takes_by_level() -> None:
     settings = unit_task()
-    needs = needs_bytes(LEVELS, settings, 50)
+    needs = needs_bytes(LEVELS, settings)
     assert needs == (220, 320, 420, 520, 620)
-    assert needs_bytes(LEVELS, settings, 100_000)[0] == 100 + 20 + 2 * 256
+    scoring = StepMemory([JobBytes(100 * level, 1, 2) for level in range(1, 6)])
+    assert needs_bytes(scoring, settings)[0] == 100 + 20 + 2 * 256, "whatever validation data a device says that it has"
     assert [largest_density(needs, LADDER, offer) for offer in (219, 220, 419, 620)] == [0.0, 0.05, 0.1, 1.0]
     dropout = task(method={"name": "fjord"})
-    assert needs_bytes(LEVELS, dropout, 50) == (220, 540, 960, 1480, 2100), "every width up to its own has a program"
-    assert needs_bytes(StepMemory([JobBytes(7, 0, 0)]), task(), 0) == (7,) * 5
-    assert needs_bytes(memory_of({}, settings), settings, 50) == (0,) * 5, "a build of before says nothing"
+    assert needs_bytes(LEVELS, dropout) == (220, 540, 960, 1480, 2100), "every width up to its own has a program"
+    assert needs_bytes(StepMemory([JobBytes(7, 0, 0)]), task()) == (7,) * 5
+    assert needs_bytes(memory_of({}, settings), settings) == (0,) * 5, "a build of before says nothing"
     for wrong in (StepMemory(LEVELS.levels[:3]).to_json(), b"{}"):
         with pytest.raises(LocalError, match="task build"):
             memory_of({MEMORY: wrong}, settings)
@@ -136,12 +137,12 @@ def test_restoration_never_goes_above_the_memory(trigger: Any) -> None:
 def test_no_assignment_exceeds_the_memory_and_none_asks_for_the_full_model(rule: str) -> None:
     settings = unit_task(stop=30, density=rule)
     offer = 399
-    memory = LEVELS if rule == "class" else StepMemory([JobBytes(100 + 40 * level, 1, 2) for level in range(64)])
+    memory = LEVELS if rule == "class" else StepMemory([JobBytes(200 + 40 * level, 1, 0) for level in range(64)])
     world = fleet(settings, leader(settings, memory=memory))
     world.finish()
     ledger = world.coordinator().ledger
     limit = ledger.devices["d3"].memory_density
-    assert limit == largest_density(needs_bytes(memory, settings, 50), _densities(ledger), offer)
+    assert limit == largest_density(needs_bytes(memory, settings), _densities(ledger), offer)
     mine = assigned(world, "d3")
     assert len(mine) > 5
     assert max(ledger.density_of(each.level) for each in mine) == limit < 0.2

@@ -24,11 +24,13 @@ from regrow.machine import (
     Publish,
     Received,
     SetTimer,
+    Subscribe,
     Train,
     Trained,
     TrainingFailed,
     Woken,
 )
+from regrow.presence import COMPLAINT_S
 from testbed.memory import COORDINATOR
 from tests.regrow.device_worlds import RUN, SLOW, accepted_by, ended, running, until
 from tests.regrow.fleet import LAYOUT, identity, task, train
@@ -308,6 +310,21 @@ def test_a_device_whose_coordinator_is_alive_says_hello_once() -> None:
     assert len(hellos) <= 4, hellos
 
 
+def test_a_device_that_gets_no_work_says_what_may_be_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator does not answer those whom it declines; they must not wait in silence."""
+    world = begin(task(fleet={"min_devices": 3}), TWO)
+    world.run(COMPLAINT_S - 10)
+    assert not world.notes_of("no work yet")
+    world.run(2 * COMPLAINT_S - 10)
+    (said,) = world.notes_of("no work yet", "d0")
+    assert said["memory_bytes"] == world.device("d0").identity.memory_bytes
+    assert "declined" in said["reason"]
+    monkeypatch.setattr("regrow.presence.COMPLAINT_S", 10.0)
+    busy = begin(task(fleet={"min_devices": 2}, stop={"aggregations": None, "seconds": 40.0}), TWO)
+    busy.finish()
+    assert not busy.notes_of("no work yet")
+
+
 def test_a_device_without_a_link_waits_for_it_and_is_not_woken_again_and_again() -> None:
     """It gives up what it trained and has a next assignment, while the link is away."""
     world = until(Phase.TRAINING)
@@ -321,6 +338,20 @@ def test_a_device_without_a_link_waits_for_it_and_is_not_woken_again_and_again()
     assert device.phase is Phase.FETCHING
     timers = [effect.at_s for effect in device.step(Woken(), now + 100) if isinstance(effect, SetTimer)]
     assert timers == [float("inf")]
+
+
+def test_a_fetch_begun_without_a_link_is_asked_for_when_the_link_is_back() -> None:
+    world = until(Phase.TRAINING)
+    device, now = world.device("d1"), world.now
+    assert device.assignment is not None
+    assert device.names is not None
+    following = msgspec.structs.replace(device.assignment, number=device.assignment.number + 1)
+    device.step(Received(device.names.assignment("d1"), wire.encode(following)), now)
+    device.step(Disconnected("cut"), now + 1)
+    device.step(TrainingFailed(device._job, "no data"), now + 2)
+    assert device.phase is Phase.FETCHING
+    effects = device.step(Connected(), now + 3)
+    assert Subscribe((device.names.manifest(following.version),)) in effects
 
 
 def test_a_result_of_an_earlier_job_is_not_taken_for_this_one() -> None:

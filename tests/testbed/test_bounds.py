@@ -22,7 +22,7 @@ UNITS = {"training.local_steps": 3, "method.granularity": "unit", "method.full_d
 
 def test_a_small_memory_bounds_its_device_for_good_and_a_slow_one_only_its_beginning(task: Path, images: Path) -> None:
     fast = spec(images, method="fedgmr-pace", settings=UNITS, links="4000000", clients=3, seconds=120.0, slowdown=(1.0, 1.0, 4.0))
-    outcome = outcome_of(task, msgspec.structs.replace(fast, memory=(10**9, 20_000_000, 10**9)))
+    outcome = outcome_of(task, msgspec.structs.replace(fast, memory=(10**9, 24_000_000, 10**9)))
     firsts = {name: first for name, (first, _) in outcome.densities.items()}
     assert firsts["device-0000"] == 1.0
     assert firsts["device-0001"] < 1.0
@@ -47,6 +47,8 @@ def test_weights_decline_what_cannot_hold_the_full_step(task: Path, images: Path
 def test_the_option_says_what_is_wrong(task: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(task), "--data-folder", str(images), "--memory-mb", "64,none"]) != 0
     assert "--memory-mb '64,none': give megabytes" in capsys.readouterr().err
+    assert main(["simulate", str(task), "--data-folder", str(images), "--memory-mb", "64,1e20"]) != 0
+    assert "up to 9e9" in capsys.readouterr().err
 
 
 def test_device_seconds_so_far() -> None:

@@ -1,0 +1,32 @@
+"""The table of a running task: what it says of devices that get no work."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from broker_server.view import FleetView
+from regrow.machine import Note
+
+
+def shown(view: FleetView) -> str:
+    out = io.StringIO()
+    Console(width=200, file=out).print(view.render())
+    return out.getvalue()
+
+
+def test_declined_devices_are_counted_until_they_take_part() -> None:
+    view = FleetView("watch")
+    assert "declined" not in shown(view)
+    for who in ("d0", "d1"):
+        view.note(Note("declined", {"device": who, "needs_bytes": 400, "memory_bytes": 399}))
+    view.note(Note("telemetry", {"device": "d1", "phase": "waiting"}))
+    picture = shown(view)
+    assert "2 declined for memory" in picture.splitlines()[0]
+    assert picture.count("too little memory") == 2
+    joined = {"device": "d0", "uplink_bps": 1e6, "density": 0.5, "bound_by": "memory"}
+    view.note(Note("joined", joined))
+    picture = shown(view)
+    assert "1 declined for memory" in picture.splitlines()[0]
+    assert picture.count("too little memory") == 1
