@@ -18,7 +18,7 @@ from rich.table import Table
 
 from broker_server.runs import TaskFolder
 from cli.gateway import built
-from cli.scenario import check_out, spec_of
+from cli.scenario import check_out, say_replaced, spec_of
 from cli.simulate import journal_bytes
 from regrow.errors import LocalError
 from testbed.compare import Engine, Failure, in_processes, run_all
@@ -36,7 +36,7 @@ from testbed.grid import (
     tuning_variants,
     variants_of,
 )
-from testbed.outcome import Outcome, Spec, why_untrained
+from testbed.outcome import Outcome, Spec, remarks
 from testbed.report import Comparison, write_report
 from testbed.simulate import task_of
 from testbed.tables import overview, settings_text
@@ -64,6 +64,7 @@ def compare(options: argparse.Namespace) -> int:
     methods = list(dict.fromkeys(method for text in options.methods for method in text.split(",") if method))
     if not methods:
         raise LocalError("--methods names none; give some, for example --methods fedgmr,fedasync")
+    say_replaced(folder)
     _check_options(options, methods)
     base = spec_of(options)
     if options.engine == "local":
@@ -149,8 +150,7 @@ def _run(session: _Session, rows: Mapping[str, Sequence[Spec]], out: Path) -> Re
             else:
                 results[number] = result
                 said = f"accuracy {result.final_accuracy:.4f}, {result.validation_accuracy:.4f} on validation data"
-                untrained = why_untrained(result)
-                said += "" if untrained is None else f"; {untrained}"
+                said += "".join(f"; {remark}" for remark in remarks(result))
             left = f", about {_duration(waited / fresh * (len(specs) - done))} left" if fresh and done < len(specs) else ""
             line = f"{done}/{len(specs)}{left}: {names[number]} seed {specs[number].seed}: {said}"
             session.console.print(line, highlight=False, markup=False, soft_wrap=True)

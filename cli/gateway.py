@@ -205,6 +205,11 @@ def _serve_run(options: argparse.Namespace, path: Path, link: _Link) -> int:
         if reason and not ledger.finished:
             raise LocalError(reason)
     print(f"{reason or 'stopped: the same command goes on where it was'}; {path} holds the store, model.onnx, metrics and plot.png")
+    if not ledger.version:
+        joined = f"{len(ledger.devices)} devices joined, min_devices in [fleet] is {folder.task.fleet.min_devices}"
+        print(
+            f"nothing was aggregated, so model.onnx is the untrained model: {joined}; `regrow serve --plain` says who is declined, and why"
+        )
     return 0
 
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
+import tomllib
 from msgspec import UNSET
 
+from broker_server.runs import TaskFolder
 from regrow.errors import LocalError
 from testbed.grid import parse_settings
 from testbed.outcome import Spec
 
 STEP_S = 0.01  # where neither --step-s nor --steps-trace says anything
+
+
+def say_replaced(folder: TaskFolder) -> None:
+    """What a method by name takes the place of, where the task has keys of its own there."""
+    tables = tomllib.loads((folder.path / "task.toml").read_text())
+    keys = [f"[{section}] {key}" for section in ("method", "trigger", "restoration") for key in tables.get(section, {}) if key != "name"]
+    if keys:
+        words = (
+            f"a method by name replaces {', '.join(keys)} of task.toml; say it with --set, or leave --method out to run the task as it is"
+        )
+        print(f"regrow: {words}", file=sys.stderr)
 
 
 def check_out(out: Path) -> None:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cli.gateway import built
-from cli.scenario import check_out, spec_of
+from cli.scenario import check_out, say_replaced, spec_of
 from testbed.compare import finished_run, jobs_of
 from testbed.journal import Journal
-from testbed.outcome import Outcome, Point, seconds_of, why_untrained, write_outcome
+from testbed.outcome import Outcome, Point, remarks, seconds_of, write_outcome
 from testbed.simulate import Simulation, open_journal, task_of
 from testbed.trainers import check_trainer
 
@@ -29,6 +29,8 @@ def simulate(options: argparse.Namespace) -> int:
     check_trainer(base.trainer)
     check_out(options.out)
     methods = dict.fromkeys(options.method or [None])
+    if options.method:
+        say_replaced(folder)
     jobs = jobs_of(folder, [msgspec.structs.replace(base, method=method) for method in methods])
     options.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
@@ -96,9 +98,8 @@ def _tell(console: Console, outcome: Outcome, method: str, path: Path) -> None:
         f"{last.version} aggregations of {last.updates} updates, {(last.bytes_up + last.bytes_down) / 1e6:.1f} MB; {path}",
         soft_wrap=True,
     )
-    untrained = why_untrained(outcome)
-    if untrained is not None:
-        print(f"regrow: {method}: {untrained}", file=sys.stderr)
+    for remark in remarks(outcome):
+        print(f"regrow: {method}: {remark}", file=sys.stderr)
 
 
 def _command(*more: str) -> str:

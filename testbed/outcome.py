@@ -106,13 +106,27 @@ def seconds_of(outcome: Outcome) -> list[float]:
     return [min(point.time_s, outcome.spec.seconds) for point in outcome.points]
 
 
+def remarks(outcome: Outcome) -> list[str]:
+    """What a reader of the accuracy has to know beside it: that nothing was trained, or that devices took no part."""
+    untrained, joined, clients = why_untrained(outcome), len(outcome.densities), outcome.spec.clients
+    if untrained is not None:
+        return [untrained]
+    if joined == clients:
+        return []
+    why = "none of the levels fits their --memory-mb, or they" if outcome.spec.memory is not UNSET else "they"
+    return [f"{clients - joined} of {clients} devices took no part: {why} never got through to the coordinator"]
+
+
 def why_untrained(outcome: Outcome) -> str | None:
     """Why nothing was aggregated, with a cure; None where something was."""
     spec, joined = outcome.spec, len(outcome.densities)
     if outcome.aggregations:
         return None
     if not joined:
-        why = "no device got through to the coordinator; links are too slow, or --attend or --outages keeps all of them away"
+        why = (
+            "no device got through to the coordinator; links are too slow (give rates to --links: its classes are scaled to the model, a "
+            "very small one gets hardly any), or --attend or --outages keeps all of them away"
+        )
     elif not any(outcome.updates.values()):
         why = (
             f"{joined} of {spec.clients} devices joined and no update arrived: a round (model down, steps, update up), or the wait for "

@@ -15,7 +15,7 @@ from testbed.compare import Failure
 from testbed.comparison import BASELINE, Curve, Outcomes, Row, baseline_of, curve_of, reached_of, rows_of, targets_of
 from testbed.grid import Choice
 from testbed.machine import machine
-from testbed.outcome import why_untrained
+from testbed.outcome import remarks
 from testbed.tables import Table, as_html, as_markdown, by_target, fairness, overview, tuning, work
 
 _STYLE = """
@@ -80,7 +80,7 @@ def _summary(comparison: Comparison, rows: Mapping[str, Row]) -> dict[str, Any]:
             for target in targets_of(outcomes, comparison.target)
         },
         "failed": [str(failure) for failure in comparison.failures],
-        "untrained": _untrained(comparison),
+        "remarks": _remarks(comparison),
         "machine": machine(),
     }
     if comparison.seeds:
@@ -90,14 +90,9 @@ def _summary(comparison: Comparison, rows: Mapping[str, Row]) -> dict[str, Any]:
     return summary
 
 
-def _untrained(comparison: Comparison) -> list[str]:
-    """A line for each run in which nothing was aggregated."""
-    return [
-        f"{row} seed {run.spec.seed}: {why}"
-        for row, runs in comparison.outcomes.items()
-        for run in runs
-        if (why := why_untrained(run)) is not None
-    ]
+def _remarks(comparison: Comparison) -> list[str]:
+    """A line for each run in which nothing was aggregated, or some devices took no part."""
+    return [f"{row} seed {run.spec.seed}: {why}" for row, runs in comparison.outcomes.items() for run in runs for why in remarks(run)]
 
 
 def _tuned(choice: Choice) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def _notes(comparison: Comparison) -> list[str]:
 def _markdown(comparison: Comparison, rows: Mapping[str, Row]) -> str:
     parts = ["# Methods compared", f"```sh\n{comparison.command}\n```"]
     parts += [f"- failed: {failure}" for failure in comparison.failures]
-    parts += [f"- {line}" for line in _untrained(comparison)]
+    parts += [f"- {line}" for line in _remarks(comparison)]
     parts += [as_markdown(table) for table in _tables(comparison, rows)]
     return "\n\n".join([*parts, *_notes(comparison)]) + "\n"
 
@@ -166,7 +161,7 @@ def _page(
         ("Updates of each device, a dot a device", pictures.update_strips(comparison.outcomes)),
     ]
     failed = "".join(f"<li>{html.escape(str(failure))}</li>" for failure in comparison.failures)
-    untrained = "".join(f"<li>{html.escape(line)}</li>" for line in _untrained(comparison))
+    remarked = "".join(f"<li>{html.escape(line)}</li>" for line in _remarks(comparison))
     body = "".join(f"<figure><figcaption>{html.escape(title)}</figcaption>{picture}</figure>\n" for title, picture in shown)
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in _notes(comparison))
     machine_line = ", ".join(f"{key} {value}" for key, value in where.items())
@@ -175,7 +170,7 @@ def _page(
         f"<title>Regrow: methods compared</title><style>{_STYLE}</style></head>\n<body><h1>Methods compared</h1>\n"
         f"<p><code>{html.escape(comparison.command)}</code></p>\n"
         + (f"<p>Runs that failed, and are in no figure below:</p><ul>{failed}</ul>\n" if failed else "")
-        + (f"<p>Runs that never aggregated:</p><ul>{untrained}</ul>\n" if untrained else "")
+        + (f"<p>To know beside the numbers:</p><ul>{remarked}</ul>\n" if remarked else "")
         + as_html(first)
         + body
         + "".join(map(as_html, others))

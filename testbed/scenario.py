@@ -22,7 +22,15 @@ _Value = TypeVar("_Value")
 
 
 def spread(values: Sequence[_Value], clients: int) -> list[_Value]:
-    """One value for each client, in equal parts and in their order."""
+    """One value for each client, in equal parts and in their order.
+
+    Raises:
+        LocalError: there are more values than clients, so that some would mean nothing.
+    """
+    if len(values) > clients:
+        raise LocalError(
+            f"{len(values)} values for {clients} clients ({values[0]}, ...): give at most one for each, or take more --clients"
+        )
     return [values[index * len(values) // clients] for index in range(clients)]
 
 

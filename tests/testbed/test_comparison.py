@@ -14,7 +14,7 @@ from testbed import pictures
 from testbed.compare import Failure
 from testbed.comparison import baseline_of, curve_of, default_target, reach, reached_of, rows_of, targets_of
 from testbed.grid import Choice
-from testbed.outcome import Outcome, Point, Spec, why_untrained
+from testbed.outcome import Outcome, Point, Spec, remarks, why_untrained
 from testbed.report import Comparison, write_report
 from testbed.tables import as_markdown, by_target, overview
 
@@ -45,7 +45,7 @@ def run(seed: int, *accuracies: float) -> Outcome:
         worst_decile=0.4,
         per_class=[0.9, 0.3],
         updates={"a": 3, "b": 4},
-        densities={},
+        densities={f"device-{index:04d}": (1.0, 1.0) for index in range(10)},
         rejected=0,
         reason="",
     )
@@ -129,6 +129,15 @@ def test_runs_without_aggregations_say_why() -> None:
     assert rows_of({"fedgmr": [waiting, trained]}, 0.7, "fedgmr")["fedgmr"].aggregations_mean == 0.5
     shown = overview(rows_of({"fedgmr": [waiting], "fedavg": [trained]}, 0.7, "fedgmr"), 0.7, "fedgmr")
     assert {line[0]: line[1] for line in shown.lines} == {"fedgmr": "0.1000 ± -, untrained", "fedavg": "0.1000 ± -"}
+
+
+def test_devices_that_took_no_part_are_spoken_of() -> None:
+    trained = run(1, 0.1, 0.1)
+    assert remarks(trained) == []
+    fewer = msgspec.structs.replace(trained, densities={"0": (1.0, 1.0)})
+    assert remarks(fewer) == ["9 of 10 devices took no part: they never got through to the coordinator"]
+    small = msgspec.structs.replace(fewer, spec=msgspec.structs.replace(fewer.spec, memory=(1e6,)))
+    assert "--memory-mb" in remarks(small)[0]
 
 
 def test_without_fedasync_there_is_no_speedup() -> None:
@@ -239,7 +248,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert {"final_mean", "final_std", "seconds_to_target_median", "speedup_over_fedasync"} <= summary["methods"]["fedgmr"].keys()
     assert summary["targets"]["0.80"]["fedgmr"]["reached"] == 3
     assert summary["failed"] == ["fedfix seed 2: no <disk>"]
-    assert (summary["seeds"], summary["untrained"]) == (4, [])
+    assert (summary["seeds"], summary["remarks"]) == (4, [])
     assert summary["machine"]["python"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from broker_server.runs import load_task
 from cli.main import main
+from cli.scenario import say_replaced
 from regrow.errors import LocalError
 from testbed.grid import parse_settings
 from testbed.links import Constant, WithOutages
@@ -79,6 +81,19 @@ def test_settings_stand_above_the_method_and_mistakes_are_named(task: Path, imag
         task_of(folder, {"name": "bars"}, spec(images, method="fedsgd"))
 
 
+def test_what_a_method_by_name_takes_the_place_of_is_said(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = dataclasses.replace(load_task(task), path=tmp_path)
+    for text, said in (
+        ('[method]\nname = "fedgmr"', ""),
+        ("[method]\neta_g = 1.5\n[trigger]\ncount = 2", "[method] eta_g, [trigger] count"),
+    ):
+        (tmp_path / "task.toml").write_text(f'name = "bars"\n{text}\n')
+        say_replaced(folder)
+        err = capsys.readouterr().err
+        assert said in err
+        assert bool(err) == bool(said)
+
+
 def test_links_by_name_by_rate_and_by_trace(tmp_path: Path) -> None:
     rates = links_of(Spec(clients=4, links="8000,4000"), 1000)
     assert [up for up, _ in rates] == [Constant(8000.0), Constant(8000.0), Constant(4000.0), Constant(4000.0)]
@@ -111,6 +126,7 @@ def test_the_command(task: Path, images: Path, tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr()
     assert said.out.count("after 30 virtual") == 2, "each method once, and nothing past the end"
     assert "nothing was aggregated" not in said.err
+    assert "a method by name replaces [method]" not in said.err
     short = [*scenario[:5], "--seconds", "2", "--points", "1", "--step-sigma", "0", *out]
     assert main(["simulate", *short]) == 0
     said = capsys.readouterr()
