@@ -38,7 +38,7 @@ def agent(options: argparse.Namespace) -> int:
             memory_bytes=None if options.memory_mb is None else int(options.memory_mb * 1e6),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
-        offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory offered to training"
+        offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
         print(f"{bundle.device}: {samples}; {offer}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: running.stop())

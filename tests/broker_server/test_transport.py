@@ -37,6 +37,7 @@ def test_unsubscribed_topics_stay_away(rig: Rig) -> None:
     rig.hear(Acknowledged)
     rig.bus.perform(Subscribe(("regrow/v1/device/nobody/+",)))
     assert rig.flush() == []  # amqtt has passed everything on now
+    rig.bus.perform(Unsubscribe(("regrow/v1/device/nobody/+",)))
     rig.bus.perform(Subscribe(("regrow/v1/#",)))
     assert rig.flush() == []
 
