@@ -8,7 +8,6 @@ file of the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,9 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from regrow.errors import LocalError, PeerError
+from regrow.local_training import Batch, Score, TrainResult
 from regrow.parameters import Layout
 from regrow.step_memory import SCORED_AT_ONCE
-
-Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     # onnxruntime's own exceptions share no base class; the set differs a little between versions.
@@ -28,32 +26,6 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
 )
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What local training gave.
-
-    Attributes:
-        vector: float32 [n], the trained parameters; not finite where training diverged.
-        loss: mean cross-entropy over all examples seen, each before its own step.
-        examples: examples trained on, repeats counted.
-        steps: SGD steps.
-    """
-
-    vector: NDArray[np.float32]
-    loss: float
-    examples: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean cross-entropy and share of correct answers over `examples` examples."""
-
-    loss: float
-    accuracy: float
-    examples: int
 
 
 class Trainer:

@@ -10,18 +10,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Batch, Score, Trainer, TrainResult
+from edge_agent.trainer import Trainer
 from regrow import wire
 from regrow.errors import PeerError, RegrowError
 from regrow.local_rules import drawn_levels
+from regrow.local_training import Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
-from regrow.parameters import Layout
 
 NICE = 5
 
@@ -156,19 +155,6 @@ class Place:
         mask = np.zeros(self.trainer.layout.size, np.bool_)
         mask[slots] = True
         return mask
-
-
-class Training(Protocol):
-    """What trains one model; edge_agent.trainer.Trainer says what each means. The simulator has one on torch beside it."""
-
-    @property
-    def layout(self) -> Layout: ...
-
-    def train(
-        self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float
-    ) -> TrainResult: ...
-
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64]) -> Score: ...
 
 
 class LevelTrainers:

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.trainer import Score
+from regrow.local_training import Score
 from regrow.machine import Train, Trained, TrainingFailed
 from testbed.waves import Jobs, Result
 

@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from broker_server.runs import TaskFolder
 from edge_agent.data import source as data_source
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Score
-from edge_agent.worker import Training
 from export.memory import step_memory
 from export.task import programs_of, read_model
 from export.work import relative_work
@@ -32,6 +30,7 @@ from regrow.device import Device
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
+from regrow.local_training import Score, Training
 from regrow.methods import named, shortened
 from regrow.parameters import Layout
 from regrow.presence import Identity

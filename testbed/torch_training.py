@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Batch, Score, TrainResult
 from edge_agent.worker import LevelTrainers, train_job
 from export.torch_graph import graph_of_program
 from regrow.errors import LocalError
+from regrow.local_training import Batch, Score, TrainResult
 from regrow.machine import Train, Trained
 from regrow.parameters import Layout
 

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
-from edge_agent.worker import LevelTrainers, Training, train_job
+from edge_agent.worker import LevelTrainers, train_job
 from regrow.errors import LocalError
+from regrow.local_training import Training
 from regrow.machine import Train, Trained
 
 TRAINERS = ("onnxruntime", "torch", "torch-cuda")

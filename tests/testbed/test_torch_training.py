@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from broker_server.runs import load_task
 from cli.main import main
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Batch, Trainer, TrainResult
+from edge_agent.trainer import Trainer
 from export.models import MODELS, digits_mlp, reduced_cnn
 from export.programs import build_programs, initial_vector
 from export.unit_programs import build_unit_programs
 from regrow.errors import LocalError
+from regrow.local_training import Batch, TrainResult
 from regrow.machine import Train
 from regrow.parameters import Layout
 from regrow.unit_order import build_unit_order
