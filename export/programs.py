@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.emitter import Emitter
 from export.forward import Forward, read_forward
 from export.gradients import Product, differentiate, materialise
-from export.rules import RULES
+from export.rules import CURES, RULES
 from regrow.errors import LocalError
 from regrow.parameters import Layout, Tensor
 from regrow.units import Units
@@ -90,7 +90,7 @@ def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path)
 
 def _emitter(forward: Forward) -> Emitter:
     nodes = []
-    for node in forward.nodes:
+    for node in forward.program_nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         nodes.append(copy)
@@ -100,7 +100,7 @@ def _emitter(forward: Forward) -> Emitter:
 def _training_program(forward: Forward, layout: Layout, *, masked: bool) -> bytes:
     graph = _emitter(forward)
     seed = _loss_and_seed(graph, forward)
-    updates = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed)
+    updates = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed, CURES)
     masks: list[onnx.ValueInfoProto] = []
     for tensor in layout.tensors:
         update, new = updates[tensor.name], f"new:{tensor.name}"

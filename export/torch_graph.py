@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.forward import read_forward
-from export.torch_ops import HOST_OPS, OPS, UnsupportedError
+from export.torch_host_ops import HOST_OPS
+from export.torch_ops import OPS, SEVERAL_OUTPUTS, UnsupportedError
 from regrow.errors import LocalError
 
 
@@ -28,7 +29,7 @@ class _Step:
     op: str
     name: str
     inputs: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
 
 
@@ -47,7 +48,7 @@ class TorchGraph:
     classes: int
     _steps: tuple[_Step, ...]
     _integers: Mapping[str, NDArray[np.int64]]
-    _reals: Mapping[str, NDArray[Any]]
+    _tensors: Mapping[str, NDArray[Any]]
     _logits: str
 
     def forward(self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -63,8 +64,9 @@ class TorchGraph:
             LocalError: a node asks for something that torch_ops does not have; names op and node.
         """
         values: dict[str, Any] = {"": None, "x": x, **parameters, **self._integers}
-        for name, array in self._reals.items():
-            values[name] = torch.as_tensor(array, dtype=x.dtype, device=x.device)
+        dtype = next(iter(parameters.values())).dtype
+        for name, array in self._tensors.items():
+            values[name] = torch.as_tensor(array, dtype=dtype if array.dtype.kind == "f" else None, device=x.device)
         for step in self._steps:
             inputs = [values[name] for name in step.inputs]
             on_host = all(isinstance(value, np.ndarray) for value in inputs) and bool(inputs)
@@ -72,9 +74,10 @@ class TorchGraph:
             if op is None:
                 raise _unknown(step)
             try:
-                values[step.output] = op(inputs, step.attributes)
+                result = op(inputs, step.attributes)
             except UnsupportedError as error:
                 raise LocalError(f"node {step.name!r}: torch runs {step.op}, but not with {error}; use the trainer onnxruntime") from error
+            values.update(zip(step.outputs, result if len(step.outputs) > 1 else [result], strict=True))
         logits: torch.Tensor = values[self._logits]
         return logits
 
@@ -112,7 +115,7 @@ def graph_of_model(model: onnx.ModelProto) -> TorchGraph:
     forward = read_forward(model)
     parameters = {name: array.shape for name, array in forward.parameters.items()}
     shape = tuple(size or 0 for size in forward.input_shape[1:])
-    return _graph(forward.nodes, forward.logits, parameters, forward.constants, shape, forward.classes)
+    return _graph(forward.program_nodes, forward.logits, parameters, forward.constants, shape, forward.classes)
 
 
 def _graph(
@@ -132,22 +135,23 @@ def _graph(
         step = _step(node)
         if step.op not in OPS and step.op not in HOST_OPS:
             raise _unknown(step)
-        if wanted != {step.output}:
+        if step.op not in SEVERAL_OUTPUTS and wanted != {step.outputs[0]}:
             raise LocalError(f"node {step.name!r}: torch runs {step.op} for its first output only; use the trainer onnxruntime")
         needed.update(step.inputs)
         steps.append(step)
     constants = {name: array for name, array in constants.items() if name in needed}
     integers = {name: array.astype(np.int64) for name, array in constants.items() if array.dtype.kind in "iu"}
     # Copied: those that protobuf gives are read-only, which torch does not have.
-    reals = {name: array.copy() for name, array in constants.items() if array.dtype.kind == "f"}
-    return TorchGraph(parameters, input_shape, classes, tuple(reversed(steps)), integers, reals, logits)
+    tensors = {name: array.copy() for name, array in constants.items() if array.dtype.kind in "fb"}
+    return TorchGraph(parameters, input_shape, classes, tuple(reversed(steps)), integers, tensors, logits)
 
 
 def _step(node: onnx.NodeProto) -> _Step:
     attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
     decoded = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
     name = node.name or node.output[0].removeprefix("forward:")
-    return _Step(node.op_type, name, tuple(node.input), node.output[0], decoded)
+    outputs = tuple(node.output) if node.op_type in SEVERAL_OUTPUTS else (node.output[0],)
+    return _Step(node.op_type, name, tuple(node.input), outputs, decoded)
 
 
 def _unknown(step: _Step) -> LocalError:
