@@ -10,6 +10,7 @@ import msgspec
 
 from regrow.errors import LocalError
 from regrow.local_rules import LocalRule
+from regrow.local_step import Step
 from regrow.methods import DEFAULT_METHOD, defaults_of, named
 from regrow.precision import AUTO_DTYPES
 from regrow.values import WireDtype
@@ -57,14 +58,15 @@ class Method(Section, frozen=True, kw_only=True):
     local: LocalRule = "plain"
 
 
-class Training(Section, frozen=True, kw_only=True):
-    """The local work of one round; the bounds are those of the wire."""
+class Training(Step, frozen=True, kw_only=True, omit_defaults=False):
+    """The local work of one round: the step, and what is around it; the bounds are those of the wire."""
 
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20
     batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 0.05
     max_steps_factor: Annotated[float, msgspec.Meta(ge=1, le=100)] = 1.0
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None
+    train_last: AtLeastOne | None = None
 
 
 class Trigger(Section, frozen=True, kw_only=True):
@@ -171,6 +173,10 @@ class Task(Section, frozen=True, kw_only=True):
             raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
         if self.method.granularity == "unit" and self.method.local == "personal_masks":
             raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
+        if self.method.granularity == "unit" and self.training.train_last is not None:
+            raise LocalError('train_last at $.training: whole units are of all layers; set granularity = "weight", or take it out')
+        if self.method.local == "ordered_dropout" and self.training.spans_the_round:
+            raise LocalError('local at $.method: "ordered_dropout" changes the model in every step; set optimizer = "sgd" and proximal_mu = 0')
         if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive", "recombine"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         rounds_of_full_models = self.method.density == "full" and not self.method.buffered and self.trigger.kind == "all"
