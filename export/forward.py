@@ -95,7 +95,9 @@ def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forwa
         frozen = frozen_parameters(nodes, parameters, constants, train_last)
         constants |= {name: parameters.pop(name) for name in frozen}
     input_type = inputs[0].type.tensor_type.elem_type
-    return Forward(nodes, parameters, constants, shapes, input_shape, input_type, logits, _output_shape(shapes.get(logits), graph.output[0]))
+    return Forward(
+        nodes, parameters, constants, shapes, input_shape, input_type, logits, _output_shape(shapes.get(logits), graph.output[0])
+    )
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -169,7 +171,8 @@ def _input_shape(value: onnx.ValueInfoProto) -> Shape:
 def _output_shape(shape: Shape | None, value: onnx.ValueInfoProto) -> Shape:
     if not shape or None in shape[1:] or value.type.tensor_type.elem_type != TensorProto.FLOAT:
         raise LocalError(
-            f"output {value.name!r} has shape {_words(shape or ())}; training needs a float32 output [batch, ...], all axes but the batch fixed"
+            f"output {value.name!r} has shape {_words(shape or ())}; training needs a float32 output [batch, ...], "
+            "all axes but the batch fixed"
         )
     return shape
 

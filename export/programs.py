@@ -18,7 +18,7 @@ from export.rules import RULES
 from regrow.errors import LocalError
 from regrow.local_step import Step, step_of
 from regrow.parameters import Layout, Tensor
-from regrow.task import Training
+from regrow.task import DEFAULT_TRAINING, Training
 from regrow.units import Units
 
 BATCH = "batch"
@@ -28,7 +28,7 @@ OUTPUT = "regrow.output"
 """The property of an evaluation program that names the model's output, where `correct` does not tell it."""
 
 
-def build_programs(model: onnx.ModelProto, units: Units | None = None, training: Training = Training()) -> dict[str, bytes]:
+def build_programs(model: onnx.ModelProto, units: Units | None = None, training: Training = DEFAULT_TRAINING) -> dict[str, bytes]:
     """The programs of one model, by name; with `units` only tensors that no unit is part of are always kept.
 
     All are plain ai.onnx graphs with a dynamic batch. `train` is one step of `training`, by default SGD on the sample-weighted mean
@@ -48,7 +48,8 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None, training:
         training: of which the step and train_last say what is built.
 
     Raises:
-        LocalError: the model is not of the form that forward.read_forward describes, the step does not fit it, or some op cannot be trained.
+        LocalError: the model is not of the form that forward.read_forward describes, the step does not fit it, or some op cannot be
+            trained.
     """
     step, forward = step_of(training), read_forward(model, training.train_last)
     check_step(step, forward)

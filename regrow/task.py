@@ -69,6 +69,9 @@ class Training(Step, frozen=True, kw_only=True, omit_defaults=False):
     train_last: AtLeastOne | None = None
 
 
+DEFAULT_TRAINING = Training()
+
+
 class Trigger(Section, frozen=True, kw_only=True):
     """When the coordinator aggregates (algorithms: section 6). count = 0 means the size of the fastest class."""
 
@@ -169,14 +172,12 @@ class Task(Section, frozen=True, kw_only=True):
         planned_end = self.stop.seconds is not None or self.stop.aggregations is not None
         if self.method.granularity == "weight" and self.method.importance in ("first", "rolling"):
             raise LocalError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
-        if self.method.granularity == "unit" and (self.method.layer_floor or self.method.layer_costs):
-            raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
-        if self.method.granularity == "unit" and self.method.local == "personal_masks":
-            raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
-        if self.method.granularity == "unit" and self.training.train_last is not None:
-            raise LocalError('train_last at $.training: whole units are of all layers; set granularity = "weight", or take it out')
+        if self.method.granularity == "unit":
+            self._check_units()
         if self.method.local == "ordered_dropout" and self.training.spans_the_round:
-            raise LocalError('local at $.method: "ordered_dropout" changes the model in every step; set optimizer = "sgd" and proximal_mu = 0')
+            raise LocalError(
+                'local at $.method: "ordered_dropout" takes another part in every step; set optimizer = "sgd", proximal_mu = 0'
+            )
         if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive", "recombine"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         rounds_of_full_models = self.method.density == "full" and not self.method.buffered and self.trigger.kind == "all"
@@ -186,6 +187,14 @@ class Task(Section, frozen=True, kw_only=True):
             raise LocalError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
         if self.wire.versions_held < self.wire.versions_on_broker:
             raise LocalError("versions_held at $.wire: must be at least versions_on_broker")
+
+    def _check_units(self) -> None:
+        if self.method.layer_floor or self.method.layer_costs:
+            raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
+        if self.method.local == "personal_masks":
+            raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
+        if self.training.train_last is not None:
+            raise LocalError('train_last at $.training: whole units are of all layers; set granularity = "weight", or take it out')
 
 
 def parse_task(text: str, place: str = "task.toml") -> Task:
