@@ -339,7 +339,14 @@ def _code_digest(engine: str, programs: Mapping[str, bytes]) -> bytes:
         if engine != "onnxruntime"
         else ()
     )
-    names = ("edge_agent/trainer.py", "edge_agent/worker.py", "edge_agent/data/source.py", "regrow/local_rules.py", "regrow/examples.py", *torch)
+    names = (
+        "edge_agent/trainer.py",
+        "edge_agent/worker.py",
+        "edge_agent/data/source.py",
+        "regrow/local_rules.py",
+        "regrow/examples.py",
+        *torch,
+    )
     files = [(rooms / name).read_bytes() for name in names]
     backend = "onnxruntime" if engine == "onnxruntime" else "torch"
     machine = f"{platform.machine()} {engine} {version(backend)} {version('numpy')}"
