@@ -158,8 +158,8 @@ TASK = {
         "FjORD, Sub-FedAvg",
     ),
     "training.loss": (
-        "`cross_entropy`: y is classes. `binary_cross_entropy` (with logits), `mse`, `huber`: y is float32 of the output's shape. The score is "
-        "the share of right classes, of outputs on the right side of 0, or R^2 between 0 and 1.",
+        "`cross_entropy`: y is classes. `binary_cross_entropy` (with logits), `mse`, `huber`: y is float32 of the output's shape. The score: "
+        "share of right classes, of outputs on the right side of 0, or R^2 between 0 and 1.",
         "torch.nn",
     ),
     "training.target": ("What outputs are compared with: `y`, or the `input` itself (autoencoders; y is not read).", _OURS),

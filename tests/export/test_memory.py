@@ -42,8 +42,8 @@ def test_state_anchor_and_frozen_layers_are_counted() -> None:
 
     n = 4 * 2410
     plain = fixed(Training())
-    assert fixed(Training(optimizer="momentum")) >= plain + (STATE_COPIES + ARENA) * n
-    assert fixed(Training(optimizer="adam")) >= plain + 2 * (STATE_COPIES + ARENA) * n
+    assert fixed(Training(optimizer="momentum")) >= plain + STATE_COPIES * n
+    assert fixed(Training(optimizer="adam")) >= plain + 2 * STATE_COPIES * n
     assert fixed(Training(proximal_mu=0.1)) >= plain + STATE_COPIES * n
     frozen = 4 * (64 + 1) * 32
     assert SESSIONS_BYTES + 2 * CONSTANT_COPIES * frozen <= fixed(Training(train_last=1)) < plain
