@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,22 @@ class Window:
     @property
     def onnx_pads(self) -> list[int]:
         return [begin for begin, _ in self.pads] + [end for _, end in self.pads]
+
+    @property
+    def padded_sizes(self) -> list[int]:
+        return [begin + size + end for size, (begin, end) in zip(self.sizes, self.pads, strict=True)]
+
+    @property
+    def pad_amounts(self) -> list[int]:
+        """As Pad takes them for [_, _, ...]."""
+        rank = len(self.kernel)
+        return [0, 0, *self.onnx_pads[:rank], 0, 0, *self.onnx_pads[rank:]]
+
+    @property
+    def offsets(self) -> list[tuple[int, ...]]:
+        """Of every kernel position, in the kernel's order: where it meets the padded map at output 0."""
+        steps = zip(self.kernel, self.dilations, strict=True)
+        return list(itertools.product(*(range(0, count * step, step) for count, step in steps)))
 
     @property
     def axes(self) -> range:
