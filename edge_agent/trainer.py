@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from regrow.errors import LocalError, PeerError
-from regrow.local_training import Batch, Score, TrainResult
+from regrow.local_training import Batch, Score, Statistics, TrainResult, average_statistics
 from regrow.parameters import Layout
 from regrow.step_memory import SCORED_AT_ONCE
 
@@ -32,7 +32,7 @@ class Trainer:
     """The programs of one task, ready to run; each onnxruntime session is built when it is first needed.
 
     Args:
-        programs: 'layout', and those of 'train', 'train_masked' and 'evaluate' that will be used.
+        programs: 'layout', and those of 'train', 'train_masked', 'evaluate' and 'statistics' that will be used.
         threads: that onnxruntime may use for one operator.
 
     Raises:
@@ -57,7 +57,8 @@ class Trainer:
     ) -> TrainResult:
         """Parameters after one SGD step per batch.
 
-        A batch shorter than the longest one so far is padded with examples of weight 0.
+        A batch shorter than the longest one so far is padded with examples of weight 0, unless the model has batch normalisation, where
+        they would not go unseen.
 
         Args:
             vector: float32 [n]. Not modified.
@@ -76,7 +77,7 @@ class Trainer:
         loss, examples, steps, size = 0.0, 0, 0, 0
         for x, y in batches:
             session.check_batch(x, y)
-            size = max(size, len(x))
+            size = max(size, len(x)) if "statistics" not in self._programs else len(x)
             result = session.run(outputs, {**_padded(x, y, size), **fixed, **parameters})
             # onnxruntime returns a NumPy scalar for a tensor without axes, and takes only arrays.
             parameters = dict(zip(parameters, map(np.asarray, result[1:]), strict=True))
@@ -87,13 +88,22 @@ class Trainer:
             raise LocalError("there are no batches to train on; give at least one")
         return TrainResult(self._flat(parameters), loss / examples, examples, steps)
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64], batch: int = SCORED_AT_ONCE) -> Score:
+    def evaluate(
+        self,
+        vector: NDArray[np.float32],
+        x: NDArray[np.float32],
+        y: NDArray[np.int64],
+        batch: int = SCORED_AT_ONCE,
+        *,
+        statistics: Statistics | None = None,
+    ) -> Score:
         """Loss and accuracy of the parameters on the examples, computed `batch` at a time.
 
         Args:
             vector: float32 [n].
             x: float32 [m, ...], m >= 1.
             y: int64 [m].
+            statistics: of this vector, from `statistics`; a model without batch normalisation needs none.
 
         Raises:
             LocalError: an argument does not fit the program.
@@ -102,7 +112,7 @@ class Trainer:
         if batch < 1:
             raise LocalError(f"batch is {batch}, but evaluation needs at least 1")
         session = self._session("evaluate")
-        parameters = self._views(vector)
+        parameters = self._views(vector) | session.statistics_feed(statistics or {})
         session.check_batch(x, y)
         loss, correct = 0.0, 0
         for start in range(0, len(x), batch):
@@ -111,6 +121,25 @@ class Trainer:
             loss += float(loss_sum)
             correct += int(hits)
         return Score(loss / len(x), correct / len(x), len(x))
+
+    def statistics(self, vector: NDArray[np.float32], examples: Iterable[NDArray[np.float32]]) -> Statistics:
+        """Running means and variances of the parameters, averaged over batches; nothing, and no batch taken, for a model without.
+
+        Args:
+            vector: float32 [n].
+            examples: batches of x, float32 [b, ...], b >= 1, without labels; at least one.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+            PeerError: the program is malformed, or fails.
+        """
+        if "statistics" not in self._programs:
+            return {}
+        session, parameters = self._session("statistics"), self._views(vector)
+        found = average_statistics(session.batch_statistics(x, parameters) for x in examples)
+        if not found:
+            raise LocalError("there are no batches to compute the statistics of; give at least one")
+        return found
 
     def _program(self, name: str) -> bytes:
         if name not in self._programs:
@@ -160,11 +189,12 @@ class _Session:
             # Without its fallback onnxruntime neither retries a broken program nor prints about it.
             self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"], enable_fallback=0)
             inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
-            outputs = {item.name for item in self._session.get_outputs()}
+            outputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map
         except _ORT_ERRORS as error:
             raise PeerError(f"program {name!r} cannot be loaded: {error}") from error
-        self._check_signature(inputs, outputs, layout)
+        self.statistics = _statistics_of(outputs if name == "statistics" else inputs)
+        self._check_signature(inputs, set(outputs), layout)
         self._example_shape: tuple[int, ...] = tuple(inputs["x"][1][1:])
         classes = metadata.get("regrow.classes", "")
         if not (classes.isascii() and classes.isdigit() and len(classes) < 10):
@@ -174,13 +204,19 @@ class _Session:
     def _check_signature(self, inputs: dict[str, tuple[str, list[Any]]], outputs: set[str], layout: Layout) -> None:
         """Inputs and outputs are exactly those of a program for this layout; PeerError otherwise."""
         expected: dict[str, tuple[str, list[Any]]] = {t.name: ("tensor(float)", list(t.shape)) for t in layout.tensors}
+        statistics: dict[str, tuple[str, list[Any]]] = {f"stat:{name}": ("tensor(float)", [size]) for name, size in self.statistics.items()}
         results = {"loss_sum", "correct"}
-        if self._name != "evaluate":
+        if self._name == "statistics":
+            results = set(statistics)
+        elif self._name == "evaluate":
+            expected |= statistics
+        else:
             results = {"loss", *(f"new:{t.name}" for t in layout.tensors)}
             expected |= {"sample_weight": ("tensor(float)", ["batch"]), "learning_rate": ("tensor(float)", [])}
         if self._name == "train_masked":
             expected |= {f"mask:{t.name}": expected[t.name] for t in layout.tensors if not t.always_kept}
-        expected["y"] = ("tensor(int64)", ["batch"])
+        if self._name != "statistics":
+            expected["y"] = ("tensor(int64)", ["batch"])
         kind, shape = inputs.get("x", ("nothing", []))
         if kind != "tensor(float)" or shape[:1] != ["batch"] or not all(isinstance(size, int) for size in shape[1:]):
             raise PeerError(f"program {self._name!r}: input 'x' is {kind} {shape}, not tensor(float) ['batch', ...]")
@@ -192,15 +228,38 @@ class _Session:
 
     def check_batch(self, x: NDArray[Any], y: NDArray[Any]) -> None:
         """Raises LocalError unless x and y are a non-empty batch of this program."""
+        self.check_x(x)
+        if not isinstance(y, np.ndarray) or y.dtype != np.int64 or y.shape != x.shape[:1]:
+            raise LocalError(f"y: expected int64 [{len(x)}], as long as x, got {_described(y)}")
+        if y.min() < 0 or y.max() >= self._classes:
+            raise LocalError(f"y: expected labels from 0 to {self._classes - 1}, got {y.min()} to {y.max()}")
+
+    def check_x(self, x: NDArray[Any]) -> None:
+        """Raises LocalError unless x holds examples of this program."""
         example = ", ".join(str(size) for size in self._example_shape)
         if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.shape[1:] != self._example_shape or not x.ndim:
             raise LocalError(f"x: expected float32 [batch, {example}], got {_described(x)}")
         if not len(x):
             raise LocalError(f"x: expected float32 [batch, {example}] with at least one example, got none")
-        if not isinstance(y, np.ndarray) or y.dtype != np.int64 or y.shape != x.shape[:1]:
-            raise LocalError(f"y: expected int64 [{len(x)}], as long as x, got {_described(y)}")
-        if y.min() < 0 or y.max() >= self._classes:
-            raise LocalError(f"y: expected labels from 0 to {self._classes - 1}, got {y.min()} to {y.max()}")
+
+    def statistics_feed(self, statistics: Statistics) -> dict[str, NDArray[Any]]:
+        """The inputs of these statistics; LocalError if they are not all that the program needs."""
+        shapes = {name: (array.dtype.name, array.shape) for name, array in statistics.items()}
+        if shapes != {name: ("float32", (size,)) for name, size in self.statistics.items()}:
+            raise LocalError(
+                f"statistics: the model needs {sorted(self.statistics) or 'none'}, got {sorted(shapes) or 'none'}; "
+                "compute them for these parameters with Trainer.statistics"
+            )
+        return {f"stat:{name}": np.ascontiguousarray(array) for name, array in statistics.items()}
+
+    def batch_statistics(self, x: NDArray[np.float32], parameters: dict[str, NDArray[Any]]) -> Statistics:
+        """What the program `statistics` says of one batch."""
+        self.check_x(x)
+        names = list(self.statistics)
+        found = dict(zip(names, self.run([f"stat:{name}" for name in names], {"x": x, **parameters}), strict=True))
+        if any(np.shape(array) != (self.statistics[name],) for name, array in found.items()):
+            raise PeerError("the program 'statistics' returned vectors of other lengths than it declares")
+        return found
 
     def run(self, outputs: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         try:
@@ -218,6 +277,15 @@ def _padded(x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> dict[str
         x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), np.float32)])
         y = np.concatenate([y, np.zeros(missing, np.int64)])
     return {"x": x, "y": y, "sample_weight": weight}
+
+
+def _statistics_of(values: Mapping[str, tuple[str, list[Any]]]) -> dict[str, int]:
+    """Channels of each running statistic among a program's inputs or outputs; PeerError if it is no vector."""
+    found = {name.removeprefix("stat:"): described for name, described in values.items() if name.startswith("stat:")}
+    for name, (kind, shape) in found.items():
+        if kind != "tensor(float)" or len(shape) != 1 or not isinstance(shape[0], int):
+            raise PeerError(f"statistic {name!r} is {kind} {shape}, not tensor(float) of one fixed axis")
+    return {name: int(shape[0]) for name, (_, shape) in found.items()}
 
 
 def _described(value: object) -> str:

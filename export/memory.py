@@ -39,21 +39,24 @@ def step_memory(programs: Mapping[str, bytes]) -> StepMemory:
     Where the shape of some value does not follow from the batch, there are no figures, and memory binds nobody.
     """
     small = sum(name.startswith("train:") for name in programs)
-    pairs = [(programs[f"train:{level}"], programs[f"evaluate:{level}"]) for level in range(small)]
-    pairs.append((programs.get("train_masked", programs["train"]), programs["evaluate"]))
+    found = [(programs[f"train:{level}"], programs[f"evaluate:{level}"], programs.get(f"statistics:{level}")) for level in range(small)]
+    found.append((programs.get("train_masked", programs["train"]), programs["evaluate"], programs.get("statistics")))
     try:
-        return StepMemory([_job_bytes(train, evaluate) for train, evaluate in pairs])
+        return StepMemory([_job_bytes(*of_level) for of_level in found])
     except _UnknownShapeError:
         return StepMemory([])
 
 
-def _job_bytes(train: bytes, evaluate: bytes) -> JobBytes:
+def _job_bytes(train: bytes, evaluate: bytes, statistics: bytes | None) -> JobBytes:
     model = onnx.ModelProto.FromString(train)
     parameters = sum(fixed for name, fixed in _bytes_of(model, 1).items() if name.startswith("new:"))
     masked = any(value.name.startswith("mask:") for value in model.graph.input)
     vectors = (WORKER_VECTORS + MASK_VECTORS * masked) * parameters
     fixed, trained = _most_alive(model)
     also, scored = _most_alive(onnx.ModelProto.FromString(evaluate))
+    if statistics is not None:  # a third session, with batches of the size that is trained
+        once, each = _most_alive(onnx.ModelProto.FromString(statistics))
+        fixed, trained = fixed + once, trained + each
     return JobBytes(SESSIONS_BYTES + vectors + math.ceil(ARENA * (fixed + also)), math.ceil(ARENA * trained), math.ceil(ARENA * scored))
 
 

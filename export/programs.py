@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.batch_norm import checked_statistics, emit_statistics, statistics_inputs, with_batch_statistics
 from export.emitter import Emitter
-from export.forward import Forward, read_forward
+from export.forward import Forward, as_inference, read_forward
 from export.gradients import Product, differentiate, materialise
 from export.rules import RULES
 from regrow.errors import LocalError
@@ -28,7 +30,8 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None) -> dict[s
 
         train          x, y, sample_weight, learning_rate, <parameter>... -> loss, new:<parameter>...
         train_masked   the same and mask:<parameter>... (float32, 0 or 1) for the prunable ones
-        evaluate       x, y, <parameter>... -> loss_sum (float32), correct (int64)
+        evaluate       x, y, <parameter>..., stat:<statistic>... -> loss_sum (float32), correct (int64)
+        statistics     x, <parameter>... -> stat:<statistic>... of this batch; only for models with BatchNormalization
         layout         JSON, regrow.parameters.Layout
 
     x is float32 [batch, ...], y int64 [batch] in [0, classes), sample_weight float32 [batch] with a positive sum,
@@ -39,12 +42,14 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None) -> dict[s
     """
     forward = read_forward(model)
     layout = layout_of(forward, units)
-    return {
+    trained = with_batch_statistics(forward)
+    programs = {
         "layout": layout.to_json(),
-        "train": _training_program(forward, layout, masked=False),
-        "train_masked": _training_program(forward, layout, masked=True),
+        "train": _training_program(trained, layout, masked=False),
+        "train_masked": _training_program(trained, layout, masked=True),
         "evaluate": _evaluation_program(forward),
     }
+    return programs | ({"statistics": _statistics_program(trained)} if forward.statistics else {})
 
 
 def layout_of(forward: Forward, units: Units | None = None) -> Layout:
@@ -69,21 +74,28 @@ def initial_vector(model: onnx.ModelProto) -> NDArray[np.float32]:
     return layout_of(forward).flatten(forward.parameters)
 
 
-def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path) -> None:
-    """Write the forward model with the weights of `vector`; everything else stays as it was.
+def write_model(
+    model: onnx.ModelProto, vector: NDArray[np.float32], path: Path, *, statistics: Mapping[str, NDArray[np.float32]] | None = None
+) -> None:
+    """Write the forward model with the weights of `vector`; everything else stays as it was, but it is for inference.
 
     Args:
         vector: float32 [n] in the layout of this model.
+        statistics: running means and variances by initializer, as Trainer.statistics has them; None: those of the model stay.
 
     Raises:
-        LocalError: the vector does not fit the model.
+        LocalError: the vector or the statistics do not fit the model.
     """
-    values = layout_of(read_forward(model)).unflatten(vector)
+    forward = read_forward(model)
+    values = layout_of(forward).unflatten(vector) | checked_statistics(forward, statistics or {})
     trained = onnx.ModelProto()
     trained.CopyFrom(model)
     for tensor in trained.graph.initializer:
         if tensor.name in values:
             tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    for node in trained.graph.node:
+        if node.op_type == "BatchNormalization":
+            as_inference(node)
     onnx.checker.check_model(trained, full_check=True)
     onnx.save_model(trained, path)
 
@@ -149,7 +161,14 @@ def _evaluation_program(forward: Forward) -> bytes:
         helper.make_tensor_value_info("loss_sum", TensorProto.FLOAT, []),
         helper.make_tensor_value_info("correct", TensorProto.INT64, []),
     ]
-    return graph.program(_data_inputs(forward) + _parameter_inputs(forward), outputs, _metadata(forward))
+    inputs = _data_inputs(forward) + _parameter_inputs(forward) + statistics_inputs(forward)
+    return graph.program(inputs, outputs, _metadata(forward))
+
+
+def _statistics_program(forward: Forward) -> bytes:
+    graph = _emitter(forward)
+    outputs = emit_statistics(graph, forward)
+    return graph.program(_data_inputs(forward)[:1] + _parameter_inputs(forward), outputs, _metadata(forward))
 
 
 def _data_inputs(forward: Forward) -> list[onnx.ValueInfoProto]:

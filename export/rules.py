@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from export.axis_rules import concat, cut, pad, reduce_mean, reduce_sum, same_numbers, softmax, transpose
+from export.batch_norm import batch_normalization
 from export.convolution_rules import conv
 from export.dense_rules import gemm, matmul
 from export.elementwise_rules import (
@@ -29,6 +30,7 @@ from export.pool_rules import average_pool, global_average_pool, max_pool
 RULES: dict[str, Rule] = {
     "Add": add,
     "AveragePool": average_pool,
+    "BatchNormalization": batch_normalization,
     "Clip": clip,
     "Concat": concat,
     "Conv": conv,
