@@ -97,7 +97,7 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
             place = trainers.place(job, level, length)
             vector = place.vector(first if level == job.level else job.values)
             # Of this level, from this device's training data: a running mean is of the parameters that made it.
-            statistics = place.trainer.statistics(vector, _examples(source, job))
+            statistics = place.trainer.statistics(vector, drawn_examples(source, job.batch, job.seed))
             score = place.trainer.evaluate(vector, x, y, statistics=statistics)
             scores.append((level, score.loss, score.accuracy, score.examples))
     widths = job.widths or {job.level: job.length}
@@ -109,9 +109,13 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
     return Trained(job.number, *result, clock() - started, tuple(scores))
 
 
-def _examples(source: DataSource, job: Train) -> Iterator[NDArray[np.float32]]:
-    """A bounded number of the job's batches, without labels; the same ones for every level."""
-    for x, _ in source.batches(np.random.default_rng(job.seed), job.batch, STATISTICS_BATCHES):
+def drawn_examples(source: DataSource, batch: int, seed: int) -> Iterator[NDArray[np.float32]]:
+    """A bounded number of training batches, without labels, for running statistics; the same ones for one seed.
+
+    Raises:
+        LocalError: with the first batch, if there is no training data.
+    """
+    for x, _ in source.batches(np.random.default_rng(seed), batch, STATISTICS_BATCHES):
         yield x
 
 

@@ -144,7 +144,7 @@ def _taken_statistics(graph: onnx.GraphProto, parameters: dict[str, NDArray[np.f
         for name in node.input[3:5]:
             where = f"BatchNormalization (node {node.name!r}): its statistic {name!r}"
             if uses[name] != 1:
-                raise LocalError(f"{where} is used elsewhere too; exporters merge equal initializers: export a model that was trained a step")
+                raise LocalError(f"{where} is used elsewhere too; exporters merge equal tensors: train the model a step, then export")
             if name not in parameters:
                 raise LocalError(f"{where} is no float32 initializer; export the model with its weights")
             statistics[name] = parameters.pop(name)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +79,10 @@ def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float]
         raise LocalError(f"cannot write the build in {task_dir}: {error}") from error
 
 
-def write_trained(model_path: Path, vector: NDArray[np.float32], path: Path) -> None:
-    """Write the model of `model_path` with the weights of `vector`, float32 [n] by flat coordinate.
+def write_trained(
+    model_path: Path, vector: NDArray[np.float32], path: Path, *, statistics: Mapping[str, NDArray[np.float32]] | None = None
+) -> None:
+    """Write the model of `model_path` with the weights of `vector`, float32 [n] by flat coordinate; statistics as write_model.
 
     Raises:
         LocalError: the model cannot be read, or the vector does not fit it.
@@ -89,7 +91,7 @@ def write_trained(model_path: Path, vector: NDArray[np.float32], path: Path) -> 
         model = onnx.load(model_path)
     except (OSError, DecodeError, ValueError) as error:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
-    write_model(model, vector, path)
+    write_model(model, vector, path, statistics=statistics)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:

@@ -6,7 +6,7 @@ The graph is interpreted node by node, so a task's programs are all that a train
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.forward import read_forward
-from export.torch_ops import HOST_OPS, OPS, UnsupportedError
+from export.torch_ops import HOST_OPS, OPS, UnsupportedError, batch_statistics
 from regrow.errors import LocalError
 
 
@@ -38,6 +38,7 @@ class TorchGraph:
 
     Attributes:
         parameters: name -> shape, in the graph's order.
+        statistics: channels of each running mean and variance.
         input_shape: of one example.
         classes: of the logits.
     """
@@ -49,8 +50,15 @@ class TorchGraph:
     _integers: Mapping[str, NDArray[np.int64]]
     _reals: Mapping[str, NDArray[Any]]
     _logits: str
+    statistics: Mapping[str, int] = field(default_factory=dict)
 
-    def forward(self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        statistics: Mapping[str, torch.Tensor] | None = None,
+        found: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """The logits, [batch, classes].
 
         Without control flow on values and without writing in place, so torch.func.vmap and autograd go through it.
@@ -58,15 +66,20 @@ class TorchGraph:
         Args:
             parameters: a tensor of `self.parameters` each, on one device and of one floating dtype with x.
             x: [batch, *input_shape].
+            statistics: of `self.statistics`, for inference; None: batch normalisations use those of x, as in training.
+            found: gets mean and unbiased variance of what each batch normalisation was given.
 
         Raises:
             LocalError: a node asks for something that torch_ops does not have; names op and node.
         """
         values: dict[str, Any] = {"": None, "x": x, **parameters, **self._integers}
+        values |= {f"stat:{name}": None if statistics is None else statistics[name] for name in self.statistics}
         for name, array in self._reals.items():
             values[name] = torch.as_tensor(array, dtype=x.dtype, device=x.device)
         for step in self._steps:
             inputs = [values[name] for name in step.inputs]
+            if step.op == "BatchNormalization" and found is not None:
+                found |= zip((name.removeprefix("stat:") for name in step.inputs[3:5]), batch_statistics(inputs[0]), strict=True)
             on_host = all(isinstance(value, np.ndarray) for value in inputs) and bool(inputs)
             op = (HOST_OPS if on_host else OPS).get(step.op)
             if op is None:
@@ -98,9 +111,10 @@ def graph_of_program(program: bytes) -> TorchGraph:
     classes = metadata.get("regrow.classes", "")
     if len(found) != 1 or found[0].op_type != "ArgMax" or not {"x", "y"} <= inputs.keys() or not classes.isdecimal():
         raise LocalError("this is not an evaluation program of regrow; build the task again with `regrow task build`")
-    parameters = {name: shape for name, shape in inputs.items() if name not in ("x", "y")}
+    statistics = {name.removeprefix("stat:"): shape[0] for name, shape in inputs.items() if name.startswith("stat:")}
+    parameters = {name: shape for name, shape in inputs.items() if name not in ("x", "y") and not name.startswith("stat:")}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    return _graph(graph.node, found[0].input[0], parameters, constants, inputs["x"][1:], int(classes))
+    return _graph(graph.node, found[0].input[0], parameters, constants, inputs["x"][1:], int(classes), statistics)
 
 
 def graph_of_model(model: onnx.ModelProto) -> TorchGraph:
@@ -112,7 +126,8 @@ def graph_of_model(model: onnx.ModelProto) -> TorchGraph:
     forward = read_forward(model)
     parameters = {name: array.shape for name, array in forward.parameters.items()}
     shape = tuple(size or 0 for size in forward.input_shape[1:])
-    return _graph(forward.nodes, forward.logits, parameters, forward.constants, shape, forward.classes)
+    statistics = {name: len(array) for name, array in forward.statistics.items()}
+    return _graph(forward.nodes, forward.logits, parameters, forward.constants, shape, forward.classes, statistics)
 
 
 def _graph(
@@ -122,6 +137,7 @@ def _graph(
     constants: Mapping[str, NDArray[Any]],
     input_shape: tuple[int, ...],
     classes: int,
+    statistics: Mapping[str, int],
 ) -> TorchGraph:
     """Only the nodes that the logits need."""
     needed, steps = {logits}, []
@@ -140,7 +156,7 @@ def _graph(
     integers = {name: array.astype(np.int64) for name, array in constants.items() if array.dtype.kind in "iu"}
     # Copied: those that protobuf gives are read-only, which torch does not have.
     reals = {name: array.copy() for name, array in constants.items() if array.dtype.kind == "f"}
-    return TorchGraph(parameters, input_shape, classes, tuple(reversed(steps)), integers, reals, logits)
+    return TorchGraph(parameters, input_shape, classes, tuple(reversed(steps)), integers, reals, logits, statistics)
 
 
 def _step(node: onnx.NodeProto) -> _Step:

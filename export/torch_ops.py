@@ -119,6 +119,24 @@ def _instance_normalization(inputs: Inputs, attributes: Attributes) -> torch.Ten
     return torch.add(normal * scale.reshape(column), bias.reshape(column))
 
 
+def _batch_normalization(inputs: Inputs, attributes: Attributes) -> torch.Tensor:
+    """With the batch's own mean and variance where none are given; torch's own function refuses one number per channel."""
+    x: torch.Tensor
+    x, scale, bias, mean, variance = inputs
+    column = (-1, *[1] * (x.ndim - 2))
+    if mean is None:
+        variance, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
+    inverse = torch.rsqrt(variance + attributes.get("epsilon", 1e-5))
+    return torch.add((x - mean.reshape(column)) * (inverse * scale).reshape(column), bias.reshape(column))
+
+
+def batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance of each channel, axis 1; the variance is 0 where there is one number."""
+    alone = x.numel() == x.shape[1]
+    variance, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0 if alone else 1)
+    return mean, variance
+
+
 def _reshape(inputs: Inputs, attributes: Attributes) -> torch.Tensor:
     x, shape = inputs
     sizes = _integers(shape)
@@ -223,6 +241,7 @@ def _axes(inputs: Inputs, index: int, default: list[int], rank: int) -> list[int
 OPS: dict[str, Op] = {
     "Add": lambda i, _: i[0] + i[1],
     "AveragePool": _average_pool,
+    "BatchNormalization": _batch_normalization,
     "Clip": _clip,
     "Concat": lambda i, a: torch.cat(list(i), a["axis"]),
     "Conv": _conv,

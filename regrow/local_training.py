@@ -82,6 +82,7 @@ def average_statistics(batches: Iterable[Statistics]) -> Statistics:
     """The plain mean over the statistics of at least one batch, as torch's BatchNorm has it with momentum=None."""
     totals: dict[str, NDArray[np.float64]] = {}
     count = 0
-    for count, found in enumerate(batches, 1):
+    for found in batches:
         totals = {name: totals.get(name, 0.0) + array.astype(np.float64) for name, array in found.items()}
+        count += 1
     return {name: (total / count).astype(np.float32) for name, total in totals.items()}
