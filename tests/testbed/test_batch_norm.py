@@ -12,12 +12,17 @@ from cli.gateway import _final_statistics
 from cli.main import main
 from edge_agent.trainer import Trainer
 from edge_agent.worker import drawn_examples
+from export.programs import initial_vector
 from export.task import save_model
+from export.unit_programs import build_unit_programs
 from regrow.local_training import statistics_from
 from regrow.task import task_from_tables
 from testbed.simulate import Simulation, task_of
-from tests.export.unit_models import batch_norm_net
-from tests.testbed.bars import outcome_bytes, spec
+from testbed.torch_training import TorchEngine
+from testbed.trainers import OnnxEngine
+from tests.export.unit_models import batch_norm_net, batch_norm_perceptron
+from tests.testbed.bars import spec
+from tests.testbed.test_torch_training import DENSITIES, jobs_of
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +37,20 @@ def normal_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_devices_of_several_levels_train_it(normal_task: Path, images: Path, granularity: str) -> None:
     folder = load_task(normal_task)
-    settings = {"method.granularity": granularity, "training.local_steps": 5, "training.learning_rate": 0.3, "trigger.interval_s": 0.5}
-    run = spec(images, method="fedgmr", seconds=60.0, settings=settings)
+    settings = {
+        "method.granularity": granularity,
+        "method.full_density_bps": 4e5,
+        "training.local_steps": 5,
+        "training.learning_rate": 0.3,
+        "trigger.interval_s": 0.5,
+    }
+    run = spec(images, method="fedgmr", seconds=24.0, clients=3, links="400000,100000,50000", settings=settings)
     simulation = Simulation(folder, task_of(folder, {"name": "bars"}, run), run)
     outcome = simulation.run()
     assert outcome.rejected == 0
     assert outcome.points[-1].updates > 20
     assert len({first for first, _ in outcome.densities.values()}) > 1, "not one level only"
-    assert outcome.points[-1].loss < 0.8 * outcome.points[0].loss or outcome.final_accuracy > 0.5
+    assert outcome.points[-1].loss < 0.9 * outcome.points[0].loss
     # What travels is positions of the layout, and no statistic has one.
     ledger = simulation._ledger
     assert not any("mean" in tensor.name or "variance" in tensor.name for tensor in ledger.layout.tensors)
@@ -51,9 +62,17 @@ def test_devices_of_several_levels_train_it(normal_task: Path, images: Path, gra
     assert not np.array_equal(own[0]["norm1.mean"], own[1]["norm1.mean"])
 
 
-def test_a_run_repeats_to_the_bit(normal_task: Path, images: Path) -> None:
-    run = spec(images, method="fedgmr", seconds=20.0)
-    assert outcome_bytes(normal_task, run) == outcome_bytes(normal_task, run)
+def test_jobs_on_torch_are_those_of_the_device() -> None:
+    """Clients of three levels, with short batches: what they learn, their losses and their scores with their own statistics."""
+    model = batch_norm_perceptron(64, 10)
+    programs = build_unit_programs(model, DENSITIES)
+    jobs = jobs_of(programs, initial_vector(model), [0, 0, 0, 1, 2, 1, 2])
+    for (_, job), one, other in zip(jobs, TorchEngine(programs).train(jobs), OnnxEngine(programs).train(jobs), strict=True):
+        np.testing.assert_allclose(one.values, other.values, rtol=1e-3, atol=1e-5)
+        assert (one.number, one.examples, len(one.scores)) == (job.number, other.examples, len(other.scores))
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        for mine, theirs in zip(one.scores, other.scores, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4)
 
 
 def test_the_gateway_s_statistics_are_of_its_data_or_a_line_says_that_there_are_none(
@@ -64,7 +83,7 @@ def test_the_gateway_s_statistics_are_of_its_data_or_a_line_says_that_there_are_
     assert "running means and variances of the model that the run began with" in capsys.readouterr().out
     x = np.random.default_rng(0).random((40, 1, 28, 28), np.float32)
     np.savez(tmp_path / "held.npz", x=x, y=np.zeros(40, np.int64))
-    task = task_from_tables({"name": "bars", "evaluation": {"data": str(tmp_path / "held.npz")}})
+    task = task_from_tables({"name": "bars", "evaluation": {"data": str(tmp_path / "held.npz")}}, "here")
     held = TaskFolder(plain.path, task, plain.layout, plain.programs, plain.initial, plain.units)
     found = _final_statistics(held, plain.initial)
     assert capsys.readouterr().out == ""

@@ -20,7 +20,6 @@ SETTINGS = [
     Setting("fiarse+restore"),
     Setting("prfl", "int8", "unit", aggregations=9),
     Setting("fedgmr", "int8", "unit"),
-    Setting("fedgmr", model="batch_norm"),
     Setting("fedgmr", "int8", "unit", model="batch_norm"),
 ]
 
