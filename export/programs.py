@@ -14,6 +14,7 @@ from export.batch_norm import checked_statistics, emit_statistics, statistics_in
 from export.emitter import Emitter
 from export.forward import Forward, as_inference, read_forward
 from export.gradients import Product, differentiate, materialise
+from export.recurrent_rules import recurrent_biases
 from export.rules import RULES
 from regrow.errors import LocalError
 from regrow.parameters import Layout, Tensor
@@ -54,10 +55,10 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None) -> dict[s
 
 def layout_of(forward: Forward, units: Units | None = None) -> Layout:
     """Where each parameter lies in the flat vector; vectors and scalars (biases, norms) are always kept, unless units own them."""
-    tensors = []
+    tensors, biases = [], recurrent_biases(forward)
     for number, (name, array) in enumerate(forward.parameters.items()):
         leaves = units is not None and any(axis.group is not None for axis in units.axes[number])
-        tensors.append(Tensor(name, array.shape, always_kept=array.ndim < 2 and not leaves))
+        tensors.append(Tensor(name, array.shape, always_kept=(array.ndim < 2 or name in biases) and not leaves))
     return Layout(tuple(tensors))
 
 

@@ -26,6 +26,7 @@ from export.elementwise_rules import (
 from export.gradients import Rule
 from export.norm_rules import instance_normalization
 from export.pool_rules import average_pool, global_average_pool, max_pool
+from export.recurrent_rules import gru, lstm
 
 RULES: dict[str, Rule] = {
     "Add": add,
@@ -38,12 +39,14 @@ RULES: dict[str, Rule] = {
     "Erf": erf,
     "Exp": exp,
     "Flatten": same_numbers,
+    "GRU": gru,
     "Gemm": gemm,
     "GlobalAveragePool": global_average_pool,
     "HardSigmoid": hard_sigmoid,
     "HardSwish": hard_swish,
     "Identity": same_numbers,
     "InstanceNormalization": instance_normalization,
+    "LSTM": lstm,
     "LeakyRelu": leaky_relu,
     "MatMul": matmul,
     "MaxPool": max_pool,

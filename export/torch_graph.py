@@ -17,8 +17,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.forward import read_forward
-from export.torch_ops import HOST_OPS, OPS, UnsupportedError, batch_statistics
+from export.torch_ops import HOST_OPS, UnsupportedError, batch_statistics
+from export.torch_ops import OPS as PLAIN_OPS
+from export.torch_recurrent import RECURRENT_OPS
 from regrow.errors import LocalError
+
+OPS = {**PLAIN_OPS, **RECURRENT_OPS}
+SEVERAL_OUTPUTS = frozenset(RECURRENT_OPS)
+"""Ops of which the function gives every output, in a tuple; the others have one output, or only their first one here."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class _Step:
     op: str
     name: str
     inputs: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
 
 
@@ -85,9 +91,12 @@ class TorchGraph:
             if op is None:
                 raise _unknown(step)
             try:
-                values[step.output] = op(inputs, step.attributes)
+                result = op(inputs, step.attributes)
+                result = np.asarray(result) if isinstance(result, np.generic) else result  # NumPy gives scalars for arrays without axes
             except UnsupportedError as error:
                 raise LocalError(f"node {step.name!r}: torch runs {step.op}, but not with {error}; use the trainer onnxruntime") from error
+            values.update(zip(step.outputs, result if step.op in SEVERAL_OUTPUTS else [result], strict=False))
+            values[""] = None  # an output that the model leaves out has no name either
         logits: torch.Tensor = values[self._logits]
         return logits
 
@@ -148,7 +157,7 @@ def _graph(
         step = _step(node)
         if step.op not in OPS and step.op not in HOST_OPS:
             raise _unknown(step)
-        if wanted != {step.output}:
+        if step.op not in SEVERAL_OUTPUTS and wanted != {step.outputs[0]}:
             raise LocalError(f"node {step.name!r}: torch runs {step.op} for its first output only; use the trainer onnxruntime")
         needed.update(step.inputs)
         steps.append(step)
@@ -163,7 +172,8 @@ def _step(node: onnx.NodeProto) -> _Step:
     attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
     decoded = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
     name = node.name or node.output[0].removeprefix("forward:")
-    return _Step(node.op_type, name, tuple(node.input), node.output[0], decoded)
+    outputs = tuple(node.output) if node.op_type in SEVERAL_OUTPUTS else (node.output[0],)
+    return _Step(node.op_type, name, tuple(node.input), outputs, decoded)
 
 
 def _unknown(step: _Step) -> LocalError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 from torch.nn import functional
 
 Inputs = Sequence[Any]
@@ -227,6 +228,12 @@ def _shape(inputs: Inputs, attributes: Attributes) -> Any:
     return np.array(inputs[0].shape, np.int64)[attributes.get("start", 0) : attributes.get("end")]
 
 
+def constant_of_shape(inputs: Inputs, attributes: Attributes) -> Any:
+    value = numpy_helper.to_array(attributes["value"]) if "value" in attributes else np.zeros(1, np.float32)
+    filled = np.full(_integers(inputs[0]), value.item(), value.dtype)
+    return torch.as_tensor(filled) if value.dtype.kind == "f" else filled
+
+
 def _integers(value: Any) -> list[int]:
     if not isinstance(value, np.ndarray):
         raise UnsupportedError("a shape, axis or bound that is computed from the data")
@@ -281,6 +288,7 @@ OPS: dict[str, Op] = {
 HOST_OPS: dict[str, Op] = {
     "Add": lambda i, _: i[0] + i[1],
     "Concat": lambda i, a: np.concatenate(list(i), a["axis"]),
+    "ConstantOfShape": constant_of_shape,
     "Div": lambda i, _: i[0] // i[1],
     "Gather": lambda i, a: np.take(i[0], i[1], axis=a.get("axis", 0)),
     "Identity": lambda i, _: i[0],
