@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from export.computed_shapes import with_constant_shapes
 from regrow.errors import LocalError
 
 Shape = tuple[int | None, ...]
@@ -67,7 +68,7 @@ def read_forward(model: onnx.ModelProto) -> Forward:
     Raises:
         LocalError: the model is invalid, or not of this form; the message names the part and the cure.
     """
-    inferred = _checked(model)
+    inferred = with_constant_shapes(_checked(model))
     graph = inferred.graph
     parameters, constants = _initializers(graph)
     statistics = _taken_statistics(graph, parameters)
