@@ -31,7 +31,7 @@ def with_batch_statistics(forward: Forward) -> Forward:
     """
     nodes: list[onnx.NodeProto] = []
     constants = dict(forward.constants)
-    for node in forward.nodes:
+    for node in forward.program_nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         if node.op_type == _OP:
@@ -44,7 +44,7 @@ def with_batch_statistics(forward: Forward) -> Forward:
             nodes += _statistics_of(node.input[0], rank, mean, variance)
             copy.input[3:5] = [mean, variance]
         nodes.append(copy)
-    return replace(forward, nodes=tuple(nodes), constants=constants)
+    return replace(forward, program_nodes=tuple(nodes), constants=constants)
 
 
 def _statistics_of(source: str, rank: int, mean: str, variance: str) -> list[onnx.NodeProto]:

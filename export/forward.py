@@ -3,6 +3,7 @@
 Names in every program that we build:
     x, y, sample_weight, learning_rate, loss, ...   the program's own inputs and outputs
     <parameter>, mask:<parameter>, new:<parameter>  a parameter keeps the name of its initializer
+    state:<slot>:<parameter>, anchor:<parameter>    what the optimizer remembers of it, and its value as the round began
     stat:<statistic>, batch:<statistic>             a running mean or variance, and that of the batch at hand
     forward:<value>                                 what the forward model calls <value>
     step:<number>                                   everything that we add
@@ -21,16 +22,18 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from export.computed_shapes import with_constant_shapes
+from export.layers import frozen_parameters
+from export.lowering import lowered
 from regrow.errors import LocalError
 
 Shape = tuple[int | None, ...]
 """One entry per axis; None where the size is only known at run time (the batch)."""
 
 OPSETS = range(13, 22)
-"""Incoming ai.onnx versions. The ops that we differentiate mean the same in all of them, so programs simply say 18."""
+"""Incoming ai.onnx versions; programs say 18 (export.lowering)."""
 
-RESERVED_NAMES = frozenset({"x", "y", "sample_weight", "learning_rate", "loss", "loss_sum", "correct"})
-RESERVED_PREFIXES = ("new:", "mask:", "forward:", "step:", "stat:", "batch:")
+RESERVED_NAMES = frozenset({"x", "y", "sample_weight", "learning_rate", "loss", "loss_sum", "correct", "squared_error"})
+RESERVED_PREFIXES = ("new:", "mask:", "state:", "anchor:", "forward:", "step:", "stat:", "batch:")
 _FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 
 
@@ -40,30 +43,41 @@ class Forward:
 
     Attributes:
         nodes: in execution order, `Constant` nodes taken out.
-        parameters: float32 initializers in the model's order; all of them are trained.
-        constants: tensors that are never trained (shapes, axes).
+        program_nodes: the same in the terms of the opset that programs say (export.lowering).
+        parameters: the float32 initializers that are trained, in the model's order.
+        constants: tensors that are never trained (shapes, axes; initializers of layers that stay as they are, under their own names).
         shapes: of every value whose shape could be inferred.
         input_shape: of `x`; the first axis is None.
-        logits: name of the output, [batch, classes].
+        input_type: of `x`, TensorProto.FLOAT or INT64.
+        logits: name of the output.
+        output_shape: of the output, float32; all axes but the first are known.
         statistics: running means and variances of batch normalisations, by initializer; in the nodes `stat:<initializer>`.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
+    program_nodes: tuple[onnx.NodeProto, ...]
     parameters: dict[str, NDArray[np.float32]]
     constants: dict[str, NDArray[Any]]
     shapes: dict[str, Shape]
     input_shape: Shape
+    input_type: int
     logits: str
-    classes: int
+    output_shape: Shape
     statistics: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
+    @property
+    def classes(self) -> int:
+        """Scores of one example where the output is [batch, classes], otherwise 0."""
+        return self.output_shape[1] or 0 if len(self.output_shape) == 2 else 0
 
-def read_forward(model: onnx.ModelProto) -> Forward:
+
+def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forward:
     """The checked forward model.
 
     Args:
-        model: one float32 input [batch, ...] with a dynamic first axis and static others, one float32 output [batch, classes];
+        model: one float32 or int64 input [batch, ...] with a dynamic first axis and static others, one float32 output [batch, ...];
             float32 initializers are the parameters. Not modified.
+        train_last: only the parameters of so many layers before the output are trained (export.layers); None: all.
 
     Raises:
         LocalError: the model is invalid, or not of this form; the message names the part and the cure.
@@ -81,25 +95,30 @@ def read_forward(model: onnx.ModelProto) -> Forward:
         )
     input_shape = _input_shape(inputs[0])
     names = {"": "", inputs[0].name: "x"} | {name: name for name in parameters} | {name: f"stat:{name}" for name in statistics}
-    nodes = tuple(_renamed(node, names) for node in graph.node if node.op_type != "Constant")
+    nodes, program_nodes = (
+        tuple(_renamed(node, names) for node in each.node if node.op_type != "Constant") for each in (model.graph, graph)
+    )
     shapes = {_rename(value.name, names): _shape(value) for value in (*graph.value_info, *graph.output)}
     shapes |= {name: array.shape for name, array in parameters.items()} | {"x": input_shape}
     constants = {_rename(name, names): array for name, array in constants.items()}
     shapes |= {name: array.shape for name, array in constants.items()}
     shapes |= {f"stat:{name}": array.shape for name, array in statistics.items()}
     logits = _rename(graph.output[0].name, names)
-    classes = _classes(shapes.get(logits), graph.output[0])
-    return Forward(nodes, parameters, constants, shapes, input_shape, logits, classes, statistics)
+    if train_last is not None:
+        frozen = frozen_parameters(nodes, parameters, constants, train_last)
+        constants |= {name: parameters.pop(name) for name in frozen}
+    input_type = inputs[0].type.tensor_type.elem_type
+    output_shape = _output_shape(shapes.get(logits), graph.output[0])
+    return Forward(nodes, program_nodes, parameters, constants, shapes, input_shape, input_type, logits, output_shape, statistics)
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with inferred shapes, or LocalError."""
+    """The model in the terms of our opset, with inferred shapes, or LocalError."""
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise LocalError("the model keeps weights in another file; save it as one file: onnx.save(onnx.load(path), 'one.onnx')")
     try:
         onnx.checker.check_model(model)
-        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except onnx.checker.ValidationError as error:
         raise LocalError(f"not a valid ONNX model: {error}") from error
     versions = {entry.domain: entry.version for entry in model.opset_import}
     version = versions.get("", versions.get("ai.onnx", 0))
@@ -107,7 +126,10 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
         raise LocalError(f"the model uses opset {version}; export it with an opset from {OPSETS[0]} to {OPSETS[-1]}, best 18")
     if model.functions:
         raise LocalError(f"the model defines the function {model.functions[0].name!r}; inline it (onnx.inliner.inline_local_functions)")
-    return inferred
+    try:
+        return onnx.shape_inference.infer_shapes(lowered(model), check_type=True, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise LocalError(f"not a valid ONNX model: {error}") from error
 
 
 def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[Any]]]:
@@ -170,8 +192,8 @@ def _constant_nodes(graph: onnx.GraphProto) -> Iterator[tuple[str, NDArray[Any]]
 
 def _input_shape(value: onnx.ValueInfoProto) -> Shape:
     shape = _shape(value)
-    if value.type.tensor_type.elem_type != TensorProto.FLOAT:
-        raise LocalError(f"input {value.name!r} is not float32; cast outside the model")
+    if value.type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.INT64):
+        raise LocalError(f"input {value.name!r} is neither float32 nor int64; cast outside the model")
     if len(shape) < 2 or shape[0] is not None or None in shape[1:]:
         raise LocalError(
             f"input {value.name!r} has shape {_words(shape)}; training needs a dynamic first axis, the batch, and fixed others: "
@@ -180,10 +202,13 @@ def _input_shape(value: onnx.ValueInfoProto) -> Shape:
     return shape
 
 
-def _classes(shape: Shape | None, value: onnx.ValueInfoProto) -> int:
-    if shape is None or len(shape) != 2 or shape[1] is None or value.type.tensor_type.elem_type != TensorProto.FLOAT:
-        raise LocalError(f"output {value.name!r} has shape {_words(shape or ())}; training needs float32 logits [batch, classes]")
-    return shape[1]
+def _output_shape(shape: Shape | None, value: onnx.ValueInfoProto) -> Shape:
+    if not shape or None in shape[1:] or value.type.tensor_type.elem_type != TensorProto.FLOAT:
+        raise LocalError(
+            f"output {value.name!r} has shape {_words(shape or ())}; training needs a float32 output [batch, ...], "
+            "all axes but the batch fixed"
+        )
+    return shape
 
 
 def _shape(value: onnx.ValueInfoProto) -> Shape:

@@ -17,13 +17,18 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.forward import read_forward
-from export.torch_ops import HOST_OPS, UnsupportedError, batch_statistics
+from export.programs import OUTPUT
+from export.torch_host_ops import HOST_OPS
 from export.torch_ops import OPS as PLAIN_OPS
+from export.torch_ops import SEVERAL_OUTPUTS as PLAIN_SEVERAL
+from export.torch_ops import UnsupportedError, batch_statistics
 from export.torch_recurrent import RECURRENT_OPS
 from regrow.errors import LocalError
+from regrow.examples import Examples
+from regrow.local_step import METADATA, Step
 
 OPS = {**PLAIN_OPS, **RECURRENT_OPS}
-SEVERAL_OUTPUTS = frozenset(RECURRENT_OPS)
+SEVERAL_OUTPUTS = PLAIN_SEVERAL | RECURRENT_OPS.keys()
 """Ops of which the function gives every output, in a tuple; the others have one output, or only their first one here."""
 
 
@@ -44,19 +49,24 @@ class TorchGraph:
 
     Attributes:
         parameters: name -> shape, in the graph's order.
+        examples: what it takes.
+        step: what a training step does with its output.
         statistics: channels of each running mean and variance.
-        input_shape: of one example.
-        classes: of the logits.
     """
 
     parameters: Mapping[str, tuple[int, ...]]
-    input_shape: tuple[int, ...]
-    classes: int
+    examples: Examples
+    step: Step
     _steps: tuple[_Step, ...]
     _integers: Mapping[str, NDArray[np.int64]]
-    _reals: Mapping[str, NDArray[Any]]
+    _tensors: Mapping[str, NDArray[Any]]
     _logits: str
     statistics: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.examples.x_shape
 
     def forward(
         self,
@@ -65,13 +75,13 @@ class TorchGraph:
         statistics: Mapping[str, torch.Tensor] | None = None,
         found: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The logits, [batch, classes].
+        """The model's output, [batch, ...].
 
         Without control flow on values and without writing in place, so torch.func.vmap and autograd go through it.
 
         Args:
-            parameters: a tensor of `self.parameters` each, on one device and of one floating dtype with x.
-            x: [batch, *input_shape].
+            parameters: a tensor of `self.parameters` each, on one device and of one floating dtype, that of x unless x is tokens.
+            x: [batch, *examples.x_shape].
             statistics: of `self.statistics`, for inference; None: batch normalisations use those of x, as in training.
             found: gets mean and unbiased variance of what each batch normalisation was given.
 
@@ -80,8 +90,9 @@ class TorchGraph:
         """
         values: dict[str, Any] = {"": None, "x": x, **parameters, **self._integers}
         values |= {f"stat:{name}": None if statistics is None else statistics[name] for name in self.statistics}
-        for name, array in self._reals.items():
-            values[name] = torch.as_tensor(array, dtype=x.dtype, device=x.device)
+        dtype = next(iter(parameters.values())).dtype
+        for name, array in self._tensors.items():
+            values[name] = torch.as_tensor(array, dtype=dtype if array.dtype.kind == "f" else None, device=x.device)
         for step in self._steps:
             inputs = [values[name] for name in step.inputs]
             if step.op == "BatchNormalization" and found is not None:
@@ -95,8 +106,9 @@ class TorchGraph:
                 result = np.asarray(result) if isinstance(result, np.generic) else result  # NumPy gives scalars for arrays without axes
             except UnsupportedError as error:
                 raise LocalError(f"node {step.name!r}: torch runs {step.op}, but not with {error}; use the trainer onnxruntime") from error
+            # Of an op with several outputs a model may leave some out, at the end or without a name.
             values.update(zip(step.outputs, result if step.op in SEVERAL_OUTPUTS else [result], strict=False))
-            values[""] = None  # an output that the model leaves out has no name either
+            values[""] = None
         logits: torch.Tensor = values[self._logits]
         return logits
 
@@ -114,16 +126,31 @@ def graph_of_program(program: bytes) -> TorchGraph:
     graph = model.graph
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     makers = {output: node for node in graph.node for output in node.output}
-    # `correct` counts where the largest logit is the label's: behind that ArgMax lie the logits.
-    found = [makers[name] for node in graph.node if node.op_type == "Equal" and "y" in node.input for name in node.input if name in makers]
-    inputs = {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in graph.input}
-    classes = metadata.get("regrow.classes", "")
-    if len(found) != 1 or found[0].op_type != "ArgMax" or not {"x", "y"} <= inputs.keys() or not classes.isdecimal():
+    inputs = {value.name: value.type.tensor_type for value in graph.input}
+    step = Step.from_metadata(metadata.get(METADATA))
+    output = metadata.get(OUTPUT) or _classified(graph)
+    classes = metadata.get("regrow.classes", "0")
+    if output not in makers or "x" not in inputs or not classes.isdecimal() or step.classifies != bool(int(classes)):
         raise LocalError("this is not an evaluation program of regrow; build the task again with `regrow task build`")
-    statistics = {name.removeprefix("stat:"): shape[0] for name, shape in inputs.items() if name.startswith("stat:")}
-    parameters = {name: shape for name, shape in inputs.items() if name not in ("x", "y") and not name.startswith("stat:")}
+    statistics = {name.removeprefix("stat:"): _shape(tensor)[0] for name, tensor in inputs.items() if name.startswith("stat:")}
+    parameters = {name: _shape(tensor) for name, tensor in inputs.items() if name not in ("x", "y") and not name.startswith("stat:")}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    return _graph(graph.node, found[0].input[0], parameters, constants, inputs["x"][1:], int(classes), statistics)
+    x_dtype = "int64" if inputs["x"].elem_type == onnx.TensorProto.INT64 else "float32"
+    y_dtype = None if "y" not in inputs else "int64" if step.classifies else "float32"
+    y_shape = _shape(inputs["y"])[1:] if "y" in inputs else ()
+    examples = Examples(x_dtype, _shape(inputs["x"])[1:], y_dtype, y_shape, int(classes))
+    return _graph(graph.node, output, parameters, constants, examples, step, statistics)
+
+
+def _classified(graph: onnx.GraphProto) -> str:
+    """The logits, or "": `correct` counts where the largest logit is the label's, so they lie behind that ArgMax."""
+    makers = {output: node for node in graph.node for output in node.output}
+    found = [makers[name] for node in graph.node if node.op_type == "Equal" and "y" in node.input for name in node.input if name in makers]
+    return found[0].input[0] if len(found) == 1 and found[0].op_type == "ArgMax" else ""
+
+
+def _shape(tensor: onnx.TypeProto.Tensor) -> tuple[int, ...]:
+    return tuple(dim.dim_value for dim in tensor.shape.dim)
 
 
 def graph_of_model(model: onnx.ModelProto) -> TorchGraph:
@@ -136,7 +163,8 @@ def graph_of_model(model: onnx.ModelProto) -> TorchGraph:
     parameters = {name: array.shape for name, array in forward.parameters.items()}
     shape = tuple(size or 0 for size in forward.input_shape[1:])
     statistics = {name: len(array) for name, array in forward.statistics.items()}
-    return _graph(forward.nodes, forward.logits, parameters, forward.constants, shape, forward.classes, statistics)
+    examples = Examples("float32" if forward.input_type == onnx.TensorProto.FLOAT else "int64", shape, classes=forward.classes)
+    return _graph(forward.program_nodes, forward.logits, parameters, forward.constants, examples, Step(), statistics)
 
 
 def _graph(
@@ -144,28 +172,28 @@ def _graph(
     logits: str,
     parameters: Mapping[str, tuple[int, ...]],
     constants: Mapping[str, NDArray[Any]],
-    input_shape: tuple[int, ...],
-    classes: int,
+    examples: Examples,
+    step: Step,
     statistics: Mapping[str, int],
 ) -> TorchGraph:
-    """Only the nodes that the logits need."""
+    """Only the nodes that the output needs."""
     needed, steps = {logits}, []
     for node in reversed(nodes):
         wanted = needed.intersection(node.output)
         if not wanted:
             continue
-        step = _step(node)
-        if step.op not in OPS and step.op not in HOST_OPS:
-            raise _unknown(step)
-        if step.op not in SEVERAL_OUTPUTS and wanted != {step.outputs[0]}:
-            raise LocalError(f"node {step.name!r}: torch runs {step.op} for its first output only; use the trainer onnxruntime")
-        needed.update(step.inputs)
-        steps.append(step)
+        made = _step(node)
+        if made.op not in OPS and made.op not in HOST_OPS:
+            raise _unknown(made)
+        if made.op not in SEVERAL_OUTPUTS and wanted != {made.outputs[0]}:
+            raise LocalError(f"node {made.name!r}: torch runs {made.op} for its first output only; use the trainer onnxruntime")
+        needed.update(made.inputs)
+        steps.append(made)
     constants = {name: array for name, array in constants.items() if name in needed}
     integers = {name: array.astype(np.int64) for name, array in constants.items() if array.dtype.kind in "iu"}
     # Copied: those that protobuf gives are read-only, which torch does not have.
-    reals = {name: array.copy() for name, array in constants.items() if array.dtype.kind == "f"}
-    return TorchGraph(parameters, input_shape, classes, tuple(reversed(steps)), integers, reals, logits, statistics)
+    tensors = {name: array.copy() for name, array in constants.items() if array.dtype.kind in "fb"}
+    return TorchGraph(parameters, examples, step, tuple(reversed(steps)), integers, tensors, logits, statistics)
 
 
 def _step(node: onnx.NodeProto) -> _Step:

@@ -239,7 +239,7 @@ def _report(
         x, y = arrays["x"], arrays["y"]
     trainer, weights = Trainer(folder.programs, threads=2), ledger.trained_weights
     statistics = statistics_from(trainer, weights, x)
-    write_trained(folder.model_path, weights, path / "model.onnx", statistics=statistics)
+    write_trained(folder.model_path, weights, path / "model.onnx", folder.task.training.train_last, statistics=statistics)
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: FedGMR, ten wearers, links 200 to 4000 kbit/s")
     accuracy = trainer.evaluate(weights, x, y, statistics=statistics).accuracy

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from edge_agent.data.source import DataSource
 from edge_agent.worker import LevelTrainers, train_job
 from export.torch_graph import graph_of_program
 from regrow.errors import LocalError
+from regrow.examples import described, r_squared
 from regrow.local_training import Batch, Score, Statistics, TrainResult, average_statistics
 from regrow.machine import Train, Trained
 from regrow.parameters import Layout
+from testbed.torch_steps import FlatOptimizer, client_losses, score_sums
 
 WAVE_CLIENTS = 64  # trained in one call; more only take more memory
 # On the CPU a wave pays for small models only: bench/results/trainers.json has one of 52 266 parameters, trainers-leaf.json one of 6.6 M,
@@ -96,19 +99,16 @@ class TorchTrainer:
         flat = self._vectors([share.vector for share in shares])
         dropped = None if all(share.kept is None for share in shares) else ~self._masks(shares)
         rates = torch.tensor([[share.learning_rate] for share in shares], dtype=torch.float32, device=self._device)
+        optimizer = FlatOptimizer(self._graph.step, flat, dropped, rates)
         losses, counts = list[torch.Tensor](), list[list[int]]()
         for batches in _in_step(shares):
             x, y, weight = self._stacked(batches)
             flat.requires_grad_(True)
-            scores = torch.log_softmax(self._logits(flat, x), 2)
-            surprise = -scores.gather(2, y[:, :, None])[:, :, 0]
-            loss = (surprise * (weight / weight.sum(1, keepdim=True))).sum(1)
+            loss = client_losses(self._graph.step, self._outputs(flat, x), y, weight)
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
-            # In place: new memory for every step costs a large model more than the arithmetic.
-            move = gradient.mul_(-rates)
-            flat = flat.detach().add_(move if dropped is None else move.masked_fill_(dropped, 0.0))
+            flat = optimizer.moved(flat.detach(), gradient)
             losses.append(loss.detach())
-            counts.append([len(labels) for _, labels in batches])
+            counts.append([len(features) for features, _ in batches])
         if not losses:
             raise LocalError("there are no batches to train on; give at least one")
         examples = np.array(counts)
@@ -122,8 +122,8 @@ class TorchTrainer:
     def evaluate(
         self,
         vector: NDArray[np.float32],
-        x: NDArray[np.float32],
-        y: NDArray[np.int64],
+        x: NDArray[Any],
+        y: NDArray[Any],
         batch: int = 256,
         *,
         statistics: Statistics | None = None,
@@ -135,7 +135,7 @@ class TorchTrainer:
         """
         return self.evaluate_together([vector], [(x, y)], batch, [statistics or {}])[0]
 
-    def statistics(self, vector: NDArray[np.float32], examples: Iterable[NDArray[np.float32]]) -> Statistics:
+    def statistics(self, vector: NDArray[np.float32], examples: Iterable[NDArray[Any]]) -> Statistics:
         """As edge_agent.trainer.Trainer.statistics.
 
         Raises:
@@ -149,8 +149,8 @@ class TorchTrainer:
             raise LocalError("there are no batches to compute the statistics of; give at least one")
         return found
 
-    def _batch_statistics(self, parameters: Mapping[str, torch.Tensor], x: NDArray[np.float32]) -> Statistics:
-        self._check(x, np.zeros(len(x), np.int64), may_be_empty=False)
+    def _batch_statistics(self, parameters: Mapping[str, torch.Tensor], x: NDArray[Any]) -> Statistics:
+        replace(self._graph.examples, y_dtype=None).check(x, x)
         found: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             self._graph.forward(parameters, torch.from_numpy(x).to(self._device), found=found)
@@ -167,7 +167,7 @@ class TorchTrainer:
 
         Args:
             vectors: float32 [n] each.
-            data: of each client (x float32 [m, ...], y int64 [m]), m >= 1.
+            data: of each client (x, y) as the program takes them, at least one example.
             statistics: of each client's vector; None: the model has no batch normalisation.
 
         Raises:
@@ -179,26 +179,29 @@ class TorchTrainer:
         flat = self._vectors(vectors)
         sums = np.zeros((2, len(data)))
         with torch.no_grad():
-            for start in range(0, max(len(y) for _, y in data), batch):
+            for start in range(0, max(len(x) for x, _ in data), batch):
                 parts = [(x[start : start + batch], y[start : start + batch]) for x, y in data]
-                x, y, weight = self._stacked(parts, may_be_empty=start > 0)
-                logits = self._logits(flat, x, running)
-                surprise = -torch.log_softmax(logits, 2).gather(2, y[:, :, None])[:, :, 0]
-                hits = (logits.argmax(2) == y) * weight
-                sums += torch.stack([(surprise * weight).sum(1), hits.sum(1)]).cpu().numpy()
-        return [Score(float(sums[0, i] / len(y)), float(sums[1, i] / len(y)), len(y)) for i, (_, y) in enumerate(data)]
+                inputs, targets, weight = self._stacked(parts, may_be_empty=start > 0)
+                outputs = self._outputs(flat, inputs, running)
+                sums += score_sums(self._graph.step, outputs, targets, weight).cpu().numpy()
+        return [self._score(sums[0, index], sums[1, index], x, y) for index, (x, y) in enumerate(data)]
 
-    def _logits(self, flat: torch.Tensor, x: torch.Tensor, running: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """[clients, batch, classes] of [clients, n] and [clients, batch, ...]; running: [clients, channels] each, None in training."""
+    def _score(self, loss: float, found: float, x: NDArray[Any], y: NDArray[Any]) -> Score:
+        target = self._graph.examples.target(x, y)
+        accuracy = found / target.size if self._graph.step.counts_hits else r_squared(found, target)
+        return Score(float(loss / len(x)), float(accuracy), len(x))
+
+    def _outputs(self, flat: torch.Tensor, x: torch.Tensor, running: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """[clients, batch, ...] of [clients, n] and [clients, batch, ...]; running: [clients, channels] each, None in training."""
         parameters = self._parameters(flat)
         if len(flat) == 1:  # plain torch, without the cost of mapping
             alone = None if running is None else {name: value[0] for name, value in running.items()}
             return self._graph.forward({name: value[0] for name, value in parameters.items()}, x[0], alone)[None]
         if running is None:
-            logits: torch.Tensor = torch.func.vmap(self._graph.forward)(parameters, x)
+            outputs: torch.Tensor = torch.func.vmap(self._graph.forward)(parameters, x)
         else:
-            logits = torch.func.vmap(self._graph.forward)(parameters, x, running)
-        return logits
+            outputs = torch.func.vmap(self._graph.forward)(parameters, x, running)
+        return outputs
 
     def _parameters(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of [clients, n], each [clients, *its shape]."""
@@ -220,39 +223,28 @@ class TorchTrainer:
             raise LocalError("a wave needs at least one client")
         for vector in vectors:
             if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.shape != (self.layout.size,):
-                raise LocalError(f"vector: expected float32 [{self.layout.size}], got {_described(vector)}")
+                raise LocalError(f"vector: expected float32 [{self.layout.size}], got {described(vector)}")
         return torch.from_numpy(np.stack(vectors)).to(self._device)
 
     def _masks(self, shares: Sequence[Share]) -> torch.Tensor:
         masks = [np.ones(self.layout.size, np.bool_) if share.kept is None else share.kept for share in shares]
         for kept in masks:
             if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_ or kept.shape != (self.layout.size,):
-                raise LocalError(f"kept: expected bool [{self.layout.size}], got {_described(kept)}")
+                raise LocalError(f"kept: expected bool [{self.layout.size}], got {described(kept)}")
             if not kept[self.layout.always_kept_coordinates].all():
                 raise LocalError("kept leaves out coordinates that belong to every sub-model (layout.always_kept_coordinates)")
         return torch.from_numpy(np.stack(masks)).to(self._device)
 
     def _stacked(self, batches: Sequence[Batch], *, may_be_empty: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [clients, longest, ...], y and the weight of each example, [clients, longest]: 0 for padding."""
-        longest = max(len(y) for _, y in batches)
-        x = np.zeros((len(batches), longest, *self._graph.input_shape), np.float32)
-        y, weight = np.zeros(x.shape[:2], np.int64), np.zeros(x.shape[:2], np.float32)
-        for index, (features, labels) in enumerate(batches):
-            self._check(features, labels, may_be_empty)
-            x[index, : len(labels)], y[index, : len(labels)], weight[index, : len(labels)] = features, labels, 1.0
-        tensors = (torch.from_numpy(array).to(self._device) for array in (x, y, weight))
+        """x and the targets, [clients, longest, ...], and the weight of each example, [clients, longest]: 0 for padding."""
+        examples = self._graph.examples
+        for features, labels in batches:
+            examples.check(features, labels, may_be_empty=may_be_empty)
+        longest = max(len(features) for features, _ in batches)
+        feeds = [examples.padded(features, labels, longest) for features, labels in batches]
+        names = ("x", "x" if examples.y_dtype is None else "y", "sample_weight")
+        tensors = (torch.from_numpy(np.stack([feed[name] for feed in feeds])).to(self._device) for name in names)
         return next(tensors), next(tensors), next(tensors)
-
-    def _check(self, x: NDArray[np.float32], y: NDArray[np.int64], may_be_empty: bool) -> None:
-        example = ", ".join(str(size) for size in self._graph.input_shape)
-        if not isinstance(x, np.ndarray) or x.dtype != np.float32 or not x.ndim or x.shape[1:] != self._graph.input_shape:
-            raise LocalError(f"x: expected float32 [batch, {example}], got {_described(x)}")
-        if not isinstance(y, np.ndarray) or y.dtype != np.int64 or y.shape != x.shape[:1]:
-            raise LocalError(f"y: expected int64 [{len(x)}], as long as x, got {_described(y)}")
-        if not len(x) and not may_be_empty:
-            raise LocalError(f"x: expected float32 [batch, {example}] with at least one example, got none")
-        if len(y) and (y.min() < 0 or y.max() >= self._graph.classes):
-            raise LocalError(f"y: expected labels from 0 to {self._graph.classes - 1}, got {y.min()} to {y.max()}")
 
 
 class TorchEngine:
@@ -373,7 +365,3 @@ def _device(name: str, threads: int) -> torch.device:
     else:
         torch.set_num_threads(threads)
     return torch.device(name)
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__

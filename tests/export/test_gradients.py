@@ -62,35 +62,40 @@ def torch_pads(w: dict[str, Any]) -> list[int]:
     return [pad for i in reversed(range(rank)) for pad in (w["pads"][i], w["pads"][i + rank])]
 
 
-@pytest.mark.parametrize("unfold", [True, False], ids=["unfold", "correlate"])
-@drawn
-@given(
-    w=windows(), group=st.integers(1, 2), channels=st.integers(1, 3), batch=st.integers(1, 4), bias=st.booleans(), seed=st.integers(0, 999)
-)
-def test_conv(
-    monkeypatch: pytest.MonkeyPatch, unfold: bool, w: dict[str, Any], group: int, channels: int, batch: int, bias: bool, seed: int
-) -> None:
-    monkeypatch.setattr(export.convolution_rules, "UNFOLD_POSITIONS", 10**9 if unfold else 0)
-    check_conv(w, group, channels, batch, bias, seed)
+WAYS = {
+    "columns, shift": {"COLUMNS_POSITIONS": 10**9, "SHIFT_CHANNELS": 1, "SHIFT_WASTE": 10**9, "MULTIPLY_POSITIONS": 1},
+    "transpose, unfold": {"COLUMNS_POSITIONS": 0, "SHIFT_CHANNELS": 10**9, "MULTIPLY_POSITIONS": 10**9},
+    "transpose, unfold wide": {"COLUMNS_POSITIONS": 0, "SHIFT_CHANNELS": 10**9, "WIDE": 0},
+}
 
 
+@pytest.mark.parametrize("way", WAYS)
 @drawn
 @given(
     w=windows(),
-    beyond=st.integers(0, 1),
+    stride_1=st.booleans(),
     group=st.integers(1, 2),
     channels=st.integers(1, 3),
     batch=st.integers(1, 4),
+    bias=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_conv_of_stride_1(w: dict[str, Any], beyond: int, group: int, channels: int, batch: int, seed: int) -> None:
-    """Its input gradient is a Conv unless there are groups, or padding that no position of the kernel moves past."""
-    w = w | {"strides": [1] * len(w["kernel"])}
-    reach = [d * (k - 1) for k, d in zip(w["kernel"], w["dilations"], strict=True)] * 2
-    w["pads"] = [pad + beyond for pad in w["pads"]]
-    ops = check_conv(w, group, channels, batch, True, seed)
-    transposed = group > 1 or any(pad > most for pad, most in zip(w["pads"], reach, strict=True))
-    assert ("ConvTranspose" in ops) == transposed
+def test_conv(
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    w: dict[str, Any],
+    stride_1: bool,
+    group: int,
+    channels: int,
+    batch: int,
+    bias: bool,
+    seed: int,
+) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(export.convolution_rules, name, value)
+    if stride_1:
+        w = w | {"strides": [1] * len(w["kernel"])}
+    check_conv(w, group, channels, batch, bias, seed)
 
 
 def check_conv(w: dict[str, Any], group: int, channels: int, batch: int, bias: bool, seed: int) -> set[str]:
