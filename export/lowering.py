@@ -29,7 +29,7 @@ class _Rewriting:
 
     def emit(self, op: str, *inputs: str, last: bool = False, **attributes: Any) -> str:
         output = self.node.output[0] if last else f"{self.node.output[0]}:{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"{self.node.name}:{op}", **attributes))
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"{self.node.name}:{output}", **attributes))
         return output
 
     def constant(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
@@ -82,22 +82,17 @@ def _gelu(new: _Rewriting) -> Nodes:
 
 
 def _group_normalization(new: _Rewriting) -> Nodes:
-    """Groups as the channels of an InstanceNormalization; scale and bias are one number per group before opset 21, then per channel."""
+    """Groups as the channels of an InstanceNormalization, then scale and bias of each channel, as opset 21 has it."""
     source, scale, bias = new.node.input
     groups = int(new.attributes["num_groups"])
-    epsilon = new.attributes.get("epsilon", 1e-5)
-    shape = new.emit("Shape", source)
+    ones, zeros, column = new.constant([1.0] * groups), new.constant([0.0] * groups), new.constant([1], np.int64)
     grouped = new.emit("Reshape", source, new.constant([0, groups, -1], np.int64))
-    if new.opset < 21:
-        normal = new.emit("InstanceNormalization", grouped, scale, bias, epsilon=epsilon)
-        new.emit("Reshape", normal, shape, last=True)
-        return new.nodes
-    normal = new.emit("InstanceNormalization", grouped, new.constant([1.0] * groups), new.constant([0.0] * groups), epsilon=epsilon)
-    ends, column = (new.constant(value, np.int64) for value in ([0], [1]))
-    rest = new.constant([-1], np.int64)
-    normal = new.emit("Reshape", normal, new.emit("Concat", ends, new.emit("Shape", scale), rest, axis=0))
+    normal = new.emit("InstanceNormalization", grouped, ones, zeros, epsilon=new.attributes.get("epsilon", 1e-5))
+    batch, rest = new.constant([0], np.int64), new.constant([-1], np.int64)
+    normal = new.emit("Reshape", normal, new.emit("Concat", batch, new.emit("Shape", scale), rest, axis=0))
     scaled = new.emit("Mul", normal, new.emit("Unsqueeze", scale, column))
-    new.emit("Reshape", new.emit("Add", scaled, new.emit("Unsqueeze", bias, column)), shape, last=True)
+    shifted = new.emit("Add", scaled, new.emit("Unsqueeze", bias, column))
+    new.emit("Reshape", shifted, new.emit("Shape", source), last=True)
     return new.nodes
 
 

@@ -52,6 +52,7 @@ def max_pool(site: Site) -> dict[int, Gradient]:
     if options["storage_order"]:
         raise site.unsupported("storage_order 1", "use row-major order")
     shape = site.shape(site.node.input[0], static_from=1)
+    window_of(site, options, options["kernel_shape"])  # for what it refuses
     return {0: _by_halving(site, options, shape) if _is_tiled(options, shape[2:]) else _by_scattering(site, options, shape)}
 
 

@@ -24,7 +24,7 @@ HOST_OPS: dict[str, Op] = {
     "Div": lambda i, _: i[0] // i[1],
     "Equal": lambda i, _: i[0] == i[1],
     "Expand": lambda i, _: i[0] * np.ones(integers_of(i[1]), i[0].dtype),
-    "Gather": lambda i, a: np.take(i[0], i[1], axis=a.get("axis", 0)),
+    "Gather": lambda i, a: np.asarray(np.take(i[0], i[1], axis=a.get("axis", 0))),
     "Identity": lambda i, _: i[0],
     "Mul": lambda i, _: i[0] * i[1],
     "Reshape": lambda i, _: i[0].reshape(integers_of(i[1])),

@@ -78,4 +78,7 @@ def window_of(site: Site, options: Mapping[str, Any], kernel: Sequence[int]) -> 
             pads = tuple((end, begin) for begin, end in pads)
     if any(pad < 0 for pair in pads for pad in pair):
         raise site.unsupported("negative padding", "slice the input instead")
+    axes = zip(sizes, pads, out_sizes, strides, strict=True)
+    if options.get("ceil_mode") and any((out - 1) * stride >= size + begin for size, (begin, _), out, stride in axes):
+        raise site.unsupported("ceil_mode 1 with a window that lies beyond the map", "use ceil_mode 0")
     return Window(tuple(kernel), strides, dilations, pads, sizes, out_sizes, options.get("group", 1))
