@@ -25,7 +25,7 @@ from regrow.local_step import step_of
 from regrow.programs import MEMORY, program_file
 from regrow.task import DEFAULT_TRAINING, Training
 
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 """Raise it whenever the same model would give other programs."""
 
 
