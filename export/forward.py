@@ -21,9 +21,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from export.computed_shapes import with_constant_shapes
 from export.layers import frozen_parameters
 from export.lowering import lowered
+from export.shape_folding import folded
 from regrow.errors import LocalError
 
 Shape = tuple[int | None, ...]
@@ -82,7 +82,7 @@ def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forwa
     Raises:
         LocalError: the model is invalid, or not of this form; the message names the part and the cure.
     """
-    inferred = with_constant_shapes(_checked(model))
+    inferred = _checked(model)
     graph = inferred.graph
     parameters, constants = _initializers(graph)
     statistics = _taken_statistics(graph, parameters)
@@ -98,7 +98,8 @@ def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forwa
     nodes, program_nodes = (
         tuple(_renamed(node, names) for node in each.node if node.op_type != "Constant") for each in (model.graph, graph)
     )
-    shapes = {_rename(value.name, names): _shape(value) for value in (*graph.value_info, *graph.output)}
+    values = [value for value in (*graph.value_info, *graph.output) if value.type.tensor_type.HasField("shape")]
+    shapes = {_rename(value.name, names): _shape(value) for value in values}
     shapes |= {name: array.shape for name, array in parameters.items()} | {"x": input_shape}
     constants = {_rename(name, names): array for name, array in constants.items()}
     shapes |= {name: array.shape for name, array in constants.items()}
@@ -127,9 +128,23 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
     if model.functions:
         raise LocalError(f"the model defines the function {model.functions[0].name!r}; inline it (onnx.inliner.inline_local_functions)")
     try:
-        return onnx.shape_inference.infer_shapes(lowered(model), check_type=True, strict_mode=True, data_prop=True)
+        return _inferred(folded(_inferred(_as_inference(lowered(model)))))
     except onnx.shape_inference.InferenceError as error:
         raise LocalError(f"not a valid ONNX model: {error}") from error
+
+
+def _as_inference(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its batch normalisations for inference: onnxruntime runs no others."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "BatchNormalization":
+            as_inference(node)
+    return copy
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
 def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[Any]]]:
