@@ -129,9 +129,19 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
     if model.functions:
         raise LocalError(f"the model defines the function {model.functions[0].name!r}; inline it (onnx.inliner.inline_local_functions)")
     try:
-        return _inferred(folded(_inferred(lowered(model))))
+        return _inferred(folded(_inferred(_as_inference(lowered(model)))))
     except onnx.shape_inference.InferenceError as error:
         raise LocalError(f"not a valid ONNX model: {error}") from error
+
+
+def _as_inference(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its batch normalisations for inference: onnxruntime runs no others."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "BatchNormalization":
+            as_inference(node)
+    return copy
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:

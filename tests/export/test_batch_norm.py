@@ -97,10 +97,17 @@ def test_gradients_through_several_and_finite_differences(model: onnx.ModelProto
     assert slope == pytest.approx(float(np.linalg.norm(gradient)), rel=2e-2)
 
 
+class Rows(torch.nn.Module):
+    """A flattening that reads the batch off the data, so that the exported model computes with shapes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.size(0), x.size(1) * x.size(2) * x.size(3))
+
+
 def network_and_model(train: bool) -> tuple[torch.nn.Sequential, onnx.ModelProto]:
     """A small torch network, a convolution with a bias before the norm, and what torch exports of it."""
     torch.manual_seed(0)
-    body = [torch.nn.Conv2d(2, 6, 3), torch.nn.BatchNorm2d(6, momentum=None), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(24, 5)]
+    body = [torch.nn.Conv2d(2, 6, 3), torch.nn.BatchNorm2d(6, momentum=None), torch.nn.ReLU(), Rows(), torch.nn.Linear(24, 5)]
     net = torch.nn.Sequential(*body, torch.nn.BatchNorm1d(5, momentum=None), torch.nn.Linear(5, CLASSES)).train(train)
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):

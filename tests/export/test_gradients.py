@@ -229,7 +229,8 @@ def test_the_table_covers_every_rule() -> None:
     look()
     # Of these only that they pass no gradient can be said, as the table does of Floor, Not and GreaterOrEqual.
     flat = {"And", "ArgMax", "ArgMin", "Ceil", "ConstantOfShape", "Equal", "Greater", "IsNaN", "Less", "LessOrEqual", "Or", "Round", "Sign"}
-    assert RULES.keys() | REPLACED <= seen | flat | {"Flatten"}  # every network ends in Flatten
+    elsewhere = {"BatchNormalization", "GRU", "LSTM"}  # test_batch_norm.py, test_recurrent.py
+    assert RULES.keys() | REPLACED <= seen | flat | elsewhere | {"Flatten"}  # every network ends in Flatten
 
 
 # What is refused
