@@ -69,10 +69,11 @@ def initial_vector(model: onnx.ModelProto) -> NDArray[np.float32]:
     return layout_of(forward).flatten(forward.parameters)
 
 
-def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path) -> None:
-    """Write the forward model with the weights of `vector`; everything else stays as it was.
+def with_weights(model: onnx.ModelProto, vector: NDArray[np.float32]) -> onnx.ModelProto:
+    """The forward model with the weights of `vector`, checked; everything else is as it was.
 
     Args:
+        model: not modified.
         vector: float32 [n] in the layout of this model.
 
     Raises:
@@ -85,7 +86,16 @@ def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path)
         if tensor.name in values:
             tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
     onnx.checker.check_model(trained, full_check=True)
-    onnx.save_model(trained, path)
+    return trained
+
+
+def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path) -> None:
+    """Write what with_weights makes.
+
+    Raises:
+        LocalError: the vector does not fit the model.
+    """
+    onnx.save_model(with_weights(model, vector), path)
 
 
 def _emitter(forward: Forward) -> Emitter:
