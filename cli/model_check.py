@@ -21,7 +21,7 @@ from broker_server.store import Store
 from cli.model_text import check_tables, show
 from cli.models import find_run, parse_densities, parse_numbers
 from edge_agent.memory import spare_bytes
-from export.check import layers_kept, levels_of, operators, problems_of, step_costs
+from export.check import layers_kept, levels_of, operators, problems_of, step_costs, trainable_operators
 from export.models import MODELS
 from export.programs import initial_vector
 from export.task import programs_of, read_model
@@ -49,12 +49,14 @@ def model_check(options: argparse.Namespace) -> int:
     say = Console(stderr=True)
     batches = [int(value) for value in parse_numbers(options.batch, "--batch", 1, 100_000)]
     uplinks_bps = parse_numbers(options.uplink, "--uplink", 1.0, 1e12)
+    if options.steps < 0:
+        raise LocalError(f"--steps {options.steps}: how many steps to run, 0 for none")
     if options.run is not None and (options.density or options.granularity):
         raise LocalError("--run says densities and granularity itself: leave --density and --granularity out")
     model = MODELS[options.file](1) if options.file in MODELS and not Path(options.file).is_file() else _read(options.file)
     report: dict[str, Any] = {"model": options.file, "operators": operators(model), "ir_version": model.ir_version}
     report["opset"] = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    found = problems_of(model)
+    found = problems_of(model, units=options.granularity == "unit")
     report |= {"trainable": not found, "problems": [asdict(problem) for problem in found]}
     if not found:
         setting = _of_run(options, model) if options.run is not None else _anew(options, model)
@@ -133,6 +135,8 @@ def _tell(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if not report["trainable"]:
         print(f"cannot be trained on a device, for {len(report['problems'])} reason(s):")
         print("\n".join(f"- {problem['message']}" for problem in report["problems"]))
+        if any(problem["op"] for problem in report["problems"]):
+            print(f"operators that have a gradient rule: {', '.join(trainable_operators())}")
         return
     print(f"can be trained on a device: {report['parameters']} parameters, {report['always_kept']} of them in every sub-model")
     for title, head, rows in check_tables(report):

@@ -101,10 +101,7 @@ def _levels(levels: Sequence[dict[str, Any]]) -> tuple[str, tuple[str, ...], lis
 
 def _updates(updates: Sequence[dict[str, Any]]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     links = list(updates[0]["seconds"])
-    rows = [
-        (f"{update['density']:g}", update["dtype"], *(seconds_text(update["seconds"][link]) for link in links))
-        for update in updates
-    ]
+    rows = [(f"{update['density']:g}", update["dtype"], *(seconds_text(update["seconds"][link]) for link in links)) for update in updates]
     return "Time of one update on an uplink", ("density", "as", *(_rate(float(link)) for link in links)), rows
 
 

@@ -19,7 +19,7 @@ from broker_server.runs import TaskFolder, load_task, recover
 from broker_server.store import Store
 from cli.model_text import export_table, markdown, show
 from edge_agent.data.sources import open_source
-from export.inference import FORMATS, QUANTIZATIONS, Examples, Exported, Quantization, latencies_ms, level_model, write_forms
+from export.inference import QUANTIZATIONS, Examples, Exported, Request, latencies_ms, level_model, write_forms
 from export.task import read_model
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
@@ -36,16 +36,14 @@ def export_run(options: argparse.Namespace) -> int:
     forms = _choices(options.quantize, QUANTIZATIONS, "--quantize")
     if "int8" in forms and options.calibrate is None:
         raise LocalError("--quantize int8 needs data to find the range of every activation: give --calibrate FILE.npz, data from a device")
-    if options.format not in FORMATS:
-        raise LocalError(f"--format {options.format}: one of {', '.join(FORMATS)}")
     folder = load_task(run / "task")
     with Store.open(run, read_only=True) as store:
         ledger = recover(store, folder)
     wanted = _levels(options.density, densities_of(folder.task))
     held_out = _examples(options.data) if options.data else _own_data(folder)
-    calibration = _examples(options.calibrate) if options.calibrate else None
+    request = Request(forms, options.format, held_out, _examples(options.calibrate) if options.calibrate else None)
     with _fresh_folder(options.out) as fresh:
-        rows = list(_write(say, fresh, folder, ledger, run.name, wanted, (forms, options.format), held_out, calibration))
+        rows = list(_write(say, fresh, folder, ledger, run.name, wanted, request))
         say.print(f"timing {len(rows)} files")
         times = latencies_ms([fresh / row.file for row in rows], options.latency_runs)
         rows = [Exported(**{**asdict(row), "latency_ms": took}) for row, took in zip(rows, times, strict=True)]
@@ -62,25 +60,18 @@ def export_run(options: argparse.Namespace) -> int:
 
 
 def _write(
-    say: Console,
-    fresh: Path,
-    folder: TaskFolder,
-    ledger: Ledger,
-    run: str,
-    wanted: Sequence[int],
-    form: tuple[Sequence[Quantization], Any],
-    held_out: Examples | None,
-    calibration: Examples | None,
+    say: Console, fresh: Path, folder: TaskFolder, ledger: Ledger, run: str, levels: Sequence[int], request: Request
 ) -> Iterator[Exported]:
+    """Write the files of these levels, one after the other."""
     model, weights, densities = read_model(folder.model_path), ledger.trained_weights, densities_of(folder.task)
     slicing = None if folder.units is None else (folder.layout, folder.units, densities)
-    for level in wanted:
+    for level in levels:
         density = densities[level]
         name = "global" if density == 1.0 else f"density-{density:g}"
         say.print(f"writing {name}")
         made = level_model(model, weights, ledger.order, level, slicing)
         properties = {"regrow.run": run, "regrow.version": str(ledger.version), "regrow.density": f"{density:g}"}
-        yield from write_forms(made, fresh / name, density, *form, held_out, calibration, properties)
+        yield from write_forms(made, fresh / name, density, request, properties)
 
 
 def _notes(
@@ -91,6 +82,8 @@ def _notes(
         said = ["no accuracy: the run has no held-out data of its own ([evaluation] in task.toml); give some with --data FILE.npz"]
     else:
         said = [f"accuracy: {len(held_out.y)} examples of {held_out.name}; the drop is that of float32 less the file's own"]
+    if any(row.quantize == "int8" for row in rows) and held_out is not None and options.calibrate == options.data:
+        said.append("int8 was calibrated on the held-out data itself, which flatters its accuracy: give --calibrate other data")
     said.append(f"latency: one example, one thread, median of {options.latency_runs}, on this machine; the files took turns")
     if folder.units is None and len(rows) > 1:
         said.append("levels of single weights hold zeros where they have nothing: their size shows when they are packed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
@@ -16,13 +16,15 @@ from export.emitter import Emitter
 from export.forward import Forward, read_forward
 from export.gradients import Gradient, Rule, Site, cannot_train, differentiate
 from export.memory import step_memory
+from export.programs import initial_vector
 from export.rules import RULES
 from export.timing import medians_s, random_feed, session_of
+from export.units import find_units
 from regrow import indexset, values
 from regrow.errors import LocalError
 from regrow.order import Order
 from regrow.parameters import Layout
-from regrow.step_memory import SCORED_AT_ONCE
+from regrow.step_memory import SCORED_AT_ONCE, JobBytes
 from regrow.values import WireDtype
 
 DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
@@ -70,10 +72,18 @@ def operators(model: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(_op(node) for node in model.graph.node).most_common())
 
 
-def problems_of(model: onnx.ModelProto) -> list[Problem]:
+def trainable_operators() -> list[str]:
+    """Those that have a gradient rule, by name."""
+    return sorted(RULES)
+
+
+def problems_of(model: onnx.ModelProto, *, units: bool = False) -> list[Problem]:
     """All that speaks against training this model, [] if nothing does.
 
     Where the model can be read at all, every node is tried that a gradient must pass, not only the first that has no rule.
+
+    Args:
+        units: whether it shall also be cut into sub-models of whole units.
     """
     try:
         forward = read_forward(model)
@@ -88,6 +98,12 @@ def problems_of(model: onnx.ModelProto) -> list[Problem]:
         differentiate(graph, _Rules(forward, found), list(forward.parameters), forward.logits, forward.logits)
     except LocalError as error:
         found.append(Problem(str(error)))
+    try:
+        initial_vector(model)
+        if units and not found:
+            find_units(model)
+    except LocalError as error:
+        found.insert(0, Problem(str(error)))
     return found[::-1]  # the walk is backward; a reader begins in front
 
 
@@ -97,6 +113,7 @@ class _Rules(dict[str, Rule]):
 
     def __init__(self, forward: Forward, found: list[Problem]) -> None:
         super().__init__(RULES)
+        self._shapes = forward.shapes
         self._foreign = {node.output[0]: node for node in forward.nodes if node.domain not in ("", "ai.onnx")}
         self._found = found
 
@@ -113,14 +130,16 @@ class _Rules(dict[str, Rule]):
                 return RULES[op](site)
             raise cannot_train(node, f"has no gradient rule; {_cure(node)}")
         except LocalError as error:
-            self._found.append(Problem(str(error), _op(node), node.name))
+            known = all(name in self._shapes for name in (*node.input, *node.output) if name)
+            if known or op not in RULES or node is not site.node or not self._foreign:  # else it only lacks a foreign operator's shape
+                self._found.append(Problem(str(error), _op(node), node.name))
         return {index: site.node.input[index] for index in site.wanted}
 
 
 def _cure(node: onnx.NodeProto) -> str:
     if node.domain not in ("", "ai.onnx"):
         return "export the model before it is optimised for a runtime, in plain ai.onnx operators"
-    return f"replace it by supported ops ({', '.join(sorted(RULES))}) or add a rule in export/rules.py"
+    return "replace it by operators that have one or add a rule in export/rules.py"
 
 
 def _foreign(model: onnx.ModelProto) -> Iterator[Problem]:
@@ -177,42 +196,66 @@ def step_costs(
     threads: Sequence[int],
     rounds: int,
     spare_bytes: int,
-    most_s: float = 2.0,
+    most_s: float = 1.0,
 ) -> Iterator[Step]:
     """Memory and time of a step of every training program, at every batch size; yields as they are measured.
 
+    The programs of a batch size take turns, so that their times can be compared; one by one where memory does not hold them all.
+
     Args:
-        rounds: steps of which the median counts, at least three and no more than about `most_s` seconds of them; 0 runs none.
+        rounds: steps of which the median counts, at least three and no more than about `most_s` seconds of each; 0 runs none.
         spare_bytes: a step that may take more is not run.
     """
+    works = _works(programs, order, flat_weights)
+    for batch in batches:
+        needs = [
+            None if work.job is None else work.job.fixed + work.job.trained * batch + work.job.scored * SCORED_AT_ONCE for work in works
+        ]
+        fits = [need is None or need <= spare_bytes for need in needs]
+        together = sum(need or 0 for need in needs) * len(threads) <= spare_bytes
+        chosen = [work for work, fit in zip(works, fits, strict=True) if fit and rounds]
+        took: dict[str, dict[int, float]] = {}
+        for group in [chosen] if together else [[work] for work in chosen]:
+            took |= _step_s(group, batch, threads, rounds, most_s)
+        for work, need, fit in zip(works, needs, fits, strict=True):
+            skipped = "" if fit else f"may need {need} bytes, {spare_bytes} are free here"
+            yield Step(work.name, work.size, batch, need, took.get(work.name, {}), skipped)
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A training program with the weights of its level, and what its job takes."""
+
+    name: str
+    program: bytes
+    parameters: Mapping[str, NDArray[np.float32]]
+    size: int
+    job: JobBytes | None
+
+
+def _works(programs: Mapping[str, bytes], order: Order, flat_weights: NDArray[np.float32]) -> list[_Work]:
+    """Of single weights the program of the full model and the one with masks; of whole units one for each level."""
     memory = step_memory(programs).levels
-    masked = "train_masked" in programs
     small = sum(name.startswith("train:") for name in programs)
+    masked = "train_masked" in programs
     names = ["train", "train_masked"] if masked else [*(f"train:{level}" for level in range(small)), "train"]
+    works = []
     for number, name in enumerate(names):
-        level = _level(name)
-        coordinates = order.coordinates if level is None else order.coordinates[: order.lengths[level]]
-        layout = Layout.from_json(programs["layout" if level is None else f"layout:{level}"])
+        level = name.partition(":")[2]
+        coordinates = order.coordinates[: order.lengths[int(level)]] if level else order.coordinates
+        layout = Layout.from_json(programs[f"layout:{level}" if level else "layout"])
         parameters = layout.unflatten(flat_weights[np.sort(coordinates)])
-        bytes_of = memory[0 if masked else number] if memory else None
-        for batch in batches:
-            need = None if bytes_of is None else bytes_of.fixed + bytes_of.trained * batch + bytes_of.scored * SCORED_AT_ONCE
-            if not rounds or (need is not None and need > spare_bytes):
-                skipped = f"may need {need} bytes, {spare_bytes} are free here" if rounds else ""
-                yield Step(name, coordinates.size, batch, need, {}, skipped)
-                continue
-            took = _step_s(programs[name], parameters, batch, threads, rounds, most_s)
-            yield Step(name, coordinates.size, batch, need, dict(zip(threads, took, strict=True)))
+        job = memory[0 if masked else number] if memory else None
+        works.append(_Work(name, programs[name], parameters, coordinates.size, job))
+    return works
 
 
-def _step_s(
-    program: bytes, parameters: Mapping[str, NDArray[np.float32]], batch: int, threads: Sequence[int], rounds: int, most_s: float
-) -> list[float]:
-    sessions = [session_of(program, count) for count in threads]
-    feed = random_feed(sessions[0], batch, parameters)
-    return medians_s([partial(session.run, None, feed) for session in sessions], rounds, most_s)
-
-
-def _level(program: str) -> int | None:
-    level = program.partition(":")[2]
-    return int(level) if level else None
+def _step_s(works: Sequence[_Work], batch: int, threads: Sequence[int], rounds: int, most_s: float) -> dict[str, dict[int, float]]:
+    """Seconds of a step by program and number of threads."""
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
+    for work in works:
+        for count in threads:
+            session = session_of(work.program, count)
+            calls[work.name, count] = partial(session.run, None, random_feed(session, batch, work.parameters))
+    found = dict(zip(calls, medians_s(list(calls.values()), rounds, most_s * len(calls)), strict=True))
+    return {work.name: {count: found[work.name, count] for count in threads} for work in works}

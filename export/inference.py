@@ -33,7 +33,6 @@ from regrow.units import Units
 Quantization = Literal["none", "int8", "fp16"]
 Format = Literal["onnx", "ort"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-FORMATS: tuple[Format, ...] = get_args(Format)
 SCORED_AT_ONCE = 256
 
 
@@ -44,6 +43,16 @@ class Examples:
     name: str
     x: NDArray[Any]
     y: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked for: the forms, the format of their files, and data to score them with and (for int8) to calibrate with."""
+
+    forms: Sequence[Quantization] = ("none",)
+    file_format: Format = "onnx"
+    held_out: Examples | None = None
+    calibration: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -100,22 +109,14 @@ def level_model(
 
 
 def write_forms(
-    model: onnx.ModelProto,
-    stem: Path,
-    density: float,
-    forms: Sequence[Quantization],
-    file_format: Format,
-    held_out: Examples | None = None,
-    calibration: Examples | None = None,
-    properties: Mapping[str, str] | None = None,
+    model: onnx.ModelProto, stem: Path, density: float, request: Request, properties: Mapping[str, str] | None = None
 ) -> list[Exported]:
     """Write one model in every asked form, STEM.onnx or STEM.int8.ort; each file is loaded and run before it counts.
 
     Args:
-        model: float32, of with_weights.
+        model: float32, of level_model.
         density: that the model is of, for the result.
-        calibration: for int8.
-        properties: metadata of the files, such as which run they come from.
+        properties: more metadata for the files, such as which run they come from.
 
     Raises:
         LocalError: int8 without calibration data; data that does not fit the model; a model that cannot be converted, or gives numbers that
@@ -123,31 +124,38 @@ def write_forms(
     """
     stated = onnx.ModelProto()
     stated.CopyFrom(model)
-    onnx.helper.set_model_props(stated, dict(properties or {}))
-    weights = list(read_forward(stated).parameters.values())
-    parameters, nonzero = sum(array.size for array in weights), sum(int(np.count_nonzero(array)) for array in weights)
+    onnx.helper.set_model_props(stated, {entry.key: entry.value for entry in model.metadata_props} | dict(properties or {}))
     plain = _Runnable(stated.SerializeToString(), "the float32 model")
-    for examples in (held_out, calibration):
-        if examples is not None:
-            plain.check(examples)
-    whole = None if held_out is None else plain.accuracy(held_out)
+    if request.calibration is not None:
+        plain.check_x(request.calibration)
+    if request.held_out is not None:
+        plain.check_x(request.held_out)
+        plain.check_y(request.held_out)
+    weights = list(read_forward(stated).parameters.values())
+    counts = sum(array.size for array in weights), sum(int(np.count_nonzero(array)) for array in weights)
+    whole = None if request.held_out is None else plain.accuracy(request.held_out)
     written = []
-    for form in forms:
-        made = _converted(stated, form, calibration)
-        path = stem.with_name(f"{stem.name}{'' if form == 'none' else f'.{form}'}.{file_format}")
-        if file_format == "ort":
-            write_ort(made, path)
-        else:
-            onnx.save_model(made, path)
-        runnable = _Runnable(path, path.name)
-        runnable.try_out()
-        accuracy = None if held_out is None else runnable.accuracy(held_out)
+    for form in request.forms:
+        made = _converted(stated, form, request.calibration)
+        path = stem.with_name(f"{stem.name}{'' if form == 'none' else f'.{form}'}.{request.file_format}")
+        accuracy = _write(made, path, request)
         drop = None if whole is None or accuracy is None else whole - accuracy
+        opset = next(entry.version for entry in made.opset_import if entry.domain in ("", "ai.onnx"))
         content = path.read_bytes()
-        opset = next(entry.version for entry in made.opset_import if entry.domain == "")
-        sizes = (len(content), len(zlib.compress(content)))
-        written.append(Exported(path.name, density, form, parameters, nonzero, opset, made.ir_version, *sizes, accuracy, drop))
+        sizes = len(content), len(zlib.compress(content))
+        written.append(Exported(path.name, density, form, *counts, opset, made.ir_version, *sizes, accuracy, drop))
     return written
+
+
+def _write(model: onnx.ModelProto, path: Path, request: Request) -> float | None:
+    """Write a file, try it out, and return its accuracy; None without held-out data."""
+    if request.file_format == "ort":
+        write_ort(model, path)
+    else:
+        onnx.save_model(model, path)
+    runnable = _Runnable(path, path.name)
+    runnable.try_out()
+    return None if request.held_out is None else runnable.accuracy(request.held_out)
 
 
 def latencies_ms(files: Sequence[Path], rounds: int) -> list[float]:
@@ -197,13 +205,17 @@ class _Runnable:
         if len(output) != 2 or not np.isfinite(output).all():
             raise LocalError(f"{self._name}: its output for two examples has shape {list(output.shape)} or is not finite; keep it float32")
 
-    def check(self, examples: Examples) -> None:
-        """Raises LocalError unless these are examples of this model."""
+    def check_x(self, examples: Examples) -> None:
+        """Raises LocalError unless the model takes such examples."""
         wanted = {"tensor(float)": "float32", "tensor(int64)": "int64"}.get(self._input.type, self._input.type)
-        shape, classes = list(self._input.shape[1:]), self._session.get_outputs()[0].shape[-1]
+        shape = list(self._input.shape[1:])
         if list(examples.x.shape[1:]) != shape or examples.x.dtype.name != wanted:
             has = f"{examples.x.dtype} {list(examples.x.shape[1:])}"
             raise LocalError(f"{examples.name}: an example is {has}, the model takes {wanted} {shape}: give data of this task")
+
+    def check_y(self, examples: Examples) -> None:
+        """Raises LocalError unless the labels are classes of the model."""
+        classes = self._session.get_outputs()[0].shape[-1]
         if examples.y.max() >= classes:
             raise LocalError(
                 f"{examples.name}: labels go up to {examples.y.max()}, the model knows 0 to {classes - 1}: give data of this task"
