@@ -59,13 +59,12 @@ def test_every_operator_without_a_rule_is_named_not_only_the_first() -> None:
     assert operators(model) == {"MatMul": 2, "Selu": 2, "Softsign": 1, "Relu": 1}
 
 
-def test_a_rule_that_refuses_is_named_beside_an_operator_without_one() -> None:
-    ceil = node("Conv", ["v1", "k"], ["v2"], name="conv", auto_pad="VALID", group=2)
-    model = chain(node("Unsqueeze", ["v0", "axes"], ["v1"], name="in"), ceil, node("Selu", ["v2"], ["v3"], name="s"), axes=np.array([2]))
-    model.graph.initializer.append(numpy_helper.from_array(np.ones((8, 3, 1), np.float32), "k"))
-    found = problems_of(model)
-    assert found
-    assert not any(problem.op == "Unsqueeze" for problem in found)
+def test_a_rule_that_refuses_is_named_beside_operators_without_one() -> None:
+    pad = node("Pad", ["v1", "pads"], ["v2"], name="pad", mode="edge")
+    ops = node("Elu", ["v0"], ["v1"], name="e"), pad, node("Selu", ["v2"], ["v3"], name="s")
+    found = problems_of(chain(*ops, pads=np.zeros(4, np.int64)))
+    assert [(problem.op, problem.node) for problem in found] == [("Elu", "e"), ("Pad", "pad"), ("Selu", "s")]
+    assert "pad with a constant" in found[1].message
 
 
 def test_foreign_operators_are_named_and_what_only_follows_from_them_is_not() -> None:
