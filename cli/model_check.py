@@ -120,7 +120,7 @@ def _layers(setting: _Setting) -> list[dict[str, Any]]:
 def _update_s(levels: Sequence[dict[str, Any]], uplinks_bps: Sequence[float]) -> list[dict[str, Any]]:
     """Seconds of one update's payload on each link."""
     return [
-        {"density": level["density"], "dtype": dtype, "bytes": size, "seconds": {f"{bps:g}": 8 * size / bps for bps in uplinks_bps}}
+        {"density": level["density"], "dtype": dtype, "bytes": size, "seconds": {f"{bps:.0f}": 8 * size / bps for bps in uplinks_bps}}
         for level in levels
         for dtype, size in level["update_bytes"].items()
     ]

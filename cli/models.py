@@ -42,7 +42,7 @@ def export_run(options: argparse.Namespace) -> int:
     wanted = _levels(options.density, densities_of(folder.task))
     held_out = _examples(options.data) if options.data else _own_data(folder)
     request = Request(forms, options.format, held_out, _examples(options.calibrate) if options.calibrate else None)
-    with _fresh_folder(options.out) as fresh:
+    with fresh_folder(options.out) as fresh:
         rows = list(_write(say, fresh, folder, ledger, run.name, wanted, request))
         say.print(f"timing {len(rows)} files")
         times = latencies_ms([fresh / row.file for row in rows], options.latency_runs)
@@ -126,7 +126,7 @@ def _examples(spec: str) -> Examples:
 
 
 @contextmanager
-def _fresh_folder(out: Path) -> Iterator[Path]:
+def fresh_folder(out: Path) -> Iterator[Path]:
     """A folder whose files move to `out` at the end; after an error or Ctrl-C nothing of them is left."""
     there = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)

@@ -98,8 +98,6 @@ def level_model(
     Raises:
         LocalError: these do not fit together.
     """
-    # Running statistics of normalisations belong to a level, not to the run: once read_forward tells them (Forward.statistics), this is
-    # where those of the level's model are recomputed from the calibration data, before anything is written or quantized.
     length = order.lengths[level]
     if slicing is None or length == order.size:
         return with_weights(model, only_prefix(order, flat_weights, length))
@@ -122,6 +120,8 @@ def write_forms(
         LocalError: int8 without calibration data; data that does not fit the model; a model that cannot be converted, or gives numbers that
             are not finite.
     """
+    # Running statistics of normalisations belong to a level, not to the run: once read_forward tells them (Forward.statistics), this is
+    # where those of this level are recomputed from request.calibration, before anything is run, written or quantized.
     stated = onnx.ModelProto()
     stated.CopyFrom(model)
     onnx.helper.set_model_props(stated, {entry.key: entry.value for entry in model.metadata_props} | dict(properties or {}))

@@ -91,10 +91,10 @@ def as_float16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def write_ort(model: onnx.ModelProto, path: Path) -> None:
-    """Write the model in onnxruntime's own format, optimised for any CPU (nothing that depends on this one's instructions).
+    """Write the model in onnxruntime's own format, optimised without what depends on this CPU's instructions.
 
-    The file loads faster than .onnx and suits onnxruntime's small builds. It holds kernels' names as this version of onnxruntime has them:
-    other versions may refuse it.
+    Its small builds read nothing else. The format has versions of its own: older releases of onnxruntime refuse newer files, and now and
+    then a release reads no older ones.
 
     Raises:
         LocalError: onnxruntime refuses the model.

@@ -17,6 +17,7 @@ import pytest
 from broker_server.runs import create_run, load_task, recover
 from broker_server.store import Store
 from cli.main import main
+from cli.models import fresh_folder
 from edge_agent.trainer import Trainer
 from export.models import digits_mlp
 from export.task import build_task, save_model, write_trained
@@ -202,6 +203,20 @@ def test_export_that_fails_leaves_an_old_folder_as_it_was(fails: Fails, place: P
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted(out: Path) -> None:
+        with fresh_folder(out) as fresh:
+            (fresh / "global.onnx").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "old")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
 def test_export_of_a_damaged_run(fails: Fails, place: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(place / "runs" / "one", tmp_path / "one"))
     (run / "task" / "model.onnx").write_bytes(b"no model")
@@ -227,7 +242,7 @@ def test_check_of_a_model_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert [level["density"] for level in found["levels"]] == [0.5, 1.0]
     full = next(update for update in found["update_s"] if (update["density"], update["dtype"]) == (1.0, "float32"))
     assert full["bytes"] == 4 * 86_807
-    assert full["seconds"] == {"250000": 8 * full["bytes"] / 250e3, "1e+06": 8 * full["bytes"] / 1e6}
+    assert full["seconds"] == {"250000": 8 * full["bytes"] / 250e3, "1000000": 8 * full["bytes"] / 1e6}
     wanted = {"1", "2"} if len(os.sched_getaffinity(0)) > 1 else {"1"}
     assert all(set(step["seconds"]) == wanted for step in found["steps"])
 
