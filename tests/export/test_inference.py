@@ -105,6 +105,18 @@ def test_every_form_runs_and_says_nearly_the_same(trained: onnx.ModelProto, tmp_
             assert {entry.key: entry.value for entry in model.metadata_props}["regrow.run"] == "one"
 
 
+def test_calibration_data_unlike_the_models_costs_accuracy_and_the_drop_says_so(trained: onnx.ModelProto, tmp_path: Path) -> None:
+    held_out, device = digits(2, 500), digits(3, 600)
+    faint = Examples("faint", np.float32(0.02) * device.x, device.y)
+    (good,) = write_forms(trained, tmp_path / "good", 1.0, Request(("int8",), "onnx", held_out, device))
+    (bad,) = write_forms(trained, tmp_path / "bad", 1.0, Request(("int8",), "onnx", held_out, faint))
+    assert good.accuracy is not None
+    assert bad.accuracy is not None
+    assert bad.accuracy_drop is not None
+    assert bad.accuracy_drop > 0.2
+    assert bad.accuracy < good.accuracy - 0.2
+
+
 def test_int8_is_int8_per_channel_and_fp16_is_fp16(trained: onnx.ModelProto) -> None:
     small = as_int8(trained, digits(3, 100).x)
     sizes = {tensor.name: tensor for tensor in small.graph.initializer}
