@@ -60,23 +60,33 @@ def model_check(options: argparse.Namespace) -> int:
     report |= {"trainable": not found, "problems": [asdict(problem) for problem in found]}
     if not found:
         setting = _of_run(options, model) if options.run is not None else _anew(options, model)
-        densities = densities_of(setting.task)
-        report |= {"parameters": setting.layout.size, "always_kept": int(setting.layout.always_kept_coordinates.size)}
-        report |= {"granularity": setting.task.method.granularity, "machine": platform.machine(), "onnxruntime": onnxruntime.__version__}
-        report["levels"] = [asdict(level) for level in levels_of(setting.order, setting.flat_weights, densities)]
-        report["layers"] = _layers(setting)
-        report["steps"] = []
-        spare = spare_bytes()
-        for step in step_costs(setting.programs, setting.order, setting.flat_weights, batches, _threads(), options.steps, spare):
-            say.print(f"measured {step.program}, batch {step.batch}", style="dim")
-            report["steps"].append(asdict(step))
-        report["update_s"] = _update_s(report["levels"], uplinks_bps)
+        report |= _about(setting)
         if options.picture is not None:
             from cli.model_picture import draw
 
-            draw(report, densities, options.picture)
+            draw(report, densities_of(setting.task), options.picture)  # before the steps: a wrong name is told at once
+        report["update_s"] = _update_s(report["levels"], uplinks_bps)
+        report["steps"] = []
+        costs = step_costs(setting.programs, setting.order, setting.flat_weights, batches, _threads(), options.steps, spare_bytes())
+        for step in costs:
+            say.print(f"measured {step.program}, batch {step.batch}", style="dim")
+            report["steps"].append(asdict(step))
     _tell(options, report)
     return 0 if report["trainable"] else 1
+
+
+def _about(setting: _Setting) -> dict[str, Any]:
+    """What needs no running: parameters, levels, layers."""
+    levels = levels_of(setting.order, setting.flat_weights, densities_of(setting.task))
+    return {
+        "parameters": setting.layout.size,
+        "always_kept": int(setting.layout.always_kept_coordinates.size),
+        "granularity": setting.task.method.granularity,
+        "machine": platform.machine(),
+        "onnxruntime": onnxruntime.__version__,
+        "levels": [asdict(level) for level in levels],
+        "layers": _layers(setting),
+    }
 
 
 def _read(name: str) -> Any:
