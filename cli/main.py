@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     _device(commands)
     _agent(commands)
     _runs(commands)
+    _export(commands)
+    _model(commands)
     _simulate(commands)
     return top
 
@@ -207,6 +209,51 @@ def _runs(commands: Commands) -> None:
         "Feeds every receipted update to the slow reference implementation of the papers' pseudocode.",
     )
     verify.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+
+
+def _export(commands: Commands) -> None:
+    export = _command(
+        commands,
+        "export",
+        "cli.models:export_run",
+        "write a run's models for use on devices: of every level, as ONNX or .ort, float32, int8 or fp16",
+        "Each file is checked, run and measured; export.json and export.md in the same folder hold the table. Reads the run only.",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or its name in --runs")
+    _runs_option(export)
+    density = "levels of the run, besides the full model (default: all, where there are at most 10)"
+    export.add_argument("--density", metavar="D,...", help=density)
+    formats = "onnx, or ort: onnxruntime's own, which its small builds read and other versions of it may refuse"
+    export.add_argument("--format", choices=["onnx", "ort"], default="onnx", help=formats)
+    export.add_argument("--quantize", default="none", metavar="Q,...", help="none (float32), int8, fp16, or several")
+    data = "held-out data for the accuracy, as of `regrow agent` (default: that of the run's [evaluation])"
+    export.add_argument("--data", metavar="SOURCE", help=data)
+    calibrate = "data from a device, for int8: 512 of its examples are looked at"
+    export.add_argument("--calibrate", metavar="SOURCE", help=calibrate)
+    export.add_argument("--latency-runs", type=_count, default=50, metavar="N", help="runs of which the median is the latency")
+    export.add_argument("--out", type=Path, default=Path("exported"), metavar="DIR", help="where to write; files of the same name go")
+
+
+def _model(commands: Commands) -> None:
+    model = commands.add_parser("model", help="look at a model before there is a task", description="Models, before there is a task.")
+    kinds = model.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check = _command(
+        kinds,
+        "check",
+        "cli.model_check:model_check",
+        "say whether a device can train a model, and what it costs: memory, time of a step, bytes of an update",
+        "Exit status 0 if it can be trained, 1 if not. Steps are really run, on random data, on this machine.",
+    )
+    check.add_argument("file", metavar="FILE", help="forward ONNX model, or the name of one that comes with Regrow: leaf_cnn, ...")
+    check.add_argument("--batch", default="1,20,64", metavar="N,...", help="batch sizes")
+    check.add_argument("--uplink", default="250k,1M,10M", metavar="R,...", help="uplinks in bit/s")
+    check.add_argument("--density", metavar="D,...", help="levels, besides the full model (default: 0.05,0.1,0.2,0.5,1)")
+    check.add_argument("--granularity", choices=["weight", "unit"], help="what sub-models are made of (default: weight)")
+    check.add_argument("--run", type=Path, metavar="RUN", help="levels as this run orders them now (default: by |w| of the model)")
+    _runs_option(check)
+    check.add_argument("--steps", type=int, default=10, metavar="N", help="steps of which the median is told; 0: run none")
+    check.add_argument("--json", action="store_true", help="everything as JSON")
+    check.add_argument("--picture", type=Path, metavar="FILE.png", help="draw every layer: its parameters, and what each level keeps")
 
 
 def _simulate(commands: Commands) -> None:
