@@ -151,11 +151,11 @@ class Intake:
     def _hear(self, event: Received, now: float) -> None:
         task = topics.parse_promotion(event.topic)
         if task is not None:
-            self._hear_promotion(task, wire.decode(event.payload, wire.Promotion)[0], now)
+            self._hear_promotion(task, wire.decode(event.payload, wire.Promotion)[0])
         elif self._fetch is not None and event.topic in self._fetch.asked:
             self._take(self._fetch, event, now)
 
-    def _hear_promotion(self, task: str, promotion: wire.Promotion, now: float) -> None:
+    def _hear_promotion(self, task: str, promotion: wire.Promotion) -> None:
         if task not in self._heard and len(self._heard) >= MAX_TASKS:
             raise PeerError(f"the model of task {task!r} is one too many: a device takes those of {MAX_TASKS} tasks")
         changed = self._heard.get(task) != promotion
