@@ -243,6 +243,19 @@ class Promotions:
         return lock
 
 
+def use_of(run: Path, task: str) -> str:
+    """How a run's model is in use, for a list: "3: 4 of 5", when 4 devices of 5 that answered have promotion 3; "" without one."""
+    promotions = Promotions(run.parent, task)
+    try:
+        history = promotions.history()
+    except LocalError:
+        return "unreadable"
+    if not history or history[-1].run != run.name or history[-1].digest is None:
+        return ""
+    answers = [report for report in promotions.reports().values() if report.number == history[-1].number]
+    return f"{history[-1].number}: {sum(report.outcome == 'placed' for report in answers)} of {len(answers)}"
+
+
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 

@@ -21,7 +21,7 @@ from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.gateway import Gateway
 from broker_server.herald import herald_of
-from broker_server.promotions import Promotions
+from broker_server.promotions import Promotions, use_of
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
 from broker_server.runs import rollback as roll_back
@@ -302,13 +302,23 @@ def device_list(options: argparse.Namespace) -> int:
 def runs(options: argparse.Namespace) -> int:
     """List the runs."""
     table = Table(
-        Column("run", no_wrap=True), "task", "method", "started", "version", "devices", "updates", "accuracy", "state", pad_edge=False
+        Column("run", no_wrap=True),
+        "task",
+        "method",
+        "started",
+        "version",
+        "devices",
+        "updates",
+        "accuracy",
+        "in use",
+        "state",
+        pad_edge=False,
     )
     found = list(list_runs(options.runs))
     for info in found:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_s))
         accuracy = "-" if info.accuracy is None else f"{info.accuracy:.3f}"
-        numbers = (str(info.version), str(info.devices), str(info.updates), accuracy)
+        numbers = (str(info.version), str(info.devices), str(info.updates), accuracy, use_of(info.path, info.task) or "-")
         table.add_row(info.path.name, info.task, info.method, started, *numbers, info.finished or "unfinished")
     console = Console() if sys.stdout.isatty() else Console(width=160)  # nothing is left out for a pipe
     console.print(table if found else f"no runs in {options.runs}: try `regrow demo`")

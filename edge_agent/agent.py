@@ -57,7 +57,6 @@ UPLINK = "uplink"
 POLL_S = 1.0
 UPLINK_DRIFT = 0.2
 OWN_TOKEN = -1
-NEEDS_LINK = (Phase.PROBING, Phase.FETCHING, Phase.SENDING)
 COMPLAINTS = ("gave up", "rejected", "refused", "set aside", "without work")
 
 
@@ -210,7 +209,7 @@ class Agent:
                     self._take(event)
                 while not self._results.empty():
                     self._take_result(self._results.get())
-                self._perform(self._models.go_on(time.monotonic(), quiet=self._quiet))
+                self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
                 if self._timer_s <= time.monotonic():
                     self._timer_s = float("inf")
                     self._step(Woken())
@@ -225,18 +224,13 @@ class Agent:
                 return
         self._tell_of_outages(event)
         self._step(event)
-        self._perform(self._models.step(event, time.monotonic(), quiet=self._quiet))
+        self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
 
     def _take_result(self, result: Trained | TrainingFailed | Settled) -> None:
         if isinstance(result, Settled):
             self._perform(self._models.settled(result, time.monotonic()))
         else:
             self._step(result)
-
-    @property
-    def _quiet(self) -> bool:
-        """Training does not need the link at the moment."""
-        return self.device.phase not in NEEDS_LINK
 
     def _tell_of_outages(self, event: Event) -> None:
         if isinstance(event, Disconnected):

@@ -164,6 +164,7 @@ class Intake:
             self._stop()
         decided = self._decision(task)
         if decided is not None and decided.report is not None:
+            self._sweep()  # an earlier life may have ended before it did
             self._say(task, decided.report)
             return
         self._retry_s.pop(task, None)
