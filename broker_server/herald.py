@@ -47,7 +47,7 @@ class Herald:
         """Take an event in, or None for the time alone. leads: this process may speak for the task."""
         effects: list[Effect] = []
         if isinstance(event, Connected):
-            self._connected, self._number = True, -1
+            self._connected, self._number, self._look_s = True, -1, now
             effects.append(Subscribe((topics.promotion_report("+", self._promotions.task),)))
         elif isinstance(event, Disconnected):
             self._connected = False
@@ -154,8 +154,6 @@ class Herald:
 def herald_of(promotions: Promotions) -> Iterator[Herald | None]:
     """The one herald of a task for as long as the block takes, or None when another process is it."""
     lock = promotions.lock()
-    if lock is None:
-        log.warning("another process publishes the models of task %s, so this one does not", promotions.task)
     try:
         yield None if lock is None else Herald(promotions)
     finally:

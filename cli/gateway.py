@@ -197,6 +197,10 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
     folder = load_task(path / "task")
     with Store.open(path) as store, herald_of(Promotions(path.parent, folder.task.name)) as herald:
+        if herald is None:
+            print(
+                f"another process publishes the promoted models of {folder.task.name}; when it has ended, start this one again", flush=True
+            )
         ledger = recover(store, folder, MappedShelf(store.path, 4 * folder.layout.size))
         if ledger.finished:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")

@@ -22,6 +22,8 @@ from regrow.errors import LocalError
 
 def predict(options: argparse.Namespace) -> int:
     """Print or write what the model says of every example."""
+    if options.out is not None and options.out.suffix not in (".npz", ".csv"):
+        raise LocalError(f"--out {options.out}: name a file that ends in .npz or .csv")
     placed = _placed(_state(options.state), options.task)
     head = {} if options.no_head else placed.head()
     x, y = samples(options.data)
@@ -110,11 +112,9 @@ def _print(scores: NDArray[np.float32]) -> None:
 def _write(path: Path, scores: NDArray[np.float32]) -> None:
     if path.suffix == ".npz":
         np.savez(path, scores=scores)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            rows = csv.writer(file)
-            flat = scores.reshape(len(scores), -1)
-            rows.writerow([f"output{place}" for place in range(flat.shape[1])])
-            rows.writerows([float(value) for value in row] for row in flat)
-    else:
-        raise LocalError(f"--out {path}: name a file that ends in .npz or .csv")
+        return
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        flat = scores.reshape(len(scores), -1)
+        rows.writerow([f"output{place}" for place in range(flat.shape[1])])
+        rows.writerows([float(value) for value in row] for row in flat)
