@@ -54,6 +54,7 @@ class SignOff(msgspec.Struct, frozen=True, kw_only=True):
     file: str = ""
     who: str = ""
     when: str = ""
+    step: str = ""
     withdrawn: list[str] = []
     head: HeadPlan | None = None
     signature: str | None = None
@@ -97,6 +98,7 @@ class Promotions:
         version: int,
         who: str,
         file: str,
+        step: str = "",
         head: Mapping[str, bytes] | None = None,
         plan: HeadPlan | None = None,
     ) -> SignOff:
@@ -107,6 +109,7 @@ class Promotions:
             run: where it comes from; version: of its global model.
             who: signs off.
             file: its name, for people.
+            step: what devices score it by, as in wire.Promotion.
             head: the programs of the plan, by name.
 
         Raises:
@@ -135,6 +138,7 @@ class Promotions:
                 file=file,
                 who=who,
                 when=_now(),
+                step=step,
                 withdrawn=[] if before is None else [old for old in before.withdrawn if old != digest],
                 head=plan,
             )
@@ -192,6 +196,7 @@ class Promotions:
             run=check_name(decision.run, "run"),
             version=decision.version,
             model=blobs[0] if blobs else None,
+            step=decision.step,
             withdrawn=[bytes.fromhex(digest) for digest in decision.withdrawn],
             head=wire.Head(blobs[1:], plan.steps, plan.batch, plan.learning_rate) if plan is not None and blobs else None,
         )

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from edge_agent.agent import read_bundle
 from edge_agent.data.source import DataSource
 from edge_agent.data.sources import open_source
-from edge_agent.inference import Inference, score_of
+from edge_agent.inference import Inference
 from edge_agent.model_folder import ModelFolder, Placed
 from regrow.errors import LocalError
+from regrow.local_step import Step
+from regrow.scoring import score_outputs
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -33,8 +35,9 @@ def predict(options: argparse.Namespace) -> int:
     else:
         _print(scores)
     said = f"{len(x)} examples, {placed.path}{' with its local head' if head else ''}"
-    if y is not None:
-        score = score_of(scores, y)
+    step = Step.from_metadata(placed.about.step or None)
+    if y is not None or step.target == "input":
+        score = score_outputs(scores, x, x if y is None else y, step)
         said = f"{said}: accuracy {score.accuracy:.3f}, loss {score.loss:.3f}"
     print(said, file=sys.stderr)
     return 0
@@ -62,8 +65,8 @@ def _placed(state: Path, task: str | None) -> Placed:
     return chosen
 
 
-def samples(spec: str) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-    """(x float32 [n, ...], labels int64 [n] or None) of a data source; an .npz without y, or a csv: without label=, has none.
+def samples(spec: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """(x [n, ...], y or None) of a data source; an .npz without y, or a csv: without label=, has none.
 
     Raises:
         LocalError: as open_source.

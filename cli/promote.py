@@ -30,7 +30,9 @@ from edge_agent.inference import Inference
 from export.head import with_head
 from export.task import write_trained
 from regrow.errors import LocalError, PeerError
+from regrow.local_step import METADATA, Step
 from regrow.machine import Disconnected, Publish, Subscribe, Unsubscribe
+from regrow.task import Training
 
 POLL_S = 0.25
 HEAD_STEPS = 200
@@ -86,15 +88,22 @@ def _sign_off(options: argparse.Namespace, folder: TaskFolder, promotions: Promo
             training = folder.task.training
             plan = HeadPlan(programs=list(head), steps=HEAD_STEPS, batch=training.batch, learning_rate=training.learning_rate)
     check_inference(model, folder.model_path.read_bytes(), name)
-    return promotions.sign_off(model, run=run.name, version=ledger.version, who=_who(options), file=name, head=head, plan=plan)
+    told = {"run": run.name, "version": ledger.version, "who": _who(options), "file": name, "step": _scored_by(folder.task.training)}
+    return promotions.sign_off(model, **told, head=head, plan=plan)
+
+
+def _scored_by(training: Training) -> str:
+    """What of a step devices need in order to score by it, as in a program's metadata; "" for the default."""
+    step = Step(loss=training.loss, target=training.target, huber_delta=training.huber_delta)
+    return step.metadata().get(METADATA, "")
 
 
 def _own_model(folder: TaskFolder, weights: NDArray[np.float32], local_head: bool) -> tuple[bytes, dict[str, bytes] | None]:
     """(the file that `serve` leaves as model.onnx, what trains its last layer), from the durable log, so also while `serve` runs."""
     with tempfile.TemporaryDirectory() as aside:
         file = Path(aside) / "model.onnx"
-        write_trained(folder.model_path, weights, file)
-        return with_head(file) if local_head else (file.read_bytes(), None)
+        write_trained(folder.model_path, weights, file, folder.task.training.train_last)
+        return with_head(file, folder.task.training) if local_head else (file.read_bytes(), None)
 
 
 def check_inference(model: bytes, forward: bytes, name: str) -> None:
@@ -108,16 +117,19 @@ def check_inference(model: bytes, forward: bytes, name: str) -> None:
     """
     try:
         ours, theirs = Inference(model), Inference(forward)
-        for what, found, wanted in (
-            ("input", (ours.input, ours.input_shape[1:]), (theirs.input, theirs.input_shape[1:])),
-            ("output", (ours.output, ours.output_shape[1:]), (theirs.output, theirs.output_shape[1:])),
-        ):
+        for found, wanted in zip(_ends(ours), _ends(theirs), strict=True):
             if found != wanted:
-                raise LocalError(f"{name}: its {what} is {found[0]} {found[1]}, that of the task's model {wanted[0]} {wanted[1]}")
+                raise LocalError(f"{name}: {found}, but the task's model has {wanted}")
         shape = [size if isinstance(size, int) else 1 for size in theirs.input_shape[1:]]
-        ours.run(np.zeros((2, *shape), np.float32))
+        ours.run(np.zeros((2, *shape), ours.input_kind))
     except PeerError as error:
         raise LocalError(f"{name} cannot be used on devices: {error}") from error
+
+
+def _ends(model: Inference) -> tuple[str, str]:
+    """What a model takes and gives, in words."""
+    taken = f"input {model.input} of {model.input_kind} {model.input_shape[1:]} each"
+    return taken, f"output {model.output} of {model.output_shape[1:]} each"
 
 
 def _who(options: argparse.Namespace) -> str:

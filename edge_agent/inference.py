@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from edge_agent.trainer import _ORT_ERRORS, scan_program
 from regrow import wire
 from regrow.errors import LocalError, PeerError
+from regrow.local_step import Step
+from regrow.scoring import score_outputs
 from regrow.step_memory import SCORED_AT_ONCE
 
+_KINDS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
 _ERRORS: tuple[type[Exception], ...] = (*_ORT_ERRORS, MemoryError)
 Head = Mapping[str, NDArray[np.float32]]
 
@@ -26,7 +29,7 @@ class Inference:
     """One model, ready to run.
 
     Args:
-        model: an ONNX file with one float32 input [batch, ...] and one float32 output [batch, ...].
+        model: an ONNX file with one float32 or int64 input [batch, ...] and one float32 output [batch, ...].
         threads: for one operator.
 
     Raises:
@@ -49,12 +52,14 @@ class Inference:
             raise PeerError(f"the model has {len(inputs)} inputs and {len(outputs)} outputs, not one of each")
         self.input, self.output = inputs[0].name, outputs[0].name
         self.input_shape, self.output_shape = list(inputs[0].shape), list(outputs[0].shape)
-        for what, item in (("input", inputs[0]), ("output", outputs[0])):
-            if item.type != "tensor(float)" or not item.shape or isinstance(item.shape[0], int):
-                raise PeerError(f"{what} {item.name!r} is {item.type} {item.shape}, not tensor(float) [batch, ...] with a dynamic batch")
+        for item, kinds in ((inputs[0], tuple(_KINDS)), (outputs[0], ("tensor(float)",))):
+            if item.type not in kinds or not item.shape or isinstance(item.shape[0], int):
+                wanted = f"{' or '.join(kinds)} [batch, ...] with a dynamic batch"
+                raise PeerError(f"{item.name!r} of the model is {item.type} {item.shape}, not {wanted}")
+        self.input_kind = _KINDS[inputs[0].type]
 
-    def run(self, x: NDArray[np.float32], head: Head | None = None) -> NDArray[np.float32]:
-        """The outputs, float32 [n, ...], of x, float32 [n >= 1, ...], computed some hundred at a time; `head` overrides initializers.
+    def run(self, x: NDArray[Any], head: Head | None = None) -> NDArray[np.float32]:
+        """The outputs, float32 [n, ...], of x, [n >= 1, ...], computed some hundred at a time; `head` overrides initializers.
 
         Raises:
             LocalError: x does not fit the model, or the head does not.
@@ -62,8 +67,8 @@ class Inference:
         """
         shape = self.input_shape[1:]
         fits = x.ndim == len(self.input_shape) and all(not isinstance(a, int) or a == b for a, b in zip(shape, x.shape[1:], strict=True))
-        if not fits or not len(x):
-            raise LocalError(f"the model takes float32 {self.input_shape}, the data are {x.dtype} {list(x.shape)}")
+        if not fits or not len(x) or x.dtype != self.input_kind:
+            raise LocalError(f"the model takes {self.input_kind} {self.input_shape}, the data are {x.dtype} {list(x.shape)}")
         head = head or {}
         if any(self.head.get(name) != array.shape for name, array in head.items()):
             raise LocalError(f"the head has {sorted(head)}, the model takes {self.head}")
@@ -80,23 +85,7 @@ class Inference:
         result: NDArray[np.float32] = np.concatenate(parts)
         return result
 
-    def score(self, x: NDArray[np.float32], y: NDArray[np.int64], head: Head | None = None) -> wire.ModelScore:
-        """Mean cross-entropy and share of correct answers; errors as `run`, and LocalError where labels and outputs do not fit."""
-        return score_of(self.run(x, head), y)
-
-
-def score_of(scores: NDArray[np.float32], y: NDArray[Any]) -> wire.ModelScore:
-    """Of class scores before softmax, float32 [n, classes], for labels int [n].
-
-    Raises:
-        LocalError: they do not fit together.
-    """
-    if scores.ndim != 2 or len(scores) != len(y):
-        raise LocalError(f"the model gives {list(scores.shape)} for {len(y)} labels, not class scores [{len(y)}, classes]")
-    if y.min() < 0 or y.max() >= scores.shape[1]:
-        raise LocalError(f"the model knows classes 0 to {scores.shape[1] - 1}, the labels are {y.min()} to {y.max()}")
-    wide = scores.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    chosen = np.take_along_axis(wide, y.astype(np.int64)[:, None], axis=1)[:, 0]
-    loss = float(np.mean(np.log(np.exp(wide).sum(axis=1)) - chosen))
-    return wire.ModelScore(loss, float(np.mean(scores.argmax(axis=1) == y)), len(y))
+    def score(self, x: NDArray[Any], y: NDArray[Any], step: Step, head: Head | None = None) -> wire.ModelScore:
+        """Mean loss and accuracy, as regrow.scoring; errors as `run`, and LocalError where outputs and target do not fit."""
+        score = score_outputs(self.run(x, head), x, y, step)
+        return wire.ModelScore(score.loss, score.accuracy, score.examples)

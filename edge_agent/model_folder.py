@@ -16,7 +16,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,18 @@ _FRESH, _LINK = ".new", ".current"
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What about.json says of a model. digest: hexadecimal; accuracy, loss: of this device's validation data when it was placed."""
+    """What about.json says of a model.
+
+    digest: hexadecimal; step: what it is scored by, as in wire.Promotion; examples, accuracy, loss: of this device's validation data when
+    it was placed.
+    """
 
     task: str
     number: int
     digest: str
     run: str
     version: int
+    step: str = ""
     examples: int = 0
     accuracy: float | None = None
     loss: float | None = None
@@ -82,7 +87,8 @@ def read_placed(path: Path) -> Placed | None:
     """The model in a folder, or behind a link to one; None when there is none that checks out."""
     try:
         real = path.resolve(strict=True)
-        about = About(**json.loads((real / "about.json").read_bytes()))
+        said = json.loads((real / "about.json").read_bytes())
+        about = About(**{field.name: said[field.name] for field in fields(About) if field.name in said})
         placed = Placed(real, about)
         return placed if wire.digest(placed.model()).hex() == about.digest else None
     except (OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: links in a circle, on Python before 3.13

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from edge_agent.model_folder import About, ModelFolder, Placed
 from edge_agent.trainer import Trainer
 from regrow import wire
 from regrow.errors import LocalError, PeerError, RegrowError
+from regrow.local_step import Step
 
 log = logging.getLogger(__name__)
 
@@ -87,16 +89,17 @@ def _settle(
     threads: int,
 ) -> wire.PromotionReport:
     current, number, blob = folder.current(), promotion.number, promotion.model
+    step = Step.from_metadata(promotion.step or None)
     x, y = source.validation() if len(source) else (np.zeros((0, 1), np.float32), np.zeros(0, np.int64))
     if blob is None:
         outcome = "removed" if current is None else "kept"
         return wire.PromotionReport(number=number, outcome=outcome, current=None if current is None else current.digest)
     if current is not None and current.digest == blob.digest:
-        return wire.PromotionReport(number=number, outcome="placed", current=blob.digest, new=_score(current, x, y, threads))
+        return wire.PromotionReport(number=number, outcome="placed", current=blob.digest, new=_score(current, x, y, step, threads))
     if model is None:
         model = _held(folder, blob.digest)
-    old = None if current is None else _score(current, x, y, threads)
-    found = _judge(model, x, y, source, promotion.head if head else None, head or {}, threads)
+    old = None if current is None else _score(current, x, y, step, threads)
+    found = _judge(model, x, y, step, source, promotion.head if head else None, head or {}, threads)
     worse = old is not None and found.best is not None and found.best.accuracy < old.accuracy
     if not worse:
         current = folder.place(model, _about(folder.task, promotion, blob, found.best), found.head)
@@ -121,8 +124,9 @@ def _held(folder: ModelFolder, digest: bytes) -> bytes:
 
 def _judge(
     model: bytes,
-    x: NDArray[np.float32],
-    y: NDArray[np.int64],
+    x: NDArray[Any],
+    y: NDArray[Any],
+    step: Step,
     source: DataSource,
     plan: wire.Head | None,
     head: Mapping[str, bytes],
@@ -131,12 +135,12 @@ def _judge(
     inference = Inference(model, threads)
     if not len(y):
         return Judged(None)
-    own = inference.score(x, y)
+    own = inference.score(x, y, step)
     if plan is None or not source.training_size:
         return Judged(own)
     try:
         trained = _train_head(plan, head, source, threads)
-        tuned = inference.score(x, y, trained)
+        tuned = inference.score(x, y, step, trained)
     except RegrowError as error:  # the model itself is none the worse for it
         log.warning("no local head: %s", error)
         return Judged(own)
@@ -160,22 +164,20 @@ def _train_head(plan: wire.Head, programs: Mapping[str, bytes], source: DataSour
     return {name: np.array(values, np.float32) for name, values in trainer.layout.unflatten(result.vector).items()}
 
 
-def _score(placed: Placed, x: NDArray[np.float32], y: NDArray[np.int64], threads: int) -> wire.ModelScore | None:
+def _score(placed: Placed, x: NDArray[Any], y: NDArray[Any], step: Step, threads: int) -> wire.ModelScore | None:
     """Of a model in place, as applications run it; None where there is nothing to score by, or it runs no more."""
     if not len(y):
         return None
     try:
-        return Inference(placed.model(), threads).score(x, y, placed.head())
+        return Inference(placed.model(), threads).score(x, y, step, placed.head())
     except RegrowError as error:
         log.warning("%s cannot be scored: %s", placed.path, error)
         return None
 
 
 def _about(task: str, promotion: wire.Promotion, blob: wire.Blob, score: wire.ModelScore | None) -> About:
-    about = About(task, promotion.number, blob.digest.hex(), promotion.run, promotion.version)
-    if score is None:
-        return about
-    return About(task, about.number, about.digest, about.run, about.version, score.examples, score.accuracy, score.loss)
+    about = About(task, promotion.number, blob.digest.hex(), promotion.run, promotion.version, promotion.step)
+    return about if score is None else replace(about, examples=score.examples, accuracy=score.accuracy, loss=score.loss)
 
 
 def _failed(promotion: wire.Promotion, folder: ModelFolder, reason: str) -> wire.PromotionReport:

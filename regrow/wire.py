@@ -229,6 +229,7 @@ class Promotion(Message, frozen=True, kw_only=True, omit_defaults=True):
     run: Name
     version: Count = 0
     model: Blob | None = None
+    step: Text = ""
     withdrawn: Annotated[list[Digest], msgspec.Meta(max_length=MAX_WITHDRAWN)] = []
     head: Head | None = None
 

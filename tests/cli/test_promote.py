@@ -92,7 +92,7 @@ def test_what_cannot_be_promoted_is_refused_and_recorded_nowhere(run: Path, tmp_
     model.graph.node[0].domain = "com.microsoft"
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, foreign)
-    assert "its output is scores [10], that of the task's model logits [10]" in fails("promote", run, "--model", other)
+    assert "output scores of [10] each, but the task's model has output logits of [10] each" in fails("promote", run, "--model", other)
     assert "cannot be used on devices" in fails("promote", run, "--model", broken)
     assert "operator outside ai.onnx" in fails("promote", run, "--model", foreign)
     assert "No such file" in fails("promote", run, "--model", tmp_path / "none.onnx")

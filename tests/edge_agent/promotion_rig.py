@@ -90,7 +90,7 @@ class Rig:
         )
 
     def promote(
-        self, model: bytes | None, number: int, *, withdrawn: Collection[bytes] = (), head: dict[str, bytes] | None = None
+        self, model: bytes | None, number: int, *, withdrawn: Collection[bytes] = (), head: dict[str, bytes] | None = None, step: str = ""
     ) -> wire.Promotion:
         """Publish; returns what was announced."""
         self.retained.clear()
@@ -104,6 +104,7 @@ class Rig:
             run="r1",
             version=number,
             model=blobs[0] if blobs else None,
+            step=step,
             withdrawn=list(withdrawn),
             head=wire.Head(blobs[1:], 100, 20, 0.5) if head else None,
         )

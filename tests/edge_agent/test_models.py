@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from edge_agent import models
@@ -129,6 +130,30 @@ def test_a_model_that_does_not_fit_the_data_is_reported_and_the_old_one_stays(tm
     assert reason in said.reason
     assert current(rig) == GOOD
     assert said.current == wire.digest(GOOD)
+
+
+def test_values_are_judged_by_how_much_of_them_is_explained(tmp_path: Path) -> None:
+    x, _ = digits().everything()
+    (wanted,) = onnxruntime.InferenceSession(GOOD).run(None, {"x": x})
+    source = DataSource(100)
+    source.append(x, wanted)
+    rig = Rig(tmp_path, source)
+    step = '{"loss":"mse"}'
+    for number, (model, outcome) in enumerate([(FAIR, "placed"), (GOOD, "placed"), (FAIR, "kept")], 1):
+        rig.promote(model, number, step=step)
+        assert live(rig).outcome == outcome
+    assert rig.reports[1].new is not None
+    assert rig.reports[1].new.accuracy == pytest.approx(1.0)
+    placed = ModelFolder(rig.path, TASK).current()
+    assert placed is not None
+    assert placed.about.step == step
+
+
+def test_a_loss_that_this_device_does_not_know_is_refused(rig: Rig) -> None:
+    rig.promote(GOOD, 1, step='{"loss":"of tomorrow"}')
+    said = live(rig)
+    assert said.outcome == "failed"
+    assert "of tomorrow" in said.reason
 
 
 # ---- withdrawing -------------------------------------------------------------------------------------------------------------------

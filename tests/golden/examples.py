@@ -138,6 +138,7 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         ),
         b"",
     ),
+    "promotion-step": (wire.Promotion(number=5, run="r1", model=wire.Blob("model", 9, DIGEST, [BOOT]), step='{"loss":"mse"}'), b""),
     "promotion-none": (wire.Promotion(number=4, run="r1"), b""),
     "promotion-report": (
         wire.PromotionReport(
