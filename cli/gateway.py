@@ -270,9 +270,14 @@ def _print_note(note: Note) -> None:
         print(time.strftime("%H:%M:%S"), note.kind, " ".join(f"{name}={value}" for name, value in note.fields.items()), flush=True)
 
 
+def write_deployable(folder: TaskFolder, ledger: Ledger, path: Path) -> None:
+    """The model that is there to deploy: what `serve` leaves and `promote` signs off."""
+    write_trained(folder.model_path, ledger.trained_weights, path, folder.task.training.train_last)
+
+
 def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None:
     """Leave the model, the metrics and the picture in the run's folder."""
-    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx", folder.task.training.train_last)
+    write_deployable(folder, ledger, path / "model.onnx")
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -25,11 +24,11 @@ from broker_server.runs import TaskFolder, joined_devices, load_task, recover
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import Event, MqttBus
-from cli.gateway import GATEWAY_HOME, Link, check_run, link_of
+from cli.gateway import GATEWAY_HOME, Link, check_run, link_of, write_deployable
 from edge_agent.inference import Inference
 from export.head import with_head
-from export.task import write_trained
 from regrow.errors import LocalError, PeerError
+from regrow.ledger import Ledger
 from regrow.local_step import METADATA, Step
 from regrow.machine import Disconnected, Publish, Subscribe, Unsubscribe
 from regrow.task import Training
@@ -82,7 +81,7 @@ def _sign_off(options: argparse.Namespace, folder: TaskFolder, promotions: Promo
         except OSError as error:
             raise LocalError(f"--model {options.model}: {error.strerror or error}") from error
     else:
-        model, head = _own_model(folder, ledger.trained_weights, options.local_head)
+        model, head = _own_model(folder, ledger, options.local_head)
         name = f"{run.name}, version {ledger.version}"
         if head is not None:
             training = folder.task.training
@@ -98,11 +97,11 @@ def _scored_by(training: Training) -> str:
     return step.metadata().get(METADATA, "")
 
 
-def _own_model(folder: TaskFolder, weights: NDArray[np.float32], local_head: bool) -> tuple[bytes, dict[str, bytes] | None]:
+def _own_model(folder: TaskFolder, ledger: Ledger, local_head: bool) -> tuple[bytes, dict[str, bytes] | None]:
     """(the file that `serve` leaves as model.onnx, what trains its last layer), from the durable log, so also while `serve` runs."""
     with tempfile.TemporaryDirectory() as aside:
         file = Path(aside) / "model.onnx"
-        write_trained(folder.model_path, weights, file, folder.task.training.train_last)
+        write_deployable(folder, ledger, file)
         return with_head(file, folder.task.training) if local_head else (file.read_bytes(), None)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 
 from broker_server.promotions import Promotions
@@ -19,6 +21,7 @@ from export.task import save_model
 from regrow import wire
 from tests.broker_server.histories import new_run, play
 from tests.edge_agent.promotion_rig import digits, linear, untrained_head
+from tests.testbed.processes import Child, until
 
 Fails = Callable[..., str]
 
@@ -109,6 +112,23 @@ def test_another_file_goes_out_byte_for_byte(run: Path, tmp_path: Path) -> None:
     (decision,) = signed(run).history()
     assert list(signed(run).files(decision).values()) == [(tmp_path / "mine.onnx").read_bytes()]
     assert decision.file == "mine.onnx"
+
+
+def test_ctrl_c_ends_the_waiting_and_the_broker_and_keeps_the_decision(run: Path, tmp_path: Path) -> None:
+    child = Child(["promote", run, "--port", 0, "--broker-kind", "amqtt"], tmp_path / "promote.log")
+    try:
+        child.said("publishing; devices that were away")
+        brokers = psutil.Process(child.pid).children(recursive=True)
+        assert brokers
+        child.process.send_signal(signal.SIGINT)
+        assert child.ended() == 0
+    finally:
+        child.kill()
+    assert "stays signed off" in child.text()
+    assert "no answer to model 1 yet from d1" in child.text()
+    assert "Traceback" not in child.text()
+    until(lambda: not any(broker.is_running() for broker in brokers), "the broker has ended")
+    assert signed(run).newest_number() == 1
 
 
 # ---- predict -----------------------------------------------------------------------------------------------------------------------
