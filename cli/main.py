@@ -171,6 +171,7 @@ def _promote(commands: Commands) -> None:
     head = "also publish what devices started with --local-head train their last layer with"
     promote.add_argument("--local-head", action="store_true", help=head)
     promote.add_argument("--by", metavar="NAME", help="who signs off (default: user@host)")
+    promote.add_argument("--stay", action="store_true", help="go on when all devices of the run have answered, for others, until Ctrl-C")
     promote.add_argument("--no-wait", action="store_true", help="only sign off; a running or later `serve` publishes it")
     _broker_options(promote)
 

@@ -53,7 +53,7 @@ def promote(options: argparse.Namespace) -> int:
     home = run.parent / GATEWAY_HOME
     known = _known_devices(run, home)
     with herald_of(promotions) as herald:
-        watch = _Watch(promotions, decision, known)
+        watch = _Watch(promotions, decision, known, stay=options.stay)
         stop_at_signals(watch.stop, "stopping; the model stays signed off, and the same command goes on")
         if herald is None:
             print(f"a running `regrow serve` publishes it; waiting for {len(known)} devices (Ctrl-C ends the waiting only)", flush=True)
@@ -155,8 +155,9 @@ def _known_devices(run: Path, home: Path) -> set[str]:
 class _Watch:
     """What is waited for: the answers of the known devices to one decision. A line each as they come, and a table at the end."""
 
-    def __init__(self, promotions: Promotions, decision: SignOff, known: Collection[str]) -> None:
+    def __init__(self, promotions: Promotions, decision: SignOff, known: Collection[str], *, stay: bool) -> None:
         self._promotions, self._decision, self._known = promotions, decision, set(known)
+        self._stay = stay or not self._known  # without anybody to wait for, whoever connects is waited for
         self._told: dict[str, str] = {}
         self._stopped = threading.Event()
 
@@ -171,7 +172,7 @@ class _Watch:
             if self._told.get(device) != said:
                 self._told[device] = said
                 print(f"{device}: {said}", flush=True)
-        return self._stopped.is_set() or self._known <= answers.keys()
+        return self._stopped.is_set() or (not self._stay and self._known <= answers.keys())
 
     def show(self) -> None:
         """The table of all devices."""
@@ -213,7 +214,7 @@ def _publish(options: argparse.Namespace, herald: Herald, watch: _Watch, home: P
     """Publish from here, on the broker that is named or on one of our own, until everybody has answered."""
     link = link_of(options, home, resuming=False)
     try:
-        print("publishing; devices that were away take it when they connect (Ctrl-C ends)", flush=True)
+        print("publishing; devices that are away take it when they connect (Ctrl-C ends)", flush=True)
         _turn(link, herald, watch.over)
     finally:
         link.stop()

@@ -117,7 +117,7 @@ def test_another_file_goes_out_byte_for_byte(run: Path, tmp_path: Path) -> None:
 def test_ctrl_c_ends_the_waiting_and_the_broker_and_keeps_the_decision(run: Path, tmp_path: Path) -> None:
     child = Child(["promote", run, "--port", 0, "--broker-kind", "amqtt"], tmp_path / "promote.log")
     try:
-        child.said("publishing; devices that were away")
+        child.said("publishing; devices that are away")
         brokers = psutil.Process(child.pid).children(recursive=True)
         assert brokers
         child.process.send_signal(signal.SIGINT)
