@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 
@@ -44,10 +45,10 @@ class Try:
 
 @dataclass(slots=True)
 class _Fetch:
-    """What is asked for. `wanted`: digest -> topic of every piece; `asked`: topics; `since_s`: when something last came."""
+    """What is asked for. lacking: digest -> topic of the pieces that are not here; asked: topics; since_s: of the last one that came."""
 
     task: str
-    wanted: Mapping[bytes, str]
+    lacking: dict[bytes, str]
     asked: set[str] = field(default_factory=set)
     since_s: float = 0.0
 
@@ -144,7 +145,7 @@ class Intake:
         """Of disk, for what is being fetched: what lacks, and the model once more where it is placed."""
         if self._fetch is None or (blob := self._heard[self._fetch.task].model) is None:
             return 0
-        return PIECE_BYTES * len(self._lacking(self._fetch)) + blob.size
+        return PIECE_BYTES * len(self._fetch.lacking) + blob.size
 
     # ---- hearing -------------------------------------------------------------------------------------------------------------------
 
@@ -177,11 +178,12 @@ class Intake:
 
     def _take(self, fetch: _Fetch, event: Received, now: float) -> None:
         digest = wire.digest(event.payload)
-        if fetch.wanted.get(digest) != event.topic or len(event.payload) > PIECE_BYTES:
+        if fetch.lacking.get(digest) != event.topic or len(event.payload) > PIECE_BYTES:
             self._fail(fetch.task, f"{event.topic}: {len(event.payload)} bytes that the announcement does not name", now)
             return
         name = PIECE + digest.hex()
         self._have.add(name)
+        del fetch.lacking[digest]
         self._effects += [Save(name, event.payload), Unsubscribe((event.topic,))]
         fetch.asked.discard(event.topic)
         fetch.since_s = now
@@ -194,17 +196,18 @@ class Intake:
             task = next((task for task in self._heard if self._open(task, now)), None)
             if task is None:
                 return
-            self._fetch = _Fetch(task, self._wanted(task), since_s=now)
             self._sweep()
+            lacking = {digest: topic for digest, topic in self._wanted(task).items() if PIECE + digest.hex() not in self._have}
+            self._fetch = _Fetch(task, lacking, since_s=now)
         fetch = self._fetch
-        lacking = self._lacking(fetch)
-        if not lacking:
+        if not fetch.lacking:
             self._try(fetch.task)
         elif self._connected and quiet and len(fetch.asked) < AT_ONCE:
-            more = [topic for topic in lacking if topic not in fetch.asked][: AT_ONCE - len(fetch.asked)]
+            others = (topic for topic in fetch.lacking.values() if topic not in fetch.asked)
+            more = tuple(islice(others, AT_ONCE - len(fetch.asked)))
             if more:
                 fetch.asked.update(more)
-                self._effects.append(Subscribe(tuple(more)))
+                self._effects.append(Subscribe(more))
         if fetch.asked and now - fetch.since_s > PATIENCE_S:
             self._fail(fetch.task, "its pieces are not on the broker", now)
 
@@ -282,9 +285,6 @@ class Intake:
             for piece, digest in enumerate(blob.pieces)
             if blob.size
         }
-
-    def _lacking(self, fetch: _Fetch) -> list[str]:
-        return [topic for digest, topic in fetch.wanted.items() if PIECE + digest.hex() not in self._have]
 
 
 def _digest(promotion: wire.Promotion) -> bytes | None:
