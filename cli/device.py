@@ -36,6 +36,7 @@ def agent(options: argparse.Namespace) -> int:
             threads=options.threads,
             software=SOFTWARE,
             memory_bytes=None if options.memory_mb is None else int(options.memory_mb * 1e6),
+            local_head=options.local_head,
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"

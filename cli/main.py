@@ -58,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     _demo(commands)
     _task(commands)
     _serve(commands)
+    _promote(commands)
     _device(commands)
     _agent(commands)
+    _predict(commands)
     _runs(commands)
     _export(commands)
     _model(commands)
@@ -139,16 +141,57 @@ def _serve(commands: Commands) -> None:
     _runs_option(serve)
     serve.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
     serve.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")
-    serve.add_argument(
+    _broker_options(serve)
+    serve.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")
+    serve.add_argument("--plain", action="store_true", help="a line an event instead of the live table")
+
+
+def _broker_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--broker",
         metavar="URL",
         help="mqtt://user:password@host:port of a broker that is there (or REGROW_BROKER in the environment, which `ps` does not show)",
     )
-    serve.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
-    serve.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
-    serve.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
-    serve.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")
-    serve.add_argument("--plain", action="store_true", help="a line an event instead of the live table")
+    command.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
+    command.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
+    command.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
+
+
+def _promote(commands: Commands) -> None:
+    promote = _command(
+        commands,
+        "promote",
+        "cli.promote:promote",
+        "sign off a model for use on the devices",
+        "A device takes it only if it is not worse on the device's own validation data than the one that is there. While `serve` runs for "
+        "the task it publishes the model; otherwise this command does, until every device of the run has answered.",
+    )
+    promote.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    own = "another ONNX file (int8, say) with the same input and output (default: the run's global model, as in model.onnx)"
+    promote.add_argument("--model", type=Path, metavar="FILE", help=own)
+    promote.add_argument("--withdraw", action="store_true", help="take the newest model back: devices return to the one before it")
+    head = "also publish what devices started with --local-head train their last layer with"
+    promote.add_argument("--local-head", action="store_true", help=head)
+    promote.add_argument("--by", metavar="NAME", help="who signs off (default: user@host)")
+    promote.add_argument("--stay", action="store_true", help="go on when all devices of the run have answered, for others, until Ctrl-C")
+    promote.add_argument("--no-wait", action="store_true", help="only sign off; a running or later `serve` publishes it")
+    _broker_options(promote)
+
+
+def _predict(commands: Commands) -> None:
+    predict = _command(
+        commands,
+        "predict",
+        "cli.predict:predict",
+        "run the promoted model that a device has in place",
+        "Prints a class for each example and, where the data have labels, the accuracy.",
+    )
+    predict.add_argument("state", type=Path, metavar="STATE_OR_BUNDLE", help="the agent's state folder, or its NAME.json (state beside it)")
+    predict.add_argument("--data", required=True, metavar="SOURCE", help="as for `regrow agent`; an .npz needs no y here")
+    predict.add_argument("--task", metavar="NAME", help="whose model, where there are several")
+    predict.add_argument("--out", type=Path, metavar="FILE", help="write the scores as .npz or .csv instead of printing classes")
+    predict.add_argument("--no-head", action="store_true", help="leave out the local head")
+    predict.add_argument("--threads", type=_count, default=1, metavar="N", help="for one operator")
 
 
 def _device(commands: Commands) -> None:
@@ -187,6 +230,8 @@ def _agent(commands: Commands) -> None:
     agent.add_argument("--threads", type=int, default=1, metavar="N", help="for training")
     memory = "memory that training may take, in 10^6 bytes (default: nine tenths of what is free at the start, within its cgroup)"
     agent.add_argument("--memory-mb", type=_memory_mb, metavar="N", help=memory)
+    head = "train the last layer of promoted models on the data here, for use here only, and use it where it gains"
+    agent.add_argument("--local-head", action="store_true", help=head)
 
 
 def _runs(commands: Commands) -> None:

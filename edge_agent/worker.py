@@ -41,12 +41,13 @@ class Worker:
         self.step_s: float | None = None
         self.full_step_s: float | None = None
         self._source, self._done, self._threads = source, done, threads
-        self._jobs: queue.SimpleQueue[Train | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
         self._trainers: tuple[tuple[bytes, ...], LevelTrainers] | None = None
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
         self._thread.start()
 
-    def put(self, job: Train) -> None:
+    def put(self, job: Train | Callable[[], None]) -> None:
+        """Queue a job of training, or other work that must neither disturb one nor the link; such work raises nothing."""
         self._jobs.put(job)
 
     def close(self) -> None:
@@ -57,6 +58,9 @@ class Worker:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (job := self._jobs.get()) is not None:
+            if not isinstance(job, Train):
+                job()
+                continue
             try:
                 self._done(self._train(job))
             except RegrowError as error:

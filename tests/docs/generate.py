@@ -219,6 +219,9 @@ def _topics(_: str) -> str:
         "receipt": run.receipt("{id}"),
         "telemetry": run.telemetry("{id}"),
         "probe": run.probe("{id}"),
+        "promotion": topics.promotion("{task}"),
+        "promoted_file": topics.promoted_file("{task}", _Shown(), "{i}"),  # type: ignore[arg-type]  # a place for the number
+        "promotion_report": topics.promotion_report("{id}", "{task}"),
     }
     rows = ((f"`{topic}`", *words.TOPICS[name]) for name, topic in shown.items())
     return table(("topic", "publisher", "retained", "payload"), rows)
