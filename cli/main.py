@@ -113,7 +113,8 @@ def _task(commands: Commands) -> None:
         "--model",
         type=Path,
         required=True,
-        help="forward ONNX model: features in, class scores out; or one that comes with Regrow: leaf_cnn, ...",
+        help="forward ONNX model: features in, class scores out; or FILE.py:FUNCTION, where the function returns a torch module and an "
+        "example input (FILE.py is run); or one that comes with Regrow: leaf_cnn, ...",
     )
     build = _command(kinds, "build", "cli.gateway:task_build", "write the programs that devices run", "`serve` does it when needed.")
     build.add_argument("folder", type=Path, metavar="TASK", help="folder with task.toml and its model")
