@@ -72,7 +72,7 @@ def compare(model: Model, variant: Variant, *, batch: int, steps: int, seed: int
     module = model.module(variant, seed)
     program = build_programs(from_torch(module, torch.zeros(1, *variant.shape)), training=training_of(model))["train"]
     teacher = copy.deepcopy(module).double().train()
-    contest = _Contest(session_of(program), _Decisions(program), teacher)
+    contest = _Contest(session_of(program), Decisions(program), teacher)
     draws = _draws(model, variant, batch, np.random.default_rng(seed))
     worst, where, worst_loss, redrawn, undecided, step = 0.0, "", 0.0, 0, 0.0, 0
     while step < steps:
@@ -102,12 +102,12 @@ class _Found:
 class _Contest:
     """The teacher, whose weights are float64 numbers that float32 can hold, and the program that is asked about each of them."""
 
-    def __init__(self, session: ort.InferenceSession, decisions: _Decisions, teacher: torch.nn.Module) -> None:
+    def __init__(self, session: ort.InferenceSession, decisions: Decisions, teacher: torch.nn.Module) -> None:
         self._session, self._decisions, self._teacher = session, decisions, teacher
 
     def step(self, x: NDArray[np.float32], y: NDArray[np.int64] | None) -> _Found:
         self._teacher.zero_grad()
-        with _Recorder() as recorder:
+        with Recorder() as recorder:
             output = self._teacher(torch.tensor(x, dtype=torch.float64))
             loss = _loss(output, x, y)
             loss.backward()
@@ -164,7 +164,7 @@ def session_of(program: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """What torch's deciding ops are called with, in order."""
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Decisions:
+class Decisions:
     """The program with the inputs of its deciding ops as further outputs; it runs beside the program itself, which stays as it is."""
 
     def __init__(self, program: bytes) -> None:
