@@ -28,6 +28,7 @@ from regrow.task import Training
 RATE = 2.0**30
 """A step so large that the update is nearly all of the new value, which then shows the gradient without cancellation."""
 TEACHER_RATE = 0.05
+NOISE = 0.2
 NOTHING = 1e-12
 """A gradient below this part of the whole one is zero but for rounding: a bias before batch normalisation."""
 MOST_REDRAWN = 400
@@ -69,7 +70,7 @@ def compare(model: Model, variant: Variant, *, batch: int, steps: int, seed: int
     Args:
         batch: examples of one step; standard normal numbers with random labels.
     """
-    module = model.module(variant, seed)
+    module = _stirred(model.module(variant, seed), seed)
     program = build_programs(from_torch(module, torch.zeros(1, *variant.shape)), training=training_of(model))["train"]
     teacher = copy.deepcopy(module).double().train()
     contest = _Contest(session_of(program), Decisions(program), teacher)
@@ -90,6 +91,16 @@ def compare(model: Model, variant: Variant, *, batch: int, steps: int, seed: int
         contest.learn()
     count = sum(parameter.numel() for parameter in teacher.parameters())
     return Comparison(count, steps, worst, where, worst_loss, redrawn, undecided)
+
+
+def _stirred(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The module with noise on its vectors: scales of 1 and shifts of 0 would hide errors, and make some gradients vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter += NOISE * torch.randn(parameter.shape, generator=generator)
+    return module
 
 
 @dataclass(frozen=True)
