@@ -45,6 +45,7 @@ class Comparison:
         worst: largest error of one parameter's gradient in one step, by norm and relative to the gradient's; for a gradient that is zero,
             relative to that of all parameters.
         where: that parameter.
+        worst_of_torch: the same for torch in float32, which tells how much of it is float32's and not ours.
         worst_loss: largest relative error of the loss.
         redrawn: batches that were drawn anew because float32 decided otherwise than float64.
         worst_undecided: largest error on those.
@@ -54,6 +55,7 @@ class Comparison:
     steps: int
     worst: float
     where: str
+    worst_of_torch: float
     worst_loss: float
     redrawn: int
     worst_undecided: float
@@ -75,7 +77,7 @@ def compare(model: Model, variant: Variant, *, batch: int, steps: int, seed: int
     teacher = copy.deepcopy(module).double().train()
     contest = _Contest(session_of(program), Decisions(program), teacher)
     draws = _draws(model, variant, batch, np.random.default_rng(seed))
-    worst, where, worst_loss, redrawn, undecided, step = 0.0, "", 0.0, 0, 0.0, 0
+    worst, where, of_torch, worst_loss, redrawn, undecided, step = 0.0, "", 0.0, 0.0, 0, 0.0, 0
     while step < steps:
         found = contest.step(*next(draws))
         if not found.agreed:
@@ -87,10 +89,11 @@ def compare(model: Model, variant: Variant, *, batch: int, steps: int, seed: int
         name = max(found.errors, key=lambda name: found.errors[name])
         if found.errors[name] > worst:
             worst, where = found.errors[name], name
+        of_torch = max(of_torch, found.error_of_torch)
         worst_loss = max(worst_loss, found.loss_error)
         contest.learn()
     count = sum(parameter.numel() for parameter in teacher.parameters())
-    return Comparison(count, steps, worst, where, worst_loss, redrawn, undecided)
+    return Comparison(count, steps, worst, where, of_torch, worst_loss, redrawn, undecided)
 
 
 def _stirred(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -106,6 +109,7 @@ def _stirred(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 @dataclass(frozen=True)
 class _Found:
     errors: dict[str, float]
+    error_of_torch: float
     loss_error: float
     agreed: bool
 
@@ -115,6 +119,7 @@ class _Contest:
 
     def __init__(self, session: ort.InferenceSession, decisions: Decisions, teacher: torch.nn.Module) -> None:
         self._session, self._decisions, self._teacher = session, decisions, teacher
+        self._single = copy.deepcopy(teacher).float()
 
     def step(self, x: NDArray[np.float32], y: NDArray[np.int64] | None) -> _Found:
         self._teacher.zero_grad()
@@ -128,8 +133,15 @@ class _Contest:
         names = list(weights)
         ours, *new = self._session.run(["loss", *(f"new:{name}" for name in names)], feed)
         gradients = {name: (weights[name].astype(np.float64) - np.asarray(value)) / RATE for name, value in zip(names, new, strict=True)}
+        of_torch = max(self._errors(self._single_gradients(x, y)).values())
         loss_error = abs(float(ours) - loss.item()) / abs(loss.item())
-        return _Found(self._errors(gradients), loss_error, self._decisions.agree(feed, recorder.seen))
+        return _Found(self._errors(gradients), of_torch, loss_error, self._decisions.agree(feed, recorder.seen))
+
+    def _single_gradients(self, x: NDArray[np.float32], y: NDArray[np.int64] | None) -> dict[str, NDArray[np.float64]]:
+        self._single.load_state_dict(self._teacher.state_dict())
+        self._single.zero_grad()
+        _loss(self._single(torch.tensor(x)), x, y).backward()
+        return {name: _gradient(parameter).double().numpy() for name, parameter in self._single.named_parameters()}
 
     def learn(self) -> None:
         """One step of SGD with the gradients of the latest batch, rounded to what float32 can hold."""
@@ -205,6 +217,8 @@ class Decisions:
         """Whether every decision of the program is torch's."""
         if len(seen) != len(self._names):
             raise RuntimeError(f"the program decides {len(self._names)} times, torch {len(seen)} times")
+        if not seen:
+            return True
         wanted = {item.name for item in self._session.get_inputs()}
         values = self._session.run(list(dict.fromkeys(self._names)), {name: value for name, value in feed.items() if name in wanted})
         by_name = dict(zip(dict.fromkeys(self._names), values, strict=True))
