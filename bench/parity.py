@@ -1,14 +1,15 @@
 """Gradients of the training programs against torch in float64, step by step from torch's own weights.
 
 Trajectories say little: where one activation lies so close to 0 that float32 and float64 take it for different signs, ReLU has another
-slope, and the gradients of two sound programs differ by a thousandth. So the decisions are compared too (signs at every ReLU, ranges at
-every clipping, places in every max-pool): a batch on which one differs is counted, and drawn anew.
+slope, and the gradients of two sound programs differ by a thousandth. So torch follows the program's decisions (signs at every ReLU, ranges
+at every clipping, places in every max-pool): where one differs, torch goes on with the program's number, and by how much that moved it is
+reported. It is a rounding error, or the program is wrong.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from export.from_torch import from_torch
 from export.programs import build_programs
@@ -31,9 +32,9 @@ TEACHER_RATE = 0.05
 NOISE = 0.2
 NOTHING = 1e-12
 """A gradient below this part of the whole one is zero but for rounding: a bias before batch normalisation."""
-MOST_REDRAWN = 400
 
-_THRESHOLDS = {"aten.relu.default": (0.0,), "aten.hardswish.default": (-3.0, 3.0), "aten.hardsigmoid.default": (-3.0, 3.0)}
+_THRESHOLDS = {"relu": (0.0,), "hardtanh": (), "hardswish": (-3.0, 3.0), "hardsigmoid": (-3.0, 3.0), "max_pool1d": (), "max_pool2d": ()}
+"""By torch function, where its slope changes; hardtanh says it itself, a pool compares its inputs."""
 _DECIDING_OPS = ("Relu", "Clip", "HardSwish", "HardSigmoid", "MaxPool")
 
 
@@ -47,8 +48,8 @@ class Comparison:
         where: that parameter.
         worst_of_torch: the same for torch in float32, which tells how much of it is float32's and not ours.
         worst_loss: largest relative error of the loss.
-        redrawn: batches that were drawn anew because float32 decided otherwise than float64.
-        worst_undecided: largest error on those.
+        otherwise: decisions on which float32 and float64 differed, over all steps.
+        moved: by how much torch was moved for the sake of one, at most, relative to the root mean square of the layer's numbers.
     """
 
     parameters: int
@@ -57,8 +58,8 @@ class Comparison:
     where: str
     worst_of_torch: float
     worst_loss: float
-    redrawn: int
-    worst_undecided: float
+    otherwise: int
+    moved: float
 
 
 def training_of(model: Model) -> Training:
@@ -77,23 +78,21 @@ def compare(model: Model, variant: Variant, *, batch: int, steps: int, seed: int
     teacher = copy.deepcopy(module).double().train()
     contest = _Contest(session_of(program), Decisions(program), teacher)
     draws = _draws(model, variant, batch, np.random.default_rng(seed))
-    worst, where, of_torch, worst_loss, redrawn, undecided, step = 0.0, "", 0.0, 0.0, 0, 0.0, 0
-    while step < steps:
-        found = contest.step(*next(draws))
-        if not found.agreed:
-            redrawn, undecided = redrawn + 1, max(undecided, *found.errors.values())
-            if redrawn > MOST_REDRAWN:
-                raise RuntimeError(f"float32 and float64 agree on no batch in {MOST_REDRAWN}: take smaller batches")
-            continue
-        step += 1
-        name = max(found.errors, key=lambda name: found.errors[name])
-        if found.errors[name] > worst:
-            worst, where = found.errors[name], name
-        of_torch = max(of_torch, found.error_of_torch)
-        worst_loss = max(worst_loss, found.loss_error)
+    found = []
+    for _ in range(steps):
+        found.append(contest.step(*next(draws)))
         contest.learn()
-    count = sum(parameter.numel() for parameter in teacher.parameters())
-    return Comparison(count, steps, worst, where, of_torch, worst_loss, redrawn, undecided)
+    worst, where = max((error, name) for step in found for name, error in step.errors.items())
+    return Comparison(
+        parameters=sum(parameter.numel() for parameter in teacher.parameters()),
+        steps=steps,
+        worst=worst,
+        where=where,
+        worst_of_torch=max(step.error_of_torch for step in found),
+        worst_loss=max(step.loss_error for step in found),
+        otherwise=sum(step.otherwise for step in found),
+        moved=max(step.moved for step in found),
+    )
 
 
 def _stirred(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -111,7 +110,8 @@ class _Found:
     errors: dict[str, float]
     error_of_torch: float
     loss_error: float
-    agreed: bool
+    otherwise: int
+    moved: float
 
 
 class _Contest:
@@ -122,25 +122,29 @@ class _Contest:
         self._single = copy.deepcopy(teacher).float()
 
     def step(self, x: NDArray[np.float32], y: NDArray[np.int64] | None) -> _Found:
-        self._teacher.zero_grad()
-        with Recorder() as recorder:
-            output = self._teacher(torch.tensor(x, dtype=torch.float64))
-            loss = _loss(output, x, y)
-            loss.backward()
         weights = {name: tensor.detach().numpy().astype(np.float32) for name, tensor in self._teacher.named_parameters()}
         feed = {"x": x, "sample_weight": np.ones(len(x), np.float32), "learning_rate": np.array(RATE, np.float32), **weights}
         feed |= {} if y is None else {"y": y}
-        names = list(weights)
-        ours, *new = self._session.run(["loss", *(f"new:{name}" for name in names)], feed)
-        gradients = {name: (weights[name].astype(np.float64) - np.asarray(value)) / RATE for name, value in zip(names, new, strict=True)}
-        of_torch = max(self._errors(self._single_gradients(x, y)).values())
+        ours, *new = self._session.run(["loss", *(f"new:{name}" for name in weights)], feed)
+        followed = self._decisions.of(feed)
+        self._teacher.zero_grad()
+        with Follower(followed) as follower:
+            loss = _loss(self._teacher(torch.tensor(x, dtype=torch.float64)), x, y)
+        loss.backward()
+        gradients = {name: (weights[name].astype(np.float64) - np.asarray(value)) / RATE for name, value in zip(weights, new, strict=True)}
+        of_torch = max(self._errors(self._single_gradients(x, y, followed)).values())
         loss_error = abs(float(ours) - loss.item()) / abs(loss.item())
-        return _Found(self._errors(gradients), of_torch, loss_error, self._decisions.agree(feed, recorder.seen))
+        return _Found(self._errors(gradients), of_torch, loss_error, follower.otherwise, follower.moved)
 
-    def _single_gradients(self, x: NDArray[np.float32], y: NDArray[np.int64] | None) -> dict[str, NDArray[np.float64]]:
+    def _single_gradients(
+        self, x: NDArray[np.float32], y: NDArray[np.int64] | None, followed: list[NDArray[np.float32]]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Torch's in float32, with the program's decisions too."""
         self._single.load_state_dict(self._teacher.state_dict())
         self._single.zero_grad()
-        _loss(self._single(torch.tensor(x)), x, y).backward()
+        with Follower(followed):
+            loss = _loss(self._single(torch.tensor(x)), x, y)
+        loss.backward()
         return {name: _gradient(parameter).double().numpy() for name, parameter in self._single.named_parameters()}
 
     def learn(self) -> None:
@@ -187,20 +191,6 @@ def session_of(program: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
-class Recorder(TorchDispatchMode):
-    """What torch's deciding ops are called with, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if name in (*_THRESHOLDS, "aten.hardtanh.default", "aten.max_pool2d_with_indices.default"):
-            self.seen.append((name, tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)))
-        return func(*args, **(kwargs or {}))
-
-
 class Decisions:
     """The program with the inputs of its deciding ops as further outputs; it runs beside the program itself, which stays as it is."""
 
@@ -209,28 +199,58 @@ class Decisions:
         self._names = [
             node.input[0] for node in model.graph.node if node.op_type in _DECIDING_OPS and node.output[0].startswith("forward:")
         ]
+        self._outputs = list(dict.fromkeys(self._names))
         del model.graph.output[1:]
-        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in dict.fromkeys(self._names))
+        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._outputs)
         self._session = session_of(model.SerializeToString())
 
-    def agree(self, feed: Mapping[str, Any], seen: list[tuple[str, tuple[Any, ...]]]) -> bool:
-        """Whether every decision of the program is torch's."""
-        if len(seen) != len(self._names):
-            raise RuntimeError(f"the program decides {len(self._names)} times, torch {len(seen)} times")
-        if not seen:
-            return True
+    def of(self, feed: Mapping[str, Any]) -> list[NDArray[np.float32]]:
+        """What the program decides on, in the order of the model."""
         wanted = {item.name for item in self._session.get_inputs()}
-        values = self._session.run(list(dict.fromkeys(self._names)), {name: value for name, value in feed.items() if name in wanted})
-        by_name = dict(zip(dict.fromkeys(self._names), values, strict=True))
-        return all(
-            torch.equal(_decided(op, exact, *others), _decided(op, torch.tensor(by_name[name]).double().reshape(exact.shape), *others))
-            for name, (op, (exact, *others)) in zip(self._names, seen, strict=True)
-        )
+        found = self._session.run(["loss", *self._outputs], {name: value for name, value in feed.items() if name in wanted})
+        values = dict(zip(self._outputs, found[1:], strict=True))
+        return [values[name] for name in self._names]
 
 
-def _decided(op: str, value: torch.Tensor, *others: Any) -> torch.Tensor:
-    if op == "aten.max_pool2d_with_indices.default":
-        indices: torch.Tensor = torch.ops.aten.max_pool2d_with_indices(value, *others)[1]
+class Follower(TorchFunctionMode):
+    """Torch decides as the program did.
+
+    Attributes:
+        otherwise: how many decisions it would have taken otherwise.
+        moved: as Comparison.
+    """
+
+    def __init__(self, followed: Sequence[NDArray[np.float32]]) -> None:
+        super().__init__()
+        self._followed = list(followed)
+        self.otherwise, self.moved = 0, 0.0
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        super().__exit__(kind, *rest)
+        if kind is None and self._followed:
+            raise RuntimeError(f"the program decides {len(self._followed)} times more than torch")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ not in _THRESHOLDS:
+            return func(*args, **kwargs)
+        x, *others = args
+        theirs = torch.tensor(self._followed.pop(0)).to(x.dtype).reshape(x.shape)
+        decided, wanted = (_decided(func, value, others, kwargs) for value in (x.detach(), theirs))
+        differs = decided != wanted
+        if bool(differs.any()):
+            self.otherwise += int(differs.sum())
+            move = theirs - x.detach()
+            if differs.shape == x.shape and "pool" not in func.__name__:
+                move = torch.where(differs, move, 0)
+            self.moved = max(self.moved, float(move.abs().max() / x.detach().square().mean().sqrt()))
+            x = x + move
+        return func(x, *others, **kwargs)
+
+
+def _decided(func: Any, value: torch.Tensor, others: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    if "pool" in func.__name__:
+        indices: torch.Tensor = func(value, *others, **{**kwargs, "return_indices": True})[1]
         return indices
-    bounds = torch.tensor(_THRESHOLDS.get(op) or others[:2], dtype=value.dtype)
-    return torch.bucketize(value, bounds)
+    bounds = _THRESHOLDS[func.__name__] or (kwargs["min_val"], kwargs["max_val"])
+    return torch.bucketize(value, torch.tensor(bounds, dtype=value.dtype))

@@ -30,19 +30,17 @@ from testbed.machine import machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "zoo.json"
 PICTURE = RESULT.with_name("zoo-curves.png")
-EXAMPLES = {"leaf_cnn": 8, "ds_cnn": 8, "watch_cnn": 8, "lstm": 8, "transformer": 4, "autoencoder": 8}
-"""Of a step in the comparison of gradients: the more activations, the likelier one on which float32 and float64 decide differently."""
-FEW_EXAMPLES = 2
+EXAMPLES = 8
+"""Of a step in the comparison of gradients."""
 POINT_STEPS = 10
 NOTE = "inside: bench/loss_curves.py; width 1 is the real model, and its shape and blocks are in export/zoo.py"
 
 
 def gradients_row(name: str, steps: int) -> dict[str, Any]:
     started = time.perf_counter()
-    batch = EXAMPLES.get(name, FEW_EXAMPLES)
-    found = compare(ZOO[name], ZOO[name].real, batch=batch, steps=steps)
+    found = compare(ZOO[name], ZOO[name].real, batch=EXAMPLES, steps=steps)
     bound = 1e-4 if any("running_mean" in key for key in ZOO[name].module(ZOO[name].real, 0).state_dict()) else 1e-5
-    row = {"model": name, "shape": list(ZOO[name].real.shape), "batch": batch, **asdict(found), "bound": bound}
+    row = {"model": name, "shape": list(ZOO[name].real.shape), "batch": EXAMPLES, **asdict(found), "bound": bound}
     return row | {"holds": found.worst <= bound, "seconds": round(time.perf_counter() - started), "commit": machine()["commit"]}
 
 
