@@ -82,6 +82,26 @@ def test_no_path_of_this_machine_travels_with_the_model(model: onnx.ModelProto) 
     assert str(Path(__file__).parent).encode() not in model.SerializeToString()
 
 
+def test_shapes_that_an_lstm_computes_are_known() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(2, 3, num_layers=2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = self.lstm(x)[0]
+            return outputs[:, -1]
+
+    network = Last()
+    model = from_torch(network, torch.zeros(1, 5, 2))
+    shapes = read_forward(model).shapes
+    layers = [node.input[0] for node in read_forward(model).nodes if node.op_type == "LSTM"]
+    assert [shapes[name][0] for name in layers] == [5, 5]
+    x = torch.randn(4, 5, 2)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], network(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_module_that_depends_on_its_data_is_refused_with_the_reason() -> None:
     class Fork(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
