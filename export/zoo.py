@@ -332,11 +332,11 @@ ZOO: dict[str, Model] = {
     "resnet18_bn": Model(resnet18("batch"), Variant(1, PICTURE, 10), Variant(0.125, (3, 12, 12), 10, blocks=3)),
     "resnet18_gn": Model(resnet18("group"), Variant(1, PICTURE, 10), Variant(0.125, (3, 12, 12), 10, blocks=3)),
     "mobilenet_v2": Model(mobilenet_v2, Variant(1, MOBILE, 1000), Variant(0.25, (3, 24, 24), 10, blocks=3)),
-    "mobilenet_v3_small": Model(mobilenet_v3_small, Variant(1, MOBILE, 1000), Variant(0.25, (3, 32, 32), 10, blocks=5)),
+    "mobilenet_v3_small": Model(mobilenet_v3_small, Variant(1, MOBILE, 1000), Variant(0.25, (3, 32, 32), 10, blocks=4)),
     "efficientnet_lite0": Model(efficientnet_lite0, Variant(1, MOBILE, 1000), Variant(0.25, (3, 24, 24), 10, blocks=4)),
     "ds_cnn": Model(ds_cnn, Variant(1, (1, 49, 10), 12), Variant(0.125, (1, 25, 10), 12, blocks=1)),
     "watch_cnn": Model(watch_cnn, Variant(1, WINDOW, 7), Variant(0.25, (6, 24), 7)),
     "lstm": Model(_Lstm, Variant(1, WINDOW, 7), Variant(0.125, (6, 8), 7)),
-    "transformer": Model(_Transformer, Variant(1, WINDOW, 7), Variant(0.125, (6, 8), 7, blocks=2)),
+    "transformer": Model(_Transformer, Variant(1, WINDOW, 7), Variant(0.125, (6, 8), 7, blocks=1)),
     "autoencoder": Model(autoencoder, Variant(1, IMAGE, 0), Variant(0.25, (1, 12, 12), 0), "mse"),
 }
