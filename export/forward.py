@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from export.layers import frozen_parameters
+from export.lowering import lowered
 from regrow.errors import LocalError
 
 Shape = tuple[int | None, ...]
 """One entry per axis; None where the size is only known at run time (the batch)."""
 
 OPSETS = range(13, 22)
-"""Incoming ai.onnx versions. The ops that we differentiate mean the same in all of them, so programs simply say 18."""
+"""Incoming ai.onnx versions; programs say 18 (export.lowering)."""
 
 RESERVED_NAMES = frozenset({"x", "y", "sample_weight", "learning_rate", "loss", "loss_sum", "correct", "squared_error"})
 RESERVED_PREFIXES = ("new:", "mask:", "state:", "anchor:", "forward:", "step:")
@@ -39,6 +40,7 @@ class Forward:
 
     Attributes:
         nodes: in execution order, `Constant` nodes taken out.
+        program_nodes: the same in the terms of the opset that programs say (export.lowering).
         parameters: the float32 initializers that are trained, in the model's order.
         constants: tensors that are never trained (shapes, axes; initializers of layers that stay as they are, under their own names).
         shapes: of every value whose shape could be inferred.
@@ -49,6 +51,7 @@ class Forward:
     """
 
     nodes: tuple[onnx.NodeProto, ...]
+    program_nodes: tuple[onnx.NodeProto, ...]
     parameters: dict[str, NDArray[np.float32]]
     constants: dict[str, NDArray[Any]]
     shapes: dict[str, Shape]
@@ -85,7 +88,9 @@ def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forwa
         )
     input_shape = _input_shape(inputs[0])
     names = {"": "", inputs[0].name: "x"} | {name: name for name in parameters}
-    nodes = tuple(_renamed(node, names) for node in graph.node if node.op_type != "Constant")
+    nodes, program_nodes = (
+        tuple(_renamed(node, names) for node in each.node if node.op_type != "Constant") for each in (model.graph, graph)
+    )
     shapes = {_rename(value.name, names): _shape(value) for value in (*graph.value_info, *graph.output)}
     shapes |= {name: array.shape for name, array in parameters.items()} | {"x": input_shape}
     constants = {_rename(name, names): array for name, array in constants.items()}
@@ -95,19 +100,17 @@ def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forwa
         frozen = frozen_parameters(nodes, parameters, constants, train_last)
         constants |= {name: parameters.pop(name) for name in frozen}
     input_type = inputs[0].type.tensor_type.elem_type
-    return Forward(
-        nodes, parameters, constants, shapes, input_shape, input_type, logits, _output_shape(shapes.get(logits), graph.output[0])
-    )
+    output_shape = _output_shape(shapes.get(logits), graph.output[0])
+    return Forward(nodes, program_nodes, parameters, constants, shapes, input_shape, input_type, logits, output_shape)
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with inferred shapes, or LocalError."""
+    """The model in the terms of our opset, with inferred shapes, or LocalError."""
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise LocalError("the model keeps weights in another file; save it as one file: onnx.save(onnx.load(path), 'one.onnx')")
     try:
         onnx.checker.check_model(model)
-        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except onnx.checker.ValidationError as error:
         raise LocalError(f"not a valid ONNX model: {error}") from error
     versions = {entry.domain: entry.version for entry in model.opset_import}
     version = versions.get("", versions.get("ai.onnx", 0))
@@ -115,7 +118,10 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
         raise LocalError(f"the model uses opset {version}; export it with an opset from {OPSETS[0]} to {OPSETS[-1]}, best 18")
     if model.functions:
         raise LocalError(f"the model defines the function {model.functions[0].name!r}; inline it (onnx.inliner.inline_local_functions)")
-    return inferred
+    try:
+        return onnx.shape_inference.infer_shapes(lowered(model), check_type=True, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise LocalError(f"not a valid ONNX model: {error}") from error
 
 
 def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[Any]]]:

@@ -14,7 +14,7 @@ from export.forward import Forward, read_forward
 from export.gradients import differentiate
 from export.losses import check_step, emit_loss, emit_score
 from export.optimizers import Slots, emit_bare_sgd, emit_optimizer, slots_of
-from export.rules import RULES
+from export.rules import CURES, RULES
 from regrow.errors import LocalError
 from regrow.local_step import Step, step_of
 from regrow.parameters import Layout, Tensor
@@ -105,7 +105,7 @@ def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path,
 
 def _emitter(forward: Forward) -> Emitter:
     nodes = []
-    for node in forward.nodes:
+    for node in forward.program_nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         nodes.append(copy)
@@ -115,7 +115,7 @@ def _emitter(forward: Forward) -> Emitter:
 def _training_program(forward: Forward, layout: Layout, step: Step, *, masked: bool) -> bytes:
     graph = _emitter(forward)
     seed = emit_loss(graph, forward, step, bare=step.is_bare_sgd)
-    gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed)
+    gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed, CURES)
     prunable = [tensor for tensor in layout.tensors if masked and not tensor.always_kept]
     masks = {tensor.name: f"mask:{tensor.name}" for tensor in prunable}
     slots = Slots((), ())
