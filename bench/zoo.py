@@ -30,7 +30,7 @@ from testbed.machine import machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "zoo.json"
 PICTURE = RESULT.with_name("zoo-curves.png")
-EXAMPLES = 8
+EXAMPLES = 4
 """Of a step in the comparison of gradients."""
 POINT_STEPS = 10
 NOTE = "inside: bench/loss_curves.py; width 1 is the real model, and its shape and blocks are in export/zoo.py"
