@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from export.axis_rules import log_softmax, reduce_extreme, reduce_mean, reduce_sum, softmax
+from export.batch_norm import batch_normalization
 from export.convolution_rules import conv, conv_transpose
 from export.dense_rules import gemm, matmul
 from export.elementwise_rules import (
@@ -43,6 +44,7 @@ from export.gradients import Rule
 from export.moving_rules import concat, cut, expand, gather, pad, same_numbers, split, transpose
 from export.norm_rules import instance_normalization, layer_normalization
 from export.pool_rules import average_pool, global_average_pool, global_max_pool, max_pool
+from export.recurrent_rules import gru, lstm
 
 RULES: dict[str, Rule] = {
     "Abs": absolute,
@@ -51,6 +53,7 @@ RULES: dict[str, Rule] = {
     "ArgMax": constant,
     "ArgMin": constant,
     "AveragePool": average_pool,
+    "BatchNormalization": batch_normalization,
     "Cast": cast,
     "Ceil": constant,
     "Celu": celu,
@@ -69,6 +72,7 @@ RULES: dict[str, Rule] = {
     "Expand": expand,
     "Flatten": same_numbers,
     "Floor": constant,
+    "GRU": gru,
     "Gather": gather,
     "Gemm": gemm,
     "GlobalAveragePool": global_average_pool,
@@ -80,6 +84,7 @@ RULES: dict[str, Rule] = {
     "Identity": same_numbers,
     "InstanceNormalization": instance_normalization,
     "IsNaN": constant,
+    "LSTM": lstm,
     "LayerNormalization": layer_normalization,
     "LeakyRelu": leaky_relu,
     "Less": constant,

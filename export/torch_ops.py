@@ -148,6 +148,24 @@ def _instance_normalization(inputs: Inputs, attributes: Attributes) -> torch.Ten
     return torch.add(normal * scale.reshape(column), bias.reshape(column))
 
 
+def _batch_normalization(inputs: Inputs, attributes: Attributes) -> torch.Tensor:
+    """With the batch's own mean and variance where none are given; torch's own function refuses one number per channel."""
+    x: torch.Tensor
+    x, scale, bias, mean, variance = inputs
+    column = (-1, *[1] * (x.ndim - 2))
+    if mean is None:
+        variance, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
+    inverse = torch.rsqrt(variance + attributes.get("epsilon", 1e-5))
+    return torch.add((x - mean.reshape(column)) * (inverse * scale).reshape(column), bias.reshape(column))
+
+
+def batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance of each channel, axis 1; the variance is 0 where there is one number."""
+    alone = x.numel() == x.shape[1]
+    variance, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0 if alone else 1)
+    return mean, variance
+
+
 def _layer_normalization(inputs: Inputs, attributes: Attributes) -> torch.Tensor:
     x, scale, *bias = inputs
     axes = tuple(range(attributes.get("axis", -1) % x.ndim, x.ndim))
@@ -329,6 +347,7 @@ OPS: dict[str, Op] = {
     "ArgMax": _arg(torch.argmax),
     "ArgMin": _arg(torch.argmin),
     "AveragePool": _average_pool,
+    "BatchNormalization": _batch_normalization,
     "Cast": _cast,
     "Ceil": lambda i, _: torch.ceil(i[0]),
     "Celu": lambda i, a: functional.celu(i[0], a.get("alpha", 1.0)),

@@ -13,8 +13,7 @@ from onnx import helper
 from export.models import MODELS
 from export.programs import build_programs
 from export.rules import RULES
-from export.torch_graph import TorchGraph, graph_of_model, graph_of_program
-from export.torch_ops import OPS
+from export.torch_graph import OPS, TorchGraph, graph_of_model, graph_of_program
 from regrow.errors import LocalError
 from tests.export import unit_models
 from tests.export.drawing import CLASSES, constant, network, numbers
