@@ -26,7 +26,6 @@ TORCH_SEEDS, OUR_SEED = (1, 2, 3, 4, 5), 6
 SMOOTHED_STEPS = 25
 T_95 = 2.776
 """0.975 quantile of Student's t with 4 degrees of freedom."""
-BATCH = 20
 
 
 SGD = Training(learning_rate=0.05)
@@ -40,6 +39,7 @@ class Setting:
     data: str
     variant: Variant
     training: Training = SGD
+    batch: int = 20
 
 
 SETTINGS: dict[str, Setting] = {
@@ -47,9 +47,9 @@ SETTINGS: dict[str, Setting] = {
     "vgg11": Setting("fashion-mnist", Variant(0.25, PICTURE, 10), ADAM),
     "resnet18_bn": Setting("fashion-mnist", Variant(0.125, PICTURE, 10)),
     "resnet18_gn": Setting("fashion-mnist", Variant(0.125, PICTURE, 10)),
-    "mobilenet_v2": Setting("fashion-mnist", Variant(0.25, PICTURE, 10)),
-    "mobilenet_v3_small": Setting("fashion-mnist", Variant(0.5, PICTURE, 10)),
-    "efficientnet_lite0": Setting("fashion-mnist", Variant(0.25, PICTURE, 10)),
+    "mobilenet_v2": Setting("fashion-mnist", Variant(0.25, PICTURE, 10), batch=8),
+    "mobilenet_v3_small": Setting("fashion-mnist", Variant(0.5, PICTURE, 10), batch=8),
+    "efficientnet_lite0": Setting("fashion-mnist", Variant(0.25, PICTURE, 10), batch=8),
     "ds_cnn": Setting("watch", Variant(1, (1, 100, 6), 7)),
     "watch_cnn": Setting("watch", Variant(1, WINDOW, 7)),
     "lstm": Setting("watch", Variant(1, WINDOW, 7), ADAM),
@@ -97,7 +97,7 @@ def _batches(setting: Setting, data: Dataset, seed: int, steps: int) -> Iterator
     """Drawn with replacement; pictures of 28x28 get a margin and three equal channels, windows one channel and time first."""
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        rows = rng.integers(0, len(data.x), BATCH)
+        rows = rng.integers(0, len(data.x), setting.batch)
         x = data.x[rows]
         if setting.variant.shape == PICTURE:
             x = np.repeat(np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=float(data.x.min())), 3, axis=1)
@@ -132,7 +132,7 @@ def _our_losses(name: str, setting: Setting, data: Dataset, steps: int) -> list[
     weights = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
     state = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs() if i.name.startswith("state:")}
     moving: dict[str, Any] = {**weights, **state}
-    fixed = {"sample_weight": np.ones(BATCH, np.float32), "learning_rate": np.array(setting.training.learning_rate, np.float32)}
+    fixed = {"sample_weight": np.ones(setting.batch, np.float32), "learning_rate": np.array(setting.training.learning_rate, np.float32)}
     names, losses = ["loss", *(f"new:{name}" for name in moving)], []
     for x, y in _batches(setting, data, OUR_SEED, steps):
         feed = {"x": x} if setting.training.target == "input" else {"x": x, "y": y}

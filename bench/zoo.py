@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from loss_curves import BATCH, OUR_SEED, SETTINGS, SMOOTHED_STEPS, TORCH_SEEDS, curves_of
+from loss_curves import OUR_SEED, SETTINGS, SMOOTHED_STEPS, TORCH_SEEDS, curves_of
 from machine import write_result
 from parity import compare
 
@@ -56,7 +56,7 @@ def curves_row(name: str, steps: int) -> dict[str, Any]:
         "shape": list(setting.variant.shape),
         "optimizer": setting.training.optimizer,
         "learning_rate": setting.training.learning_rate,
-        "batch": BATCH,
+        "batch": setting.batch,
         "steps": steps,
         "share_inside": round(found.share_inside(), 4),
         "inside": found.share_inside() >= 0.95,
