@@ -16,13 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
-import onnxruntime
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from export.emitter import IR_VERSION, OPSET_VERSION
+from export.emitter import IR_VERSION
+from export.lowering import OPSET_VERSION
 from regrow.errors import LocalError
 
 if TYPE_CHECKING:
@@ -55,7 +53,6 @@ def from_torch(module: torch.nn.Module, example_input: torch.Tensor) -> onnx.Mod
     _put_back(model, weights, constants, dict(module.named_parameters(remove_duplicate=False)))
     for name, tensor in constants.items():
         model.graph.node.insert(0, helper.make_node("Constant", [], [name], name=name, value=tensor))
-    _fix_shapes(model, example_input[:1].numpy())
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -168,35 +165,3 @@ def _tidy(model: onnx.ModelProto) -> None:
         del part.metadata_props[:]
     for node in model.graph.node:
         node.doc_string = ""
-
-
-def _fix_shapes(model: onnx.ModelProto, example: NDArray[Any]) -> None:
-    """Make the shapes that the model computes (in LSTM, in group normalisation) constants, where nothing but the batch varies in them.
-
-    Shape inference cannot always follow such a computation, and gradient rules need fixed sizes. So it is run, for two batches. Nodes that
-    are then of no use are dropped.
-    """
-    graph = model.graph
-    fixed = {tensor.name for tensor in graph.initializer} | {node.output[0] for node in graph.node if node.op_type == "Constant"}
-    reshapes = [node for node in graph.node if node.op_type == "Reshape" and node.input[1] not in fixed]
-    if not reshapes:
-        return
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    del probe.graph.output[:]
-    names = list(dict.fromkeys(node.input[1] for node in reshapes))
-    probe.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT64, [None]) for name in names)
-    session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
-    two, three = (session.run(names, {"x": np.repeat(example, batch, axis=0)}) for batch in (2, 3))
-    for name, small, large in zip(names, two, three, strict=True):
-        shape = np.where(small == large, small, -1)
-        if np.count_nonzero(shape == -1) <= 1:
-            graph.initializer.append(numpy_helper.from_array(shape, f"{name}:fixed"))
-            for node in reshapes:
-                node.input[1] = f"{name}:fixed" if node.input[1] == name else node.input[1]
-    used = {output.name for output in graph.output}
-    for node in reversed(list(graph.node)):
-        if used.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            used.update(node.input)
