@@ -33,6 +33,7 @@ PICTURE = RESULT.with_name("zoo-curves.png")
 EXAMPLES = 4
 """Of a step in the comparison of gradients."""
 POINT_STEPS = 10
+SERIES = ("ours", "twin", "low", "high", "least", "most")
 NOTE = "inside: bench/loss_curves.py; width 1 is the real model, and its shape and blocks are in export/zoo.py"
 
 
@@ -48,7 +49,7 @@ def curves_row(name: str, steps: int) -> dict[str, Any]:
     started = time.perf_counter()
     setting, found = SETTINGS[name], curves_of(name, steps)
     low, high = found.interval()
-    points = {"ours": found.ours, "low": low, "high": high, "least": found.torch.min(0), "most": found.torch.max(0)}
+    points = {"ours": found.ours, "twin": found.twin, "low": low, "high": high, "least": found.torch.min(0), "most": found.torch.max(0)}
     return {
         "model": name,
         "data": setting.data,
@@ -58,8 +59,10 @@ def curves_row(name: str, steps: int) -> dict[str, Any]:
         "learning_rate": setting.training.learning_rate,
         "batch": setting.batch,
         "steps": steps,
-        "share_inside": round(found.share_inside(), 4),
-        "inside": found.share_inside() >= 0.95,
+        "share_inside": round(found.share_inside(found.ours), 4),
+        "inside": found.share_inside(found.ours) >= 0.95,
+        "share_inside_of_twin": round(found.share_inside(found.twin), 4),
+        "furthest_from_twin": float(f"{np.max(np.abs(found.ours / found.twin - 1)):.2g}"),
         "share_between_least_and_most": round(found.share_between(), 4),
         "seconds": round(time.perf_counter() - started),
         "commit": machine()["commit"],
@@ -79,11 +82,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in axes.flat[len(rows) :]:
         axis.set_visible(False)
     for axis, row in zip(axes.flat, rows, strict=False):
-        lines = {key: np.array(row[key].split(), float) for key in ("ours", "low", "high", "least", "most")}
+        lines = {key: np.array(row[key].split(), float) for key in SERIES}
         steps = SMOOTHED_STEPS + POINT_STEPS * np.arange(len(lines["ours"]))
         axis.fill_between(steps, lines["low"], lines["high"], color="0.9", label="a sixth torch run, 95 %")
         axis.fill_between(steps, lines["least"], lines["most"], color="0.7", label="five torch runs")
-        axis.plot(steps, lines["ours"], color="C3", label="onnxruntime")
+        axis.plot(steps, lines["twin"], color="C0", label="torch, onnxruntime's seed")
+        axis.plot(steps, lines["ours"], color="C3", linestyle="--", label="onnxruntime")
         axis.set(title=f"{row['model']} (width {row['width']:g}), {row['data']}", yscale="log", xlabel="step", ylabel="training loss")
     axes.flat[0].legend()
     figure.savefig(path, dpi=80)
@@ -113,7 +117,7 @@ def main() -> None:
         setting |= {"torch_threads": 1, "onnxruntime_threads": 1}
         result = {"command": "python bench/zoo.py; python bench/zoo.py --curves", "setting": setting}
         write_result(args.out, result | {part: known[part] for part in ("gradients", "curves")})
-        print({key: value for key, value in row.items() if key not in ("ours", "low", "high", "least", "most")}, flush=True)
+        print({key: value for key, value in row.items() if key not in SERIES}, flush=True)
     if args.curves:
         plot(json.loads(args.out.read_text())["curves"], args.out.with_name(PICTURE.name))
 

@@ -264,19 +264,21 @@ def _zoo_gradients(_: str) -> str:
 
 
 def _zoo_curves(_: str) -> str:
-    head = ("model", "width", "data", "optimizer", "steps", "inside", "between least and most")
+    head = ("model", "width", "data", "optimizer", "steps", "inside", "twin inside", "furthest from the twin", "between least and most")
     rows = json.loads(ZOO.read_text())["curves"]
-    shares = ("share_inside", "share_between_least_and_most")
+
+    def share(value: float) -> str:
+        return f"{100 * value:.1f} %"
+
     return table(
         head,
         (
             (
-                row["model"],
-                f"{row['width']:g}",
-                row["data"],
-                row["optimizer"],
-                str(row["steps"]),
-                *(f"{100 * row[key]:.0f} %" for key in shares),
+                *(row["model"], f"{row['width']:g}", row["data"], row["optimizer"], str(row["steps"])),
+                *(
+                    share(row[key])
+                    for key in ("share_inside", "share_inside_of_twin", "furthest_from_twin", "share_between_least_and_most")
+                ),
             )
             for row in rows
         ),
