@@ -37,7 +37,7 @@ def from_torch(module: torch.nn.Module, example_input: torch.Tensor) -> onnx.Mod
 
     Args:
         module: float32; one tensor in, one out. Not modified.
-        example_input: [batch, ...], float32 or int64; only its shape and dtype matter, and of the batch not even the size.
+        example_input: [batch, ...], float32 or int64, batch >= 1; only its dtype and the shape of one example matter.
 
     Raises:
         LocalError: torch cannot export the module, or not with a dynamic batch (the message is torch's); torch or onnxscript is missing.

@@ -102,6 +102,13 @@ def test_shapes_that_an_lstm_computes_are_known() -> None:
     np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], network(x).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_tokens_come_in_as_whole_numbers() -> None:
+    network = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2))
+    forward = read_forward(from_torch(network, torch.zeros(1, 3, dtype=torch.int64)))
+    assert (forward.input_type, forward.input_shape) == (onnx.TensorProto.INT64, (None, 3))
+    assert list(forward.parameters) == ["0.weight", "2.weight", "2.bias"]
+
+
 def test_a_module_that_depends_on_its_data_is_refused_with_the_reason() -> None:
     class Fork(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
