@@ -124,7 +124,7 @@ class Trainer:
         for start in range(0, len(x), batch):
             part = slice(start, start + batch)
             feed = {"x": x[part]} if session.examples.y_dtype is None else {"x": x[part], "y": y[part]}
-            loss_sum, more = session.run(outputs, {**feed, **parameters})
+            loss_sum, more = session.run(outputs, {**feed, **parameters}, numbers=2)
             loss += float(loss_sum)
             found += float(more)
         target = session.examples.target(x, y)
@@ -279,16 +279,21 @@ class _Session:
         """What the program `statistics` says of one batch."""
         self.examples.check(x, x)
         names = list(self.statistics)
-        found = dict(zip(names, self.run([f"stat:{name}" for name in names], {"x": x, **parameters}), strict=True))
+        found = dict(zip(names, self.run([f"stat:{name}" for name in names], {"x": x, **parameters}, numbers=0), strict=True))
         if any(np.shape(array) != (self.statistics[name],) for name, array in found.items()):
             raise PeerError("the program 'statistics' returned vectors of other lengths than it declares")
         return found
 
-    def run(self, outputs: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def run(self, outputs: list[str], feed: dict[str, NDArray[Any]], numbers: int = 1) -> list[NDArray[Any]]:
+        """The outputs, of which the first `numbers` are single numbers."""
         try:
-            return list(self._session.run(outputs, feed))
+            results = list(self._session.run(outputs, feed))
         except _ORT_ERRORS as error:
             raise PeerError(f"program {self._name!r} failed: {error}") from error
+        for name, value in zip(outputs[:numbers], results, strict=False):
+            if np.shape(value) != () or np.asarray(value).dtype.kind not in "fi":
+                raise PeerError(f"program {self._name!r}: output {name!r} is {described(value)}, not one number")
+        return results
 
 
 def _statistics_of(values: Mapping[str, tuple[str, list[Any]]]) -> dict[str, int]:

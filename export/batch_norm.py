@@ -34,7 +34,7 @@ def with_batch_statistics(forward: Forward) -> Forward:
     for node in forward.program_nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        if node.op_type == _OP:
+        if node.op_type == _OP and node.input[3] not in constants:  # with constant ones it stays as it is (train_last)
             rank = len(forward.shapes.get(node.input[0], ()))
             if rank < 2:
                 raise cannot_train(node, "normalises a value of unknown rank; run onnx.shape_inference and fix every axis but the batch")
@@ -112,7 +112,7 @@ def emit_statistics(graph: Emitter, forward: Forward) -> list[onnx.ValueInfoProt
         graph: of the training form.
         forward: the training form.
     """
-    for node in [node for node in graph.nodes if node.op_type == _OP]:
+    for node in [node for node in graph.nodes if node.op_type == _OP and node.input[3] not in graph.constants]:
         mean, variance = node.input[3:5]
         graph.emit("Identity", mean, output=_running(mean))
         count = count_of(graph, node.input[0], forward.shapes[_running(mean)][0] or 0)

@@ -12,7 +12,7 @@ Names in every program that we build:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,7 @@ def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forwa
     if train_last is not None:
         frozen = frozen_parameters(nodes, parameters, constants, train_last)
         constants |= {name: parameters.pop(name) for name in frozen}
+        constants |= {f"stat:{name}": statistics.pop(name) for name in _frozen_statistics(nodes, frozen)}
     input_type = inputs[0].type.tensor_type.elem_type
     output_shape = _output_shape(shapes.get(logits), graph.output[0])
     return Forward(nodes, program_nodes, parameters, constants, shapes, input_shape, input_type, logits, output_shape, statistics)
@@ -167,6 +168,12 @@ def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]
         if name in RESERVED_NAMES or name.startswith(RESERVED_PREFIXES):
             raise LocalError(f"parameter {name!r} has a name that training programs need; rename it in the model")
     return parameters, constants | dict(_constant_nodes(graph))
+
+
+def _frozen_statistics(nodes: Sequence[onnx.NodeProto], frozen: Collection[str]) -> list[str]:
+    """Running statistics of batch normalisations that stay as they are: what comes before does not change, so neither do they."""
+    norms = [node for node in nodes if node.op_type == "BatchNormalization" and node.input[1] in frozen]
+    return [name.removeprefix("stat:") for node in norms for name in node.input[3:5]]
 
 
 def _taken_statistics(graph: onnx.GraphProto, parameters: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:

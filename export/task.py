@@ -25,7 +25,7 @@ from regrow.local_step import step_of
 from regrow.programs import MEMORY, program_file
 from regrow.task import DEFAULT_TRAINING, Training
 
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 """Raise it whenever the same model would give other programs."""
 
 
@@ -141,7 +141,7 @@ def _made_from(model_sha256: str, unit_densities: Sequence[float] | None, traini
         "model_sha256": model_sha256,
         "unit_densities": None if unit_densities is None else list(unit_densities),
     }
-    step = msgspec.to_builtins(step_of(training))
+    step = json.loads(msgspec.json.encode(step_of(training)))  # as it is read again: lists, no tuples
     note |= {"step": step} if step else {}
     return note | ({"train_last": training.train_last} if training.train_last is not None else {})
 

@@ -157,7 +157,7 @@ def where(draw: Draw) -> Case:
     computed, number = draw(st.booleans()), draw(st.booleans())
     condition = node("Greater", ["a", "low"], ["c"]) if computed else constant("c", mask, np.bool_)
     nodes = [constant("low", 0.25, np.float32), node("Tanh", ["a"], ["t"]), condition]
-    nodes.append(node("Where", ["c", "a" if draw(st.just(True)) else "", "low" if number else "t"], ["o"]))
+    nodes.append(node("Where", ["c", "a", "low" if number else "t"], ["o"]))
 
     def forward(a: torch.Tensor, _: Any) -> torch.Tensor:
         chosen = a > 0.25 if computed else torch.tensor(mask)

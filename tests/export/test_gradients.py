@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given
@@ -133,8 +134,6 @@ def test_the_way_to_the_gradient_of_the_input_follows_from_the_shapes(length: in
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_embedding_sums_many_rows_exactly_on_any_number_of_threads(threads: int) -> None:
     """Few rows, often hit, of whole numbers: a lost or doubled addition would show."""
-    import onnxruntime as ort  # here for its options alone
-
     rng = np.random.default_rng(0)
     nodes = [node("Cast", ["x"], ["i"], to=TensorProto.INT64), node("Gather", ["table", "i"], ["e"]), constant("axes", [2])]
     nodes += [node("Unsqueeze", ["a", "axes"], ["u"]), node("Mul", ["e", "u"], ["o"])]
@@ -230,7 +229,8 @@ def test_the_table_covers_every_rule() -> None:
     look()
     # Of these only that they pass no gradient can be said, as the table does of Floor, Not and GreaterOrEqual.
     flat = {"And", "ArgMax", "ArgMin", "Ceil", "ConstantOfShape", "Equal", "Greater", "IsNaN", "Less", "LessOrEqual", "Or", "Round", "Sign"}
-    assert RULES.keys() | REPLACED <= seen | flat | {"Flatten"}  # every network ends in Flatten
+    elsewhere = {"BatchNormalization", "GRU", "LSTM"}  # test_batch_norm.py, test_recurrent.py
+    assert RULES.keys() | REPLACED <= seen | flat | elsewhere | {"Flatten"}  # every network ends in Flatten
 
 
 # What is refused

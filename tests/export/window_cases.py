@@ -73,7 +73,7 @@ def convolution(draw: Draw, w: Window, group: int, channels: int, multiple: int 
         return out
 
     nodes = [node("Conv", ["a", *weights], ["o"], **attributes)]
-    # onnx.reference has other SAME pads, and no groups with two axes of different strides.
+    # onnx.reference lays SAME pads in another way.
     return Case(nodes, forward, data(draw, [group * channels, *w["sizes"]]), weights, reference=auto_pad == "NOTSET")
 
 
@@ -131,7 +131,8 @@ def conv_transpose(draw: Draw) -> Case:
 
     attributes = geometry(w, "strides", "dilations", "pads") | {"group": group, "output_padding": extra}
     nodes = [node("ConvTranspose", ["a", *weights], ["o"], **attributes)]
-    return Case(nodes, forward, data(draw, [group * channels, *w["sizes"]]), weights, reference=group == 1)
+    x = data(draw, [group * channels, *w["sizes"]])
+    return Case(nodes, forward, x, weights, reference=group == 1)  # onnx.reference has no groups here
 
 
 @case
