@@ -33,6 +33,7 @@ from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
 from edge_agent.data.sources import open_source
 from edge_agent.trainer import Trainer
+from export.from_torch import from_torch_file
 from export.models import MODELS
 from export.task import build_task, is_stale, save_model, write_trained
 from regrow.broker_url import parse_broker_url
@@ -72,7 +73,7 @@ def task_new(options: argparse.Namespace) -> int:
         raise LocalError(f"{folder / 'task.toml'} exists already; edit it instead")
     model: Path = options.model
     if not model.is_file():
-        model = _zoo_model(str(options.model), folder)
+        model = _made_model(str(options.model), folder)
     _build(folder, model, Training(loss=options.loss))  # before anything is copied: a model that cannot be trained leaves nothing behind
     if model.resolve() != (folder / "model.onnx").resolve():
         shutil.copyfile(model, folder / "model.onnx")
@@ -81,12 +82,16 @@ def task_new(options: argparse.Namespace) -> int:
     return 0
 
 
-def _zoo_model(name: str, folder: Path) -> Path:
-    """Write one of the models that come with Regrow as the folder's model."""
-    if name not in MODELS:
-        raise LocalError(f"--model {name}: neither a file nor one of {', '.join(sorted(MODELS))}")
+def _made_model(name: str, folder: Path) -> Path:
+    """Write one of the models that come with Regrow, or that of a torch module, as the folder's model."""
+    if ".py:" in name:
+        model = from_torch_file(name)
+    elif name in MODELS:
+        model = MODELS[name](1)
+    else:
+        raise LocalError(f"--model {name}: neither a file, nor FILE.py:FUNCTION, nor one of {', '.join(sorted(MODELS))}")
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(MODELS[name](1), folder / "model.onnx")
+    save_model(model, folder / "model.onnx")
     return folder / "model.onnx"
 
 

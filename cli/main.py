@@ -117,7 +117,8 @@ def _task(commands: Commands) -> None:
         "--model",
         type=Path,
         required=True,
-        help="forward ONNX model: features in, scores or values out, without its loss; or one that comes with Regrow: leaf_cnn, ...",
+        help="forward ONNX model: features in, scores or values out, without its loss; or FILE.py:FUNCTION, where the function returns "
+        "a torch module and an example input (FILE.py is run); or one that comes with Regrow: leaf_cnn, ...",
     )
     new.add_argument(
         "--loss",

@@ -29,7 +29,9 @@ from regrow.task import Task
 from tests.docs import words
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (*(Path("docs") / name for name in ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md")),)
+NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md", "zoo.md")
+PAGES = tuple(Path("docs") / name for name in NAMES)
+ZOO = ROOT / "bench" / "results" / "zoo.json"
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -242,6 +244,46 @@ def _operators(_: str) -> str:
     return ", ".join(f"`{op}`" for op in sorted({*RULES, *REPLACED})) + ".\n"
 
 
+def _zoo_gradients(_: str) -> str:
+    head = ("model", "parameters", "worst error", "of torch in float32", "allowed", "decisions that differed", "moved by at most")
+    rows = json.loads(ZOO.read_text())["gradients"]
+    return table(
+        head,
+        (
+            (
+                row["model"],
+                f"{row['parameters']:,}".replace(",", " "),
+                *(f"{row[key]:.1e}" for key in ("worst", "worst_of_torch", "bound")),
+                str(row["otherwise"]),
+                f"{row['moved']:.1e}" if row["otherwise"] else "",
+            )
+            for row in rows
+        ),
+    )
+
+
+def _zoo_curves(_: str) -> str:
+    head = ("model", "width", "data", "optimizer", "steps", "inside", "twin inside", "furthest from the twin", "between least and most")
+    rows = json.loads(ZOO.read_text())["curves"]
+
+    def share(value: float) -> str:
+        return f"{100 * value:.1f} %"
+
+    return table(
+        head,
+        (
+            (
+                *(row["model"], f"{row['width']:g}", row["data"], row["optimizer"], str(row["steps"])),
+                *(
+                    share(row[key])
+                    for key in ("share_inside", "share_inside_of_twin", "furthest_from_twin", "share_between_least_and_most")
+                ),
+            )
+            for row in rows
+        ),
+    )
+
+
 def table(head: tuple[str, ...], rows: Any) -> str:
     """A Markdown table; cells are escaped where they would end early."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -260,6 +302,8 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "topics": _topics,
     "transitions": _transitions,
     "wire": _wire,
+    "zoo-curves": _zoo_curves,
+    "zoo-gradients": _zoo_gradients,
 }
 
 if __name__ == "__main__":

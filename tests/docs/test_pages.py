@@ -18,6 +18,7 @@ HAND_WRITTEN = (
     "docs/models.md",
     "docs/simulate.md",
     "docs/using-the-model.md",
+    "docs/zoo.md",
 )
 ALL = sorted(page.relative_to(ROOT) for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 RUN_BY_A_TEST = ("README.md", "docs/bring-your-own.md")
