@@ -38,6 +38,7 @@ from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
 from regrow.machine import Evaluate, Evaluated, Note
+from regrow.task import Training
 from regrow.topics import check_name
 
 GATEWAY_HOME = ".gateway"
@@ -46,6 +47,7 @@ model = "model.onnx"
 
 # Every key and its default: docs/task.md.
 [training]
+loss = "{loss}"
 local_steps = 20
 batch = 20
 learning_rate = 0.05
@@ -67,10 +69,10 @@ def task_new(options: argparse.Namespace) -> int:
     model: Path = options.model
     if not model.is_file():
         model = _zoo_model(str(options.model), folder)
-    _build(folder, model)  # before anything is copied: a model that cannot be trained leaves nothing behind
+    _build(folder, model, Training(loss=options.loss))  # before anything is copied: a model that cannot be trained leaves nothing behind
     if model.resolve() != (folder / "model.onnx").resolve():
         shutil.copyfile(model, folder / "model.onnx")
-    (folder / "task.toml").write_text(TASK_TEXT.format(name=name))
+    (folder / "task.toml").write_text(TASK_TEXT.format(name=name, loss=options.loss))
     print(f"{folder}/task.toml written; next: regrow serve {folder}")
     return 0
 
@@ -96,8 +98,8 @@ def built(folder: Path, *, always: bool = False) -> TaskFolder:
     task = read_task(folder)
     model = folder / task.model
     unit_densities = unit_densities_of(task)
-    if always or is_stale(folder, model, unit_densities):
-        _build(folder, model, unit_densities)
+    if always or is_stale(folder, model, unit_densities, task.training):
+        _build(folder, model, task.training, unit_densities)
     loaded = load_task(folder)
     _check(loaded)
     return loaded
@@ -113,9 +115,9 @@ def _check(folder: TaskFolder) -> None:
         raise LocalError(f"{folder.path / 'task.toml'}: {error}") from error
 
 
-def _build(folder: Path, model: Path, unit_densities: tuple[float, ...] | None = None) -> None:
+def _build(folder: Path, model: Path, training: Training, unit_densities: tuple[float, ...] | None = None) -> None:
     try:
-        build_task(folder, model, unit_densities)
+        build_task(folder, model, unit_densities, training)
     except LocalError as error:
         raise LocalError(f"{model}: {error}") from error
 
@@ -263,7 +265,7 @@ def _print_note(note: Note) -> None:
 
 def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None:
     """Leave the model, the metrics and the picture in the run's folder."""
-    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx")
+    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx", folder.task.training.train_last)
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
 

@@ -113,7 +113,13 @@ def _task(commands: Commands) -> None:
         "--model",
         type=Path,
         required=True,
-        help="forward ONNX model: features in, class scores out; or one that comes with Regrow: leaf_cnn, ...",
+        help="forward ONNX model: features in, scores or values out, without its loss; or one that comes with Regrow: leaf_cnn, ...",
+    )
+    new.add_argument(
+        "--loss",
+        choices=("cross_entropy", "binary_cross_entropy", "mse", "huber"),
+        default="cross_entropy",
+        help="what training makes small (default: cross_entropy, for class scores); the other [training] keys are in task.toml",
     )
     build = _command(kinds, "build", "cli.gateway:task_build", "write the programs that devices run", "`serve` does it when needed.")
     build.add_argument("folder", type=Path, metavar="TASK", help="folder with task.toml and its model")

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from regrow.errors import LocalError, PeerError
+from regrow.examples import Examples, described, r_squared
+from regrow.local_step import METADATA, Step
 from regrow.local_training import Batch, Score, TrainResult
 from regrow.parameters import Layout
 from regrow.step_memory import SCORED_AT_ONCE
@@ -55,15 +57,15 @@ class Trainer:
         batches: Iterable[Batch],
         learning_rate: float,
     ) -> TrainResult:
-        """Parameters after one SGD step per batch.
+        """Parameters after one step of the program's optimizer per batch; what that remembers begins at zero and is forgotten at the end.
 
         A batch shorter than the longest one so far is padded with examples of weight 0.
 
         Args:
             vector: float32 [n]. Not modified.
             kept: bool [n], the coordinates of the sub-model; the others keep their value exactly. None: all, without masks.
-            batches: (x float32 [b, ...], y int64 [b]), b >= 1; at least one.
-            learning_rate: of SGD, finite.
+            batches: (x [b, ...], y [b, ...]) as the program takes them, b >= 1; at least one.
+            learning_rate: finite.
 
         Raises:
             LocalError: an argument does not fit the program.
@@ -72,28 +74,30 @@ class Trainer:
         session = self._session("train" if kept is None else "train_masked")
         parameters = self._views(vector)
         fixed: dict[str, NDArray[Any]] = {"learning_rate": np.array(learning_rate, np.float32)} | self._masks(kept)
-        outputs = ["loss", *(f"new:{name}" for name in parameters)]
+        if session.step.proximal_mu:
+            fixed |= {f"anchor:{name}": value for name, value in parameters.items()}
+        moving: dict[str, NDArray[Any]] = parameters | {name: np.zeros(shape, np.float32) for name, shape in session.state.items()}
+        outputs = ["loss", *(f"new:{name}" for name in moving)]
         loss, examples, steps, size = 0.0, 0, 0, 0
         for x, y in batches:
-            session.check_batch(x, y)
-            size = max(size, len(x))
-            result = session.run(outputs, {**_padded(x, y, size), **fixed, **parameters})
+            session.examples.check(x, y)
+            size = max(size, len(x))  # onnxruntime plans its memory per shape, so all steps should have one shape
+            result = session.run(outputs, {**session.examples.padded(x, y, size), **fixed, **moving})
             # onnxruntime returns a NumPy scalar for a tensor without axes, and takes only arrays.
-            parameters = dict(zip(parameters, map(np.asarray, result[1:]), strict=True))
+            moving = dict(zip(moving, map(np.asarray, result[1:]), strict=True))
             loss += float(result[0]) * len(x)
             examples += len(x)
             steps += 1
         if not steps:
             raise LocalError("there are no batches to train on; give at least one")
-        return TrainResult(self._flat(parameters), loss / examples, examples, steps)
+        return TrainResult(self._flat({name: moving[name] for name in parameters}), loss / examples, examples, steps)
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64], batch: int = SCORED_AT_ONCE) -> Score:
-        """Loss and accuracy of the parameters on the examples, computed `batch` at a time.
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any], batch: int = SCORED_AT_ONCE) -> Score:
+        """How good the parameters are on the examples, computed `batch` at a time.
 
         Args:
             vector: float32 [n].
-            x: float32 [m, ...], m >= 1.
-            y: int64 [m].
+            x, y: [m, ...] as the program takes them, m >= 1.
 
         Raises:
             LocalError: an argument does not fit the program.
@@ -103,14 +107,18 @@ class Trainer:
             raise LocalError(f"batch is {batch}, but evaluation needs at least 1")
         session = self._session("evaluate")
         parameters = self._views(vector)
-        session.check_batch(x, y)
-        loss, correct = 0.0, 0
+        session.examples.check(x, y)
+        loss, found = 0.0, 0.0
+        outputs = ["loss_sum", "correct" if session.step.counts_hits else "squared_error"]
         for start in range(0, len(x), batch):
             part = slice(start, start + batch)
-            loss_sum, hits = session.run(["loss_sum", "correct"], {"x": x[part], "y": y[part], **parameters})
+            feed = {"x": x[part]} if session.examples.y_dtype is None else {"x": x[part], "y": y[part]}
+            loss_sum, more = session.run(outputs, {**feed, **parameters})
             loss += float(loss_sum)
-            correct += int(hits)
-        return Score(loss / len(x), correct / len(x), len(x))
+            found += float(more)
+        target = session.examples.target(x, y)
+        accuracy = found / target.size if session.step.counts_hits else r_squared(found, target)
+        return Score(loss / len(x), accuracy, len(x))
 
     def _program(self, name: str) -> bytes:
         if name not in self._programs:
@@ -124,14 +132,14 @@ class Trainer:
 
     def _views(self, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.shape != (self.layout.size,):
-            raise LocalError(f"vector: expected float32 [{self.layout.size}], got {_described(vector)}")
+            raise LocalError(f"vector: expected float32 [{self.layout.size}], got {described(vector)}")
         return self.layout.unflatten(np.ascontiguousarray(vector))
 
     def _masks(self, kept: NDArray[np.bool_] | None) -> dict[str, NDArray[Any]]:
         if kept is None:
             return {}
         if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_ or kept.shape != (self.layout.size,):
-            raise LocalError(f"kept: expected bool [{self.layout.size}], got {_described(kept)}")
+            raise LocalError(f"kept: expected bool [{self.layout.size}], got {described(kept)}")
         if not kept[self.layout.always_kept_coordinates].all():
             raise LocalError("kept leaves out coordinates that belong to every sub-model (layout.always_kept_coordinates)")
         views = self.layout.unflatten(kept.astype(np.float32))
@@ -164,43 +172,59 @@ class _Session:
             metadata = self._session.get_modelmeta().custom_metadata_map
         except _ORT_ERRORS as error:
             raise PeerError(f"program {name!r} cannot be loaded: {error}") from error
+        self.step = self._step_of(metadata)
+        self.state = _state_shapes(self.step, layout) if name != "evaluate" else {}
         self._check_signature(inputs, outputs, layout)
-        self._example_shape: tuple[int, ...] = tuple(inputs["x"][1][1:])
-        classes = metadata.get("regrow.classes", "")
-        if not (classes.isascii() and classes.isdigit() and len(classes) < 10):
-            raise PeerError(f"program {name!r}: metadata regrow.classes is {classes!r}, not a number of classes")
-        self._classes = int(classes)
+        self.examples = self._examples_of(inputs, metadata)
+
+    def _step_of(self, metadata: Mapping[str, str]) -> Step:
+        try:
+            return Step.from_metadata(metadata.get(METADATA))
+        except PeerError as error:
+            raise PeerError(f"program {self._name!r}: metadata {error}") from error
 
     def _check_signature(self, inputs: dict[str, tuple[str, list[Any]]], outputs: set[str], layout: Layout) -> None:
-        """Inputs and outputs are exactly those of a program for this layout; PeerError otherwise."""
+        """Inputs and outputs are exactly those of a program of this step for this layout; PeerError otherwise."""
         expected: dict[str, tuple[str, list[Any]]] = {t.name: ("tensor(float)", list(t.shape)) for t in layout.tensors}
-        results = {"loss_sum", "correct"}
+        results = {"loss_sum", "correct" if self.step.counts_hits else "squared_error"}
         if self._name != "evaluate":
-            results = {"loss", *(f"new:{t.name}" for t in layout.tensors)}
+            results = {"loss", *(f"new:{name}" for name in (*expected, *self.state))}
+            anchors = expected if self.step.proximal_mu else {}
+            expected = expected | {f"anchor:{name}": form for name, form in anchors.items()}
+            expected |= {name: ("tensor(float)", list(shape)) for name, shape in self.state.items()}
             expected |= {"sample_weight": ("tensor(float)", ["batch"]), "learning_rate": ("tensor(float)", [])}
         if self._name == "train_masked":
             expected |= {f"mask:{t.name}": expected[t.name] for t in layout.tensors if not t.always_kept}
-        expected["y"] = ("tensor(int64)", ["batch"])
-        kind, shape = inputs.get("x", ("nothing", []))
-        if kind != "tensor(float)" or shape[:1] != ["batch"] or not all(isinstance(size, int) for size in shape[1:]):
-            raise PeerError(f"program {self._name!r}: input 'x' is {kind} {shape}, not tensor(float) ['batch', ...]")
-        for name in (expected.keys() | inputs.keys()) - {"x"}:
+        if self.step.classifies:
+            expected["y"] = ("tensor(int64)", ["batch"])
+        self._check_data("x", inputs, ("tensor(float)",) if self.step.target == "input" else ("tensor(float)", "tensor(int64)"))
+        free = {"x"}
+        if not self.step.classifies and self.step.target == "y":
+            self._check_data("y", inputs, ("tensor(float)",))
+            free.add("y")
+        for name in (expected.keys() | inputs.keys()) - free:
             if expected.get(name) != inputs.get(name):
                 raise PeerError(f"program {self._name!r}: input {name!r} is {inputs.get(name)}, the layout needs {expected.get(name)}")
         if outputs != results:
             raise PeerError(f"program {self._name!r}: its outputs differ from the layout's in {sorted(outputs ^ results)}")
 
-    def check_batch(self, x: NDArray[Any], y: NDArray[Any]) -> None:
-        """Raises LocalError unless x and y are a non-empty batch of this program."""
-        example = ", ".join(str(size) for size in self._example_shape)
-        if not isinstance(x, np.ndarray) or x.dtype != np.float32 or x.shape[1:] != self._example_shape or not x.ndim:
-            raise LocalError(f"x: expected float32 [batch, {example}], got {_described(x)}")
-        if not len(x):
-            raise LocalError(f"x: expected float32 [batch, {example}] with at least one example, got none")
-        if not isinstance(y, np.ndarray) or y.dtype != np.int64 or y.shape != x.shape[:1]:
-            raise LocalError(f"y: expected int64 [{len(x)}], as long as x, got {_described(y)}")
-        if y.min() < 0 or y.max() >= self._classes:
-            raise LocalError(f"y: expected labels from 0 to {self._classes - 1}, got {y.min()} to {y.max()}")
+    def _check_data(self, name: str, inputs: dict[str, tuple[str, list[Any]]], kinds: tuple[str, ...]) -> None:
+        """The input `name` is one of these kinds, with a dynamic batch and all else fixed; PeerError otherwise."""
+        kind, shape = inputs.get(name, ("nothing", []))
+        if kind not in kinds or shape[:1] != ["batch"] or not all(isinstance(size, int) for size in shape[1:]):
+            raise PeerError(f"program {self._name!r}: input {name!r} is {kind} {shape}, not {' or '.join(kinds)} ['batch', ...]")
+
+    def _examples_of(self, inputs: dict[str, tuple[str, list[Any]]], metadata: Mapping[str, str]) -> Examples:
+        kind, (_, *x_shape) = inputs["x"]
+        x_dtype = "float32" if kind == "tensor(float)" else "int64"
+        if not self.step.classifies:
+            if self.step.target == "input":
+                return Examples(x_dtype, tuple(x_shape), None)
+            return Examples(x_dtype, tuple(x_shape), "float32", tuple(inputs["y"][1][1:]))
+        classes = metadata.get("regrow.classes", "")
+        if not (classes.isascii() and classes.isdigit() and 0 < len(classes) < 10 and int(classes)):
+            raise PeerError(f"program {self._name!r}: metadata regrow.classes is {classes!r}, not a number of classes")
+        return Examples(x_dtype, tuple(x_shape), "int64", (), int(classes))
 
     def run(self, outputs: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         try:
@@ -209,19 +233,10 @@ class _Session:
             raise PeerError(f"program {self._name!r} failed: {error}") from error
 
 
-def _padded(x: NDArray[np.float32], y: NDArray[np.int64], size: int) -> dict[str, NDArray[Any]]:
-    """The feed of a batch of `size`: onnxruntime plans its memory per shape, so all steps should have one shape."""
-    weight = np.ones(size, np.float32)
-    missing = size - len(x)
-    if missing:
-        weight[len(x) :] = 0
-        x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), np.float32)])
-        y = np.concatenate([y, np.zeros(missing, np.int64)])
-    return {"x": x, "y": y, "sample_weight": weight}
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+def _state_shapes(step: Step, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what the optimizer remembers from step to step."""
+    shapes: dict[str, tuple[int, ...]] = {f"state:{slot}:{t.name}": t.shape for slot in step.slots for t in layout.tensors}
+    return shapes | {"state:step": ()} if step.counts_steps else shapes
 
 
 # ---- the scan ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Names in every program that we build:
     x, y, sample_weight, learning_rate, loss, ...   the program's own inputs and outputs
     <parameter>, mask:<parameter>, new:<parameter>  a parameter keeps the name of its initializer
+    state:<slot>:<parameter>, anchor:<parameter>    what the optimizer remembers of it, and its value as the round began
     forward:<value>                                 what the forward model calls <value>
     step:<number>                                   everything that we add
 """
@@ -18,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from export.layers import frozen_parameters
 from regrow.errors import LocalError
 
 Shape = tuple[int | None, ...]
@@ -26,8 +28,8 @@ Shape = tuple[int | None, ...]
 OPSETS = range(13, 22)
 """Incoming ai.onnx versions. The ops that we differentiate mean the same in all of them, so programs simply say 18."""
 
-RESERVED_NAMES = frozenset({"x", "y", "sample_weight", "learning_rate", "loss", "loss_sum", "correct"})
-RESERVED_PREFIXES = ("new:", "mask:", "forward:", "step:")
+RESERVED_NAMES = frozenset({"x", "y", "sample_weight", "learning_rate", "loss", "loss_sum", "correct", "squared_error"})
+RESERVED_PREFIXES = ("new:", "mask:", "state:", "anchor:", "forward:", "step:")
 _FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 
 
@@ -37,11 +39,13 @@ class Forward:
 
     Attributes:
         nodes: in execution order, `Constant` nodes taken out.
-        parameters: float32 initializers in the model's order; all of them are trained.
-        constants: tensors that are never trained (shapes, axes).
+        parameters: the float32 initializers that are trained, in the model's order.
+        constants: tensors that are never trained (shapes, axes; initializers of layers that stay as they are, under their own names).
         shapes: of every value whose shape could be inferred.
         input_shape: of `x`; the first axis is None.
-        logits: name of the output, [batch, classes].
+        input_type: of `x`, TensorProto.FLOAT or INT64.
+        logits: name of the output.
+        output_shape: of the output, float32; all axes but the first are known.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -49,16 +53,23 @@ class Forward:
     constants: dict[str, NDArray[Any]]
     shapes: dict[str, Shape]
     input_shape: Shape
+    input_type: int
     logits: str
-    classes: int
+    output_shape: Shape
+
+    @property
+    def classes(self) -> int:
+        """Scores of one example where the output is [batch, classes], otherwise 0."""
+        return self.output_shape[1] or 0 if len(self.output_shape) == 2 else 0
 
 
-def read_forward(model: onnx.ModelProto) -> Forward:
+def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forward:
     """The checked forward model.
 
     Args:
-        model: one float32 input [batch, ...] with a dynamic first axis and static others, one float32 output [batch, classes];
+        model: one float32 or int64 input [batch, ...] with a dynamic first axis and static others, one float32 output [batch, ...];
             float32 initializers are the parameters. Not modified.
+        train_last: only the parameters of so many layers before the output are trained (export.layers); None: all.
 
     Raises:
         LocalError: the model is invalid, or not of this form; the message names the part and the cure.
@@ -80,7 +91,13 @@ def read_forward(model: onnx.ModelProto) -> Forward:
     constants = {_rename(name, names): array for name, array in constants.items()}
     shapes |= {name: array.shape for name, array in constants.items()}
     logits = _rename(graph.output[0].name, names)
-    return Forward(nodes, parameters, constants, shapes, input_shape, logits, _classes(shapes.get(logits), graph.output[0]))
+    if train_last is not None:
+        frozen = frozen_parameters(nodes, parameters, constants, train_last)
+        constants |= {name: parameters.pop(name) for name in frozen}
+    input_type = inputs[0].type.tensor_type.elem_type
+    return Forward(
+        nodes, parameters, constants, shapes, input_shape, input_type, logits, _output_shape(shapes.get(logits), graph.output[0])
+    )
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -141,8 +158,8 @@ def _constant_nodes(graph: onnx.GraphProto) -> Iterator[tuple[str, NDArray[Any]]
 
 def _input_shape(value: onnx.ValueInfoProto) -> Shape:
     shape = _shape(value)
-    if value.type.tensor_type.elem_type != TensorProto.FLOAT:
-        raise LocalError(f"input {value.name!r} is not float32; cast outside the model")
+    if value.type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.INT64):
+        raise LocalError(f"input {value.name!r} is neither float32 nor int64; cast outside the model")
     if len(shape) < 2 or shape[0] is not None or None in shape[1:]:
         raise LocalError(
             f"input {value.name!r} has shape {_words(shape)}; training needs a dynamic first axis, the batch, and fixed others: "
@@ -151,10 +168,13 @@ def _input_shape(value: onnx.ValueInfoProto) -> Shape:
     return shape
 
 
-def _classes(shape: Shape | None, value: onnx.ValueInfoProto) -> int:
-    if shape is None or len(shape) != 2 or shape[1] is None or value.type.tensor_type.elem_type != TensorProto.FLOAT:
-        raise LocalError(f"output {value.name!r} has shape {_words(shape or ())}; training needs float32 logits [batch, classes]")
-    return shape[1]
+def _output_shape(shape: Shape | None, value: onnx.ValueInfoProto) -> Shape:
+    if not shape or None in shape[1:] or value.type.tensor_type.elem_type != TensorProto.FLOAT:
+        raise LocalError(
+            f"output {value.name!r} has shape {_words(shape or ())}; training needs a float32 output [batch, ...], "
+            "all axes but the batch fixed"
+        )
+    return shape
 
 
 def _shape(value: onnx.ValueInfoProto) -> Shape:

@@ -11,39 +11,54 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.emitter import Emitter
 from export.forward import Forward, read_forward
-from export.gradients import Product, differentiate, materialise
+from export.gradients import differentiate
+from export.losses import check_step, emit_loss, emit_score
+from export.optimizers import Slots, emit_bare_sgd, emit_optimizer, slots_of
 from export.rules import RULES
 from regrow.errors import LocalError
+from regrow.local_step import Step, step_of
 from regrow.parameters import Layout, Tensor
+from regrow.task import DEFAULT_TRAINING, Training
 from regrow.units import Units
 
 BATCH = "batch"
 
 
-def build_programs(model: onnx.ModelProto, units: Units | None = None) -> dict[str, bytes]:
+OUTPUT = "regrow.output"
+"""The property of an evaluation program that names the model's output, where `correct` does not tell it."""
+
+
+def build_programs(model: onnx.ModelProto, units: Units | None = None, training: Training = DEFAULT_TRAINING) -> dict[str, bytes]:
     """The programs of one model, by name; with `units` only tensors that no unit is part of are always kept.
 
-    All are plain ai.onnx graphs with a dynamic batch. `train` is one step of SGD on the sample-weighted mean cross-entropy;
-    `train_masked` is the same with W' = W - learning_rate * mask * gradient for every prunable parameter.
+    All are plain ai.onnx graphs with a dynamic batch. `train` is one step of `training`, by default SGD on the sample-weighted mean
+    cross-entropy; in `train_masked` prunable parameters move where their mask is 1 only.
 
-        train          x, y, sample_weight, learning_rate, <parameter>... -> loss, new:<parameter>...
+        train          x, y, sample_weight, learning_rate, <parameter>..., state:..., anchor:... -> loss, new:<parameter>..., new:state:...
         train_masked   the same and mask:<parameter>... (float32, 0 or 1) for the prunable ones
-        evaluate       x, y, <parameter>... -> loss_sum (float32), correct (int64)
+        evaluate       x, y, <parameter>... -> loss_sum (float32), and correct (int64) or squared_error (float32)
         layout         JSON, regrow.parameters.Layout
 
-    x is float32 [batch, ...], y int64 [batch] in [0, classes), sample_weight float32 [batch] with a positive sum,
-    learning_rate float32 []. The number of classes is in the metadata of each graph, `regrow.classes`.
+    x is float32 or int64 [batch, ...]; y int64 [batch] in [0, classes) for cross_entropy, otherwise float32 of the output's shape, and
+    not there where the target is the input; sample_weight float32 [batch] with a positive sum, learning_rate float32 []. The optimizer's
+    state is in state:<slot>:<parameter> and state:step, zero in a round's first step; anchor:<parameter> is the parameter as the round
+    began. Each graph's metadata has `regrow.classes` with cross_entropy, and the step where it is not the default (regrow.local_step).
+
+    Args:
+        training: of which the step and train_last say what is built.
 
     Raises:
-        LocalError: the model is not of the form that forward.read_forward describes, or some op cannot be trained.
+        LocalError: the model is not of the form that forward.read_forward describes, the step does not fit it, or some op cannot be
+            trained.
     """
-    forward = read_forward(model)
+    step, forward = step_of(training), read_forward(model, training.train_last)
+    check_step(step, forward)
     layout = layout_of(forward, units)
     return {
         "layout": layout.to_json(),
-        "train": _training_program(forward, layout, masked=False),
-        "train_masked": _training_program(forward, layout, masked=True),
-        "evaluate": _evaluation_program(forward),
+        "train": _training_program(forward, layout, step, masked=False),
+        "train_masked": _training_program(forward, layout, step, masked=True),
+        "evaluate": _evaluation_program(forward, step),
     }
 
 
@@ -56,29 +71,29 @@ def layout_of(forward: Forward, units: Units | None = None) -> Layout:
     return Layout(tuple(tensors))
 
 
-def initial_vector(model: onnx.ModelProto) -> NDArray[np.float32]:
-    """float32 [n]: the weights that the model came with, flat.
+def initial_vector(model: onnx.ModelProto, train_last: int | None = None) -> NDArray[np.float32]:
+    """float32 [n]: the weights that the model came with, flat; of its last layers only, where only those are trained.
 
     Raises:
         LocalError: as build_programs, or a weight is not finite.
     """
-    forward = read_forward(model)
+    forward = read_forward(model, train_last)
     for name, array in forward.parameters.items():
         if not np.isfinite(array).all():
             raise LocalError(f"parameter {name!r} of the model has values that are not finite; export it from a sound checkpoint")
     return layout_of(forward).flatten(forward.parameters)
 
 
-def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path) -> None:
+def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path, train_last: int | None = None) -> None:
     """Write the forward model with the weights of `vector`; everything else stays as it was.
 
     Args:
-        vector: float32 [n] in the layout of this model.
+        vector: float32 [n] in the layout of this model, trained with this train_last.
 
     Raises:
         LocalError: the vector does not fit the model.
     """
-    values = layout_of(read_forward(model)).unflatten(vector)
+    values = layout_of(read_forward(model, train_last)).unflatten(vector)
     trained = onnx.ModelProto()
     trained.CopyFrom(model)
     for tensor in trained.graph.initializer:
@@ -97,66 +112,47 @@ def _emitter(forward: Forward) -> Emitter:
     return Emitter(nodes, dict(forward.constants), forward.shapes)
 
 
-def _training_program(forward: Forward, layout: Layout, *, masked: bool) -> bytes:
+def _training_program(forward: Forward, layout: Layout, step: Step, *, masked: bool) -> bytes:
     graph = _emitter(forward)
-    seed = _loss_and_seed(graph, forward)
-    updates = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed)
-    masks: list[onnx.ValueInfoProto] = []
-    for tensor in layout.tensors:
-        update, new = updates[tensor.name], f"new:{tensor.name}"
-        if masked and not tensor.always_kept:
-            mask = f"mask:{tensor.name}"
-            masks.append(helper.make_tensor_value_info(mask, TensorProto.FLOAT, tensor.shape))
-            update = graph.emit("Mul", materialise(graph, update), mask)
-        if isinstance(update, Product):
-            # onnxruntime may write the sum in place of its operand; an input of the program it leaves alone.
-            materialise(graph, update, plus=tensor.name, output=new)
-        else:
-            graph.emit("Add", tensor.name, update, output=new)
+    seed = emit_loss(graph, forward, step, bare=step.is_bare_sgd)
+    gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed)
+    prunable = [tensor for tensor in layout.tensors if masked and not tensor.always_kept]
+    masks = {tensor.name: f"mask:{tensor.name}" for tensor in prunable}
+    slots = Slots((), ())
+    if step.is_bare_sgd:
+        emit_bare_sgd(graph, gradients, masks)
+    else:
+        slots = slots_of(step, layout)
+        emit_optimizer(graph, step, gradients, masks)
     extra = [
         helper.make_tensor_value_info("sample_weight", TensorProto.FLOAT, [BATCH]),
         helper.make_tensor_value_info("learning_rate", TensorProto.FLOAT, []),
     ]
+    mask_inputs = [helper.make_tensor_value_info(masks[tensor.name], TensorProto.FLOAT, tensor.shape) for tensor in prunable]
+    inputs = _data_inputs(forward, step) + extra + _parameter_inputs(forward) + list(slots.inputs) + mask_inputs
     outputs = [helper.make_tensor_value_info("loss", TensorProto.FLOAT, [])]
     outputs += [helper.make_tensor_value_info(f"new:{t.name}", TensorProto.FLOAT, t.shape) for t in layout.tensors]
-    return graph.program(_data_inputs(forward) + extra + _parameter_inputs(forward) + masks, outputs, _metadata(forward))
+    return graph.program(inputs, outputs + list(slots.outputs), _metadata(forward, step))
 
 
-def _loss_and_seed(graph: Emitter, forward: Forward) -> str:
-    """Emit `loss`, the sample-weighted mean cross-entropy, and return the name of -learning_rate times its gradient by the logits.
-
-    Backward is linear, so scaling this small tensor makes every gradient an update and saves one multiplication per parameter.
-    """
-    scores = graph.emit("LogSoftmax", forward.logits, axis=1)
-    columns = graph.integers(1)
-    target = graph.emit("OneHot", "y", graph.integers(forward.classes), graph.constant([0, 1], np.float32), axis=1)
-    share = graph.emit("Div", "sample_weight", graph.emit("ReduceSum", "sample_weight", keepdims=1))
-    share = graph.emit("Unsqueeze", share, columns)
-    surprise = graph.emit("Mul", graph.emit("Mul", scores, target), share)
-    graph.emit("Neg", graph.emit("ReduceSum", surprise, keepdims=0), output="loss")
-    excess = graph.emit("Sub", target, graph.emit("Exp", scores))
-    return graph.emit("Mul", excess, graph.emit("Mul", share, "learning_rate"))
-
-
-def _evaluation_program(forward: Forward) -> bytes:
+def _evaluation_program(forward: Forward, step: Step) -> bytes:
     graph = _emitter(forward)
-    scores = graph.emit("LogSoftmax", forward.logits, axis=1)
-    picked = graph.emit("GatherElements", scores, graph.emit("Unsqueeze", "y", graph.integers(1)), axis=1)
-    graph.emit("Neg", graph.emit("ReduceSum", picked, keepdims=0), output="loss_sum")
-    hits = graph.emit("Equal", graph.emit("ArgMax", forward.logits, axis=1, keepdims=0), "y")
-    graph.emit("ReduceSum", graph.emit("Cast", hits, to=TensorProto.INT64), keepdims=0, output="correct")
+    other = emit_score(graph, forward, step)
     outputs = [
         helper.make_tensor_value_info("loss_sum", TensorProto.FLOAT, []),
-        helper.make_tensor_value_info("correct", TensorProto.INT64, []),
+        helper.make_tensor_value_info(other, TensorProto.INT64 if step.counts_hits else TensorProto.FLOAT, []),
     ]
-    return graph.program(_data_inputs(forward) + _parameter_inputs(forward), outputs, _metadata(forward))
+    named = {} if step.classifies else {OUTPUT: forward.logits}
+    return graph.program(_data_inputs(forward, step) + _parameter_inputs(forward), outputs, _metadata(forward, step) | named)
 
 
-def _data_inputs(forward: Forward) -> list[onnx.ValueInfoProto]:
-    return [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [BATCH, *forward.input_shape[1:]]),
-        helper.make_tensor_value_info("y", TensorProto.INT64, [BATCH]),
-    ]
+def _data_inputs(forward: Forward, step: Step) -> list[onnx.ValueInfoProto]:
+    inputs = [helper.make_tensor_value_info("x", forward.input_type, [BATCH, *forward.input_shape[1:]])]
+    if step.classifies:
+        inputs.append(helper.make_tensor_value_info("y", TensorProto.INT64, [BATCH]))
+    elif step.target == "y":
+        inputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, [BATCH, *forward.output_shape[1:]]))
+    return inputs
 
 
 def _parameter_inputs(forward: Forward) -> list[onnx.ValueInfoProto]:
@@ -164,5 +160,5 @@ def _parameter_inputs(forward: Forward) -> list[onnx.ValueInfoProto]:
     return [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in parameters]
 
 
-def _metadata(forward: Forward) -> dict[str, str]:
-    return {"regrow.classes": str(forward.classes)}
+def _metadata(forward: Forward, step: Step) -> dict[str, str]:
+    return ({"regrow.classes": str(forward.classes)} if step.classifies else {}) | step.metadata()

@@ -9,7 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
@@ -19,15 +21,21 @@ from export.memory import step_memory
 from export.programs import build_programs, initial_vector, write_model
 from export.unit_programs import build_unit_programs
 from regrow.errors import LocalError
+from regrow.local_step import step_of
 from regrow.programs import MEMORY, program_file
+from regrow.task import DEFAULT_TRAINING, Training
 
 BUILDER_VERSION = 3
 """Raise it whenever the same model would give other programs."""
 
 
-def programs_of(model: onnx.ModelProto, unit_densities: Sequence[float] | None = None) -> dict[str, bytes]:
+def programs_of(
+    model: onnx.ModelProto, unit_densities: Sequence[float] | None = None, training: Training = DEFAULT_TRAINING
+) -> dict[str, bytes]:
     """The programs of a model: of whole units at these densities, or of single weights."""
-    return build_programs(model) if unit_densities is None else build_unit_programs(model, unit_densities)
+    if unit_densities is None:
+        return build_programs(model, training=training)
+    return build_unit_programs(model, unit_densities, training)
 
 
 def read_model(model_path: Path) -> onnx.ModelProto:
@@ -42,10 +50,12 @@ def read_model(model_path: Path) -> onnx.ModelProto:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
 
 
-def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float] | None = None) -> Path:
+def build_task(
+    task_dir: Path, model_path: Path, unit_densities: Sequence[float] | None = None, training: Training = DEFAULT_TRAINING
+) -> Path:
     """The folder task_dir/build, new: the programs, initial.npy (float32 [n]), memory.json, and build.json, which says from what.
 
-    With `unit_densities`, those of the task's levels, the programs are those of granularity "unit".
+    With `unit_densities`, those of the task's levels, the programs are those of granularity "unit". `training` is the task's.
 
     The folder is written beside its place and renamed, so a reader sees an old build, a new one, or for a moment none; never half.
 
@@ -54,14 +64,11 @@ def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float]
     """
     model = read_model(model_path)
     source = model_path.read_bytes()
-    programs = programs_of(model, unit_densities)
+    programs = programs_of(model, unit_densities, training)
     files = {program_file(name): content for name, content in programs.items()}
-    vector = initial_vector(model)
-    note = {
-        "builder_version": BUILDER_VERSION,
-        "model_sha256": hashlib.sha256(source).hexdigest(),
-        "unit_densities": None if unit_densities is None else list(unit_densities),
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    vector = initial_vector(model, training.train_last)
+    note = _made_from(hashlib.sha256(source).hexdigest(), unit_densities, training) | {
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     }
     files[program_file(MEMORY)] = step_memory(programs).to_json()  # says nothing of what is trained, so not in build.json
     files["build.json"] = json.dumps(note, indent=1, sort_keys=True).encode() + b"\n"
@@ -79,7 +86,7 @@ def build_task(task_dir: Path, model_path: Path, unit_densities: Sequence[float]
         raise LocalError(f"cannot write the build in {task_dir}: {error}") from error
 
 
-def write_trained(model_path: Path, vector: NDArray[np.float32], path: Path) -> None:
+def write_trained(model_path: Path, vector: NDArray[np.float32], path: Path, train_last: int | None = None) -> None:
     """Write the model of `model_path` with the weights of `vector`, float32 [n] by flat coordinate.
 
     Raises:
@@ -89,7 +96,7 @@ def write_trained(model_path: Path, vector: NDArray[np.float32], path: Path) -> 
         model = onnx.load(model_path)
     except (OSError, DecodeError, ValueError) as error:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
-    write_model(model, vector, path)
+    write_model(model, vector, path, train_last)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
@@ -98,8 +105,10 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     onnx.save_model(model, path)
 
 
-def is_stale(task_dir: Path, model_path: Path, unit_densities: Sequence[float] | None = None) -> bool:
-    """Whether task_dir/build is missing, damaged, by another builder version, for other units, or not from the model at model_path.
+def is_stale(
+    task_dir: Path, model_path: Path, unit_densities: Sequence[float] | None = None, training: Training = DEFAULT_TRAINING
+) -> bool:
+    """Whether task_dir/build is missing, damaged, by another builder version, for other units or another step, or of another model.
 
     Raises:
         LocalError: the model cannot be read.
@@ -115,9 +124,19 @@ def is_stale(task_dir: Path, model_path: Path, unit_densities: Sequence[float] |
         model_sha256 = hashlib.sha256(model_path.read_bytes()).hexdigest()
     except OSError as error:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
-    wanted = None if unit_densities is None else list(unit_densities)
-    expected = {"builder_version": BUILDER_VERSION, "model_sha256": model_sha256, "unit_densities": wanted, "sha256": digests}
-    return not whole or bool(note != expected)
+    return not whole or bool(note != _made_from(model_sha256, unit_densities, training) | {"sha256": digests})
+
+
+def _made_from(model_sha256: str, unit_densities: Sequence[float] | None, training: Training) -> dict[str, Any]:
+    """What a build depends on, as build.json has it; of the training only what is not the default."""
+    note: dict[str, Any] = {
+        "builder_version": BUILDER_VERSION,
+        "model_sha256": model_sha256,
+        "unit_densities": None if unit_densities is None else list(unit_densities),
+    }
+    step = msgspec.to_builtins(step_of(training))
+    note |= {"step": step} if step else {}
+    return note | ({"train_last": training.train_last} if training.train_last is not None else {})
 
 
 def _put_in_place(fresh: Path, build: Path) -> Path:

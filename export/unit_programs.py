@@ -10,12 +10,14 @@ from export.forward import read_forward
 from export.programs import build_programs, layout_of
 from export.slicing import sliced_model
 from export.units import find_units
+from regrow.errors import LocalError
+from regrow.task import DEFAULT_TRAINING, Training
 from regrow.unit_order import level_sizes, level_units
 
 LEVEL_PROGRAMS = ("layout", "train", "evaluate")
 
 
-def build_unit_programs(model: onnx.ModelProto, densities: Sequence[float]) -> dict[str, bytes]:
+def build_unit_programs(model: onnx.ModelProto, densities: Sequence[float], training: Training = DEFAULT_TRAINING) -> dict[str, bytes]:
     """The programs of a model, as build_programs, with granularity "unit".
 
         layout, train, evaluate          of the full model; tensors that units are part of are not always kept
@@ -26,17 +28,21 @@ def build_unit_programs(model: onnx.ModelProto, densities: Sequence[float]) -> d
 
     Args:
         densities: of the levels, ascending, the last 1.0.
+        training: as build_programs; all layers are trained.
 
     Raises:
-        LocalError: as build_programs, or the model has no units that could be dropped (export.units.find_units).
+        LocalError: as build_programs, or the model has no units that could be dropped (export.units.find_units); or not all layers are
+            trained.
     """
+    if training.train_last is not None:
+        raise LocalError("train_last: whole units are of all layers; build for single weights")
     units = find_units(model)
-    whole = build_programs(model, units)
+    whole = build_programs(model, units, training)
     programs = {name: whole[name] for name in LEVEL_PROGRAMS}
     programs["units"] = units.to_json()
     layout = layout_of(read_forward(model), units)
     for level, sizes in enumerate(level_sizes(layout, units, densities)[:-1]):
         small = sliced_model(model, units, level_units(sizes))
-        built = build_programs(small, units)
+        built = build_programs(small, units, training)
         programs |= {f"{name}:{level}": built[name] for name in LEVEL_PROGRAMS}
     return programs

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regrow.parameters import Layout
 
-Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+Batch = tuple[NDArray[Any], NDArray[Any]]
+"""(x [b, ...] float32 or int64, y [b] int64 or [b, ...] float32); regrow.examples says what a program takes."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class TrainResult:
 
     Attributes:
         vector: float32 [n], the trained parameters; not finite where training diverged.
-        loss: mean cross-entropy over all examples seen, each before its own step.
+        loss: mean over all examples seen, each before its own step.
         examples: examples trained on, repeats counted.
-        steps: SGD steps.
+        steps: of the optimizer.
     """
 
     vector: NDArray[np.float32]
@@ -33,7 +34,11 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean cross-entropy and share of correct answers over `examples` examples."""
+    """Mean loss over `examples` examples, and how right the answers are, 0 to 1.
+
+    `accuracy` is the share of correct classes, with binary_cross_entropy of outputs on the right side of 0; with mse and huber it is R^2
+    (regrow.examples.r_squared).
+    """
 
     loss: float
     accuracy: float
@@ -50,4 +55,4 @@ class Training(Protocol):
         self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float
     ) -> TrainResult: ...
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64]) -> Score: ...
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any]) -> Score: ...

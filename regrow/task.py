@@ -10,6 +10,7 @@ import msgspec
 
 from regrow.errors import LocalError
 from regrow.local_rules import LocalRule
+from regrow.local_step import Step
 from regrow.methods import DEFAULT_METHOD, defaults_of, named
 from regrow.precision import AUTO_DTYPES
 from regrow.values import WireDtype
@@ -57,14 +58,18 @@ class Method(Section, frozen=True, kw_only=True):
     local: LocalRule = "plain"
 
 
-class Training(Section, frozen=True, kw_only=True):
-    """The local work of one round; the bounds are those of the wire."""
+class Training(Step, frozen=True, kw_only=True, omit_defaults=False):
+    """The local work of one round: the step, and what is around it; the bounds are those of the wire."""
 
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20
     batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
     learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 0.05
     max_steps_factor: Annotated[float, msgspec.Meta(ge=1, le=100)] = 1.0
     final_learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None
+    train_last: AtLeastOne | None = None
+
+
+DEFAULT_TRAINING = Training()
 
 
 class Trigger(Section, frozen=True, kw_only=True):
@@ -167,10 +172,12 @@ class Task(Section, frozen=True, kw_only=True):
         planned_end = self.stop.seconds is not None or self.stop.aggregations is not None
         if self.method.granularity == "weight" and self.method.importance in ("first", "rolling"):
             raise LocalError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
-        if self.method.granularity == "unit" and (self.method.layer_floor or self.method.layer_costs):
-            raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
-        if self.method.granularity == "unit" and self.method.local == "personal_masks":
-            raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
+        if self.method.granularity == "unit":
+            self._check_units()
+        if self.method.local == "ordered_dropout" and self.training.spans_the_round:
+            raise LocalError(
+                'local at $.method: "ordered_dropout" takes another part in every step; set optimizer = "sgd", proximal_mu = 0'
+            )
         if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive", "recombine"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         rounds_of_full_models = self.method.density == "full" and not self.method.buffered and self.trigger.kind == "all"
@@ -180,6 +187,14 @@ class Task(Section, frozen=True, kw_only=True):
             raise LocalError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
         if self.wire.versions_held < self.wire.versions_on_broker:
             raise LocalError("versions_held at $.wire: must be at least versions_on_broker")
+
+    def _check_units(self) -> None:
+        if self.method.layer_floor or self.method.layer_costs:
+            raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
+        if self.method.local == "personal_masks":
+            raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
+        if self.training.train_last is not None:
+            raise LocalError('train_last at $.training: whole units are of all layers; set granularity = "weight", or take it out')
 
 
 def parse_task(text: str, place: str = "task.toml") -> Task:

@@ -50,10 +50,10 @@ class Dataset:
 
     Attributes:
         name: the data set's.
-        x: float32 [N, ...], standardised.
-        y: int64 [N], 0 <= y < classes.
+        x: float32 [N, ...], standardised; or int64, tokens.
+        y: int64 [N], 0 <= y < classes; float32 [N, ...] where classes is 0.
         user: int64 [N], who an example belongs to by nature; None where the data has no users.
-        classes: number of labels.
+        classes: number of labels; 0: y is values to come near to.
         part: int64 [N], 0 training and 1 validation where neighbours overlap in time and a random choice would leak;
             None where any example may be either. `testbed.splits.train_validation` takes it.
 
@@ -62,19 +62,22 @@ class Dataset:
     """
 
     name: str
-    x: NDArray[np.float32]
-    y: NDArray[np.int64]
+    x: NDArray[Any]
+    y: NDArray[Any]
     user: NDArray[np.int64] | None
     classes: int
     part: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        if self.x.dtype != np.float32 or self.x.ndim < 2:
-            raise LocalError(f"{self.name}: x is {self.x.dtype} {list(self.x.shape)}, not float32 [N, ...]")
-        for field, array in (("y", self.y), ("user", self.user), ("part", self.part)):
+        if self.x.dtype not in (np.float32, np.int64) or self.x.ndim < 2:
+            raise LocalError(f"{self.name}: x is {self.x.dtype} {list(self.x.shape)}, not float32 or int64 [N, ...]")
+        if not self.classes and (self.y.dtype != np.float32 or self.y.shape[:1] != self.x.shape[:1]):
+            raise LocalError(f"{self.name}: y is {self.y.dtype} {list(self.y.shape)}, not float32 [{len(self.x)}, ...]")
+        for field, array in (("y", self.y if self.classes else None), ("user", self.user), ("part", self.part)):
             if array is not None and (array.dtype != np.int64 or array.shape != (len(self.x),)):
                 raise LocalError(f"{self.name}: {field} is {array.dtype} {list(array.shape)}, not int64 [{len(self.x)}]")
-        _check_labels(self.y, self.classes, self.name, "give labels 0..classes-1")
+        if self.classes:
+            _check_labels(self.y, self.classes, self.name, "give labels 0..classes-1")
 
 
 @dataclass(frozen=True)
@@ -347,7 +350,9 @@ def _unicode_strings(pickled: bytes) -> bytes:
 
 def _npz(folder: Path | None) -> Loaded:
     train, test = own_data.parts(_given(folder, "npz", own_data.CURE))
-    classes = 1 + int(max(train.y.max(), test.y.max()))
+    if (train.y.dtype, train.y.shape[1:]) != (test.y.dtype, test.y.shape[1:]) or train.x.dtype != test.x.dtype:
+        raise LocalError(f"{test.file}: x or y is of another kind than in train.npz: make them alike")
+    classes = 1 + int(max(train.y.max(), test.y.max())) if train.y.dtype == np.int64 else 0
     return Loaded(
         Dataset(str(train.file), train.x, train.y, train.user, classes, train.part), Dataset(str(test.file), test.x, test.y, None, classes)
     )

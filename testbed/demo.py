@@ -234,7 +234,7 @@ def _report(
     seconds: float,
 ) -> dict[str, Any]:
     """Test, train centrally for comparison, and write everything that a run leaves."""
-    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx")
+    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx", folder.task.training.train_last)
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: FedGMR, ten wearers, links 200 to 4000 kbit/s")
     with np.load(test, allow_pickle=False) as arrays:

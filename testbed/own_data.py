@@ -1,9 +1,9 @@
 """Data of one's own for simulations: train.npz and test.npz in a folder, written with numpy.savez.
 
-Arrays x and y are those of a device's file (docs/bring-your-own.md): x uint8 or uint16, scaled to 0..1, or floats, used as they are; y
-labels from 0. train.npz may also have `user`, whole numbers that say whose an example is (for --split user), and `part`, 0 training and 1
-validation. Other arrays are not read. Without `part`, validation data is drawn from each client's examples: give it where neighbours
-overlap in time.
+Arrays x and y are those of a device's file (docs/bring-your-own.md): x uint8 or uint16, scaled to 0..1, floats, used as they are, or
+int32 or int64, tokens; y labels from 0, or floats to come near to, which only the splits iid and user can deal. train.npz may also have
+`user`, whole numbers that say whose an example is (for --split user), and `part`, 0 training and 1 validation. Other arrays are not read.
+Without `part`, validation data is drawn from each client's examples: give it where neighbours overlap in time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.data.source import check_samples
+from edge_agent.data.source import check_samples, given_out, stored, stored_target
 from edge_agent.data.sources import npz_arrays
 from regrow.errors import LocalError
 
@@ -24,11 +24,11 @@ CURE = "put train.npz and test.npz into one folder, each with arrays x and y, an
 
 @dataclass(frozen=True)
 class Part:
-    """One file's examples: x float32 [N, ...], y int64 [N], user and part int64 [N] where they are there."""
+    """One file's examples: x float32 or int64 [N, ...], y int64 [N] or float32 [N, ...], user and part int64 [N] where they are there."""
 
     file: Path
-    x: NDArray[np.float32]
-    y: NDArray[np.int64]
+    x: NDArray[Any]
+    y: NDArray[Any]
     user: NDArray[np.int64] | None
     part: NDArray[np.int64] | None
 
@@ -73,17 +73,10 @@ def _part(file: Path, more: tuple[str, ...]) -> Part:
     if not len(y):
         raise LocalError(f"{file} holds no examples: {CURE}")
     extra = (_whole_numbers(arrays.get(name), name, len(y), file) for name in ("user", "part"))
-    return Part(file, _as_on_a_device(x), y.astype(np.int64), *extra)
+    return Part(file, given_out(stored(x)), stored_target(y), *extra)
 
 
 def _whole_numbers(array: NDArray[Any] | None, name: str, count: int, file: Path) -> NDArray[np.int64] | None:
     if array is not None and (array.dtype.kind not in "iu" or array.shape != (count,)):
         raise LocalError(f"{file}: {name} is {array.dtype}{list(array.shape)}; give a whole number for each of the {count} examples")
     return None if array is None else array.astype(np.int64)
-
-
-def _as_on_a_device(x: NDArray[Any]) -> NDArray[np.float32]:
-    scaled = x.astype(np.float32)
-    if x.dtype.kind == "u":
-        scaled /= np.iinfo(x.dtype).max
-    return scaled

@@ -30,6 +30,7 @@ from regrow.device import Device
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
+from regrow.local_step import step_of
 from regrow.local_training import Score, Training
 from regrow.methods import named, shortened
 from regrow.parameters import Layout
@@ -56,6 +57,7 @@ OF_THE_COMMAND = {
     "name": "none: a name changes nothing of a run",
     "model": "another task folder: `regrow task new FOLDER --model FILE`",
     "seed": "--seed",
+    "training.train_last": "train_last in the folder's task.toml, and `regrow task build`: it decides how large the trained model is",
     "stop.seconds": "--seconds",
     "evaluation": "none: devices score the model on their own validation data, and the curve shows the test data",
 }
@@ -266,7 +268,7 @@ class Simulation:
         accuracies = np.array([score.accuracy for score in own])
         worst = np.sort(accuracies)[: max(len(own) // 10, 1)]
         per_class = []
-        for label in range(self._test.classes):
+        for label in range(self._test.classes):  # without classes all is one
             mine = self._test.y == label
             per_class.append(self._trainer.evaluate(weights, self._test.x[mine], self._test.y[mine]).accuracy if mine.any() else 0.0)
         return Outcome(
@@ -275,7 +277,7 @@ class Simulation:
             final_accuracy=points[-1].accuracy,
             validation_accuracy=float(np.average(accuracies, weights=counts)) if len(own) else 0.0,
             worst_decile=float(worst.mean()) if len(own) else 0.0,
-            per_class=per_class,
+            per_class=per_class or [points[-1].accuracy],
             updates={name: device.updates for name, device in ledger.devices.items()},
             densities={name: (device.first_density, device.density) for name, device in ledger.devices.items()},
             rejected=sum(device.rejections for device in ledger.devices.values()),
@@ -305,9 +307,9 @@ def _programs(folder: TaskFolder, task: Task, *, with_memory: bool) -> Programs:
 def _built(folder: TaskFolder, task: Task) -> Programs:
     densities = unit_densities_of(task)
     by_density = ((1.0, 1.0),) if densities is None else relative_work(read_model(folder.model_path), densities)
-    if densities == unit_densities_of(folder.task):
+    if densities == unit_densities_of(folder.task) and step_of(task.training) == step_of(folder.task.training):
         return folder.programs, folder.units, folder.layout, by_density
-    programs = programs_of(read_model(folder.model_path), densities)
+    programs = programs_of(read_model(folder.model_path), densities, task.training)
     layout = Layout.from_json(programs["layout"])
     units_json = programs.pop(UNITS, None)
     return programs, None if units_json is None else Units.from_json(units_json, layout), layout, by_density
@@ -322,7 +324,7 @@ def _loaded(spec: Spec) -> Loaded:
 def _check_fit(model: Training, folder: TaskFolder, data: Loaded) -> None:
     """The model takes the data's examples and knows all of its labels; tried on two examples of either part."""
     for part in (data.train, data.test):
-        some = [0, int(part.y.argmax())]
+        some = [0, int(part.y.argmax()) if part.classes else -1]
         try:
             model.evaluate(folder.initial, part.x[some], part.y[some])
         except LocalError as error:

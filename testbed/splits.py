@@ -102,6 +102,8 @@ def split(dataset: Dataset, clients: int, kind: Split | str, seed: int, *, min_e
     if len(dataset.y) < clients * min_examples:
         cure = f"take fewer clients, {max(len(dataset.y) // min_examples, 1)} at most"
         raise LocalError(f"{dataset.name} has {len(dataset.y)} examples, {clients} clients need {min_examples} each: {cure}")
+    if not dataset.classes and how.kind in ("dirichlet", "shards"):
+        raise LocalError(f"split {how}: goes by class labels, and the targets of {dataset.name} are values; take iid or user")
     rng = _rng(seed, _SPLIT)
     if how.kind == "user":
         parts = _by_user(dataset, clients, rng)

@@ -24,6 +24,7 @@ from regrow.errors import LocalError
 TRAIN, VALIDATION = 0, 1
 _BY_RULE = -1
 _FLOATS = ("float16", "float32", "float64")
+_TOKENS = ("int32", "int64")
 
 
 class DataSource:
@@ -46,7 +47,7 @@ class DataSource:
         self.gap = gap
         self._mutex = threading.Lock()
         self._x: NDArray[Any] | None = None
-        self._y = np.zeros(capacity, np.int64)
+        self._y: NDArray[Any] = np.zeros(capacity, np.int64)  # replaced by the first samples' kind
         self._group = np.zeros(capacity, np.int64)  # position of the sample's group in the three lists below
         self._place = np.zeros(capacity, np.int64)  # of the sample in its group, counted over those split by the rule
         self._part = np.zeros(capacity, np.int8)
@@ -67,9 +68,9 @@ class DataSource:
         """Add samples in the order of time; beyond the capacity the oldest go.
 
         Args:
-            x: [m, ...] uint8 or uint16 (kept so, given out divided by the type's maximum: 0..1), or float16/32/64
-                (kept as float32; finite). Shape and dtype are those of the first call.
-            y: [m] any integer type, >= 0.
+            x: [m, ...] uint8 or uint16 (kept so, given out divided by the type's maximum: 0..1), float16/32/64
+                (kept as float32; finite), or int32/64 (tokens, kept as int64). Shape and dtype are those of the first call.
+            y: [m] any integer type, >= 0: class numbers; or [m, ...] float16/32/64, finite: values to come near to. The same in all calls.
             group: whose time runs on its own: one for all, or [m]; by default one group 0 for everything.
             part: [m], 0 training, 1 validation: overrides the rule.
 
@@ -78,18 +79,19 @@ class DataSource:
         """
         x, y = np.asarray(x), np.asarray(y)
         check_samples(x, y)
-        groups = np.broadcast_to(np.asarray(0 if group is None else group), y.shape) if _is_one(group) else group
+        groups = np.broadcast_to(np.asarray(0 if group is None else group), y.shape[:1]) if _is_one(group) else group
         groups = _integers("group", groups, len(y))
         parts = np.full(len(y), _BY_RULE, np.int8) if part is None else _integers("part", part, len(y)).astype(np.int8)
         if part is not None and not np.isin(part, (TRAIN, VALIDATION)).all():
             raise LocalError("part must be 0 (training) or 1 (validation) for every sample")
-        if x.dtype.name in _FLOATS:
-            x = x.astype(np.float32)
+        x, y = stored(x), stored_target(y)
         with self._mutex:
             if self._x is None:
-                self._x = self._ring(x)
+                self._x, self._y = self._ring(x), self._ring(y)
             if x.shape[1:] != self._x.shape[1:] or x.dtype != self._x.dtype:
                 raise LocalError(f"samples are {x.dtype}{list(x.shape[1:])}, earlier ones {self._x.dtype}{list(self._x.shape[1:])}")
+            if y.shape[1:] != self._y.shape[1:] or y.dtype != self._y.dtype:
+                raise LocalError(f"y is {y.dtype}{list(y.shape[1:])}, earlier ones were {self._y.dtype}{list(self._y.shape[1:])}")
             for start in range(0, len(y), self.capacity):
                 piece = slice(start, start + self.capacity)
                 self._insert(self._x, x[piece], y[piece], groups[piece], parts[piece])
@@ -148,14 +150,11 @@ class DataSource:
         by_rule = places >= boundary if part == VALIDATION else places < boundary - self.gap
         return numbers[np.where(parts == _BY_RULE, by_rule, parts == part)]
 
-    def _samples(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _samples(self, numbers: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         if self._x is None:
             raise LocalError("there are no samples yet: append some, or wait for the first")
         slots = numbers % self.capacity
-        x = self._x[slots]
-        # Scaled on the way out, so that images stay one byte per pixel in the ring.
-        scaled = x if x.dtype == np.float32 else x.astype(np.float32) / np.float32(np.iinfo(x.dtype).max)
-        return scaled, self._y[slots]
+        return given_out(self._x[slots]), self._y[slots]
 
     def __len__(self) -> int:
         with self._mutex:
@@ -180,23 +179,25 @@ class DataSource:
             return len(self._numbers(VALIDATION))
 
     def class_counts(self) -> dict[int, int]:
-        """How many training samples each label has, ascending by label; labels without any are absent."""
+        """How many training samples each label has, ascending by label; labels without any are absent, and values are no labels."""
+        if self._y.dtype != np.int64:
+            return {}
         with self._mutex:
             labels, counts = np.unique(self._y[self._numbers(TRAIN) % self.capacity], return_counts=True)
         return dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
-    def validation(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """A copy of the validation part as it is now, oldest first: x float32 [m, ...], y int64 [m]."""
+    def validation(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A copy of the validation part as it is now, oldest first: x float32 or int64 [m, ...], y int64 [m] or float32 [m, ...]."""
         with self._mutex:
             return self._samples(self._numbers(VALIDATION))
 
-    def everything(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def everything(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """A copy of all samples, oldest first: for data that is held out as a whole."""
         with self._mutex:
             return self._samples(np.arange(self._oldest, self._next))
 
-    def batches(self, rng: np.random.Generator, batch: int, steps: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Yield exactly `steps` batches of copies, x float32 [<= batch, ...] and y int64.
+    def batches(self, rng: np.random.Generator, batch: int, steps: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Yield exactly `steps` batches of copies, x [<= batch, ...] and y, as `validation` gives them.
 
         Shuffled epochs without replacement; the last batch of an epoch may be short. Each epoch starts from the training
         part at that moment; samples that leave the ring before their turn are skipped.
@@ -210,7 +211,7 @@ class DataSource:
             raise LocalError("no training samples: append some, or lower validation_fraction or gap")
         return self._draw(rng, batch, steps)
 
-    def _draw(self, rng: np.random.Generator, batch: int, steps: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    def _draw(self, rng: np.random.Generator, batch: int, steps: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         left = np.zeros(0, np.int64)
         for _ in range(steps):
             with self._mutex:
@@ -230,18 +231,53 @@ def check_samples(x: NDArray[Any], y: NDArray[Any]) -> None:
     Raises:
         LocalError: dtype, length, a label below 0, or a value that is not finite; with its place and the cure.
     """
-    if x.dtype.name not in ("uint8", "uint16", *_FLOATS):
-        raise LocalError(f"x is {x.dtype}: store it as uint8 or uint16 (scaled to 0..1) or as float32")
+    if x.dtype.name not in ("uint8", "uint16", *_TOKENS, *_FLOATS):
+        raise LocalError(f"x is {x.dtype}: store it as uint8 or uint16 (scaled to 0..1), as float32, or as int64 (tokens)")
     if x.ndim < 2:
         raise LocalError(f"x has shape {list(x.shape)}: the first axis counts samples, at least one more holds features")
-    _integers("y", y, len(x))
+    if y.dtype.name in _FLOATS:
+        _check_values(y, len(x))
+    else:
+        _check_labels(y, len(x))
+    if x.dtype.kind == "f":
+        _check_finite("x", x)
+
+
+def stored(x: NDArray[Any]) -> NDArray[Any]:
+    """Features as they are kept: pixels as they came, numbers as float32, tokens as int64."""
+    if x.dtype.name in _FLOATS:
+        return x.astype(np.float32, copy=False)
+    return x.astype(np.int64, copy=False) if x.dtype.name in _TOKENS else x
+
+
+def stored_target(y: NDArray[Any]) -> NDArray[Any]:
+    """Class numbers as int64, values as float32."""
+    return y.astype(np.float32 if y.dtype.kind == "f" else np.int64, copy=False)
+
+
+def given_out(x: NDArray[Any]) -> NDArray[Any]:
+    """Kept features as training takes them. Scaled on the way out, so that images stay one byte per pixel in the ring."""
+    return x.astype(np.float32) / np.float32(np.iinfo(x.dtype).max) if x.dtype.kind == "u" else x
+
+
+def _check_values(y: NDArray[Any], length: int) -> None:
+    if y.shape[:1] != (length,):
+        raise LocalError(f"y has shape {list(y.shape)}, but x has {length} samples: one target per sample")
+    _check_finite("y", y)
+
+
+def _check_labels(y: NDArray[Any], length: int) -> None:
+    _integers("y", y, length)
     if len(y) and int(y.min()) < 0:
         raise LocalError(f"y[{int(y.argmin())}] is {int(y.min())}: labels count from 0")
     if len(y) and int(y.max()) > np.iinfo(np.int32).max:
         raise LocalError(f"y[{int(y.argmax())}] is {int(y.max())}: labels are class numbers below 2**31")
-    if x.dtype.kind == "f" and not np.isfinite(x.astype(np.float32, copy=False)).all():
-        place = np.argwhere(~np.isfinite(x.astype(np.float32, copy=False)))[0].tolist()
-        raise LocalError(f"x{place} is not a finite float32: remove or repair that sample")
+
+
+def _check_finite(name: str, array: NDArray[Any]) -> None:
+    finite = np.isfinite(array.astype(np.float32, copy=False))
+    if not finite.all():
+        raise LocalError(f"{name}{np.argwhere(~finite)[0].tolist()} is not a finite float32: remove or repair that sample")
 
 
 def _is_one(group: int | NDArray[Any] | None) -> bool:

@@ -2,11 +2,12 @@
 
     file.npz                              arrays x, y, optional group and part (see DataSource.append)
     idx:images,labels                     a pair of IDX files, plain or .gz; [N, H, W] becomes [N, 1, H, W]
-    csv:file.csv?label=y&group=g          a header, numbers; `group` is optional
+    csv:file.csv?label=y&group=g          a header, numbers; `group` is optional; see load_csv for float=1 and tokens=1
     images:folder?size=32x32&gray=1&classes=cat,dog    a folder per class, needs Pillow
     entry:NAME                            a Python entry point of group "regrow.data", installed on the device
 
-Whole numbers (uint8, uint16) are scaled to 0..1; floats are used as they are. Sizes are checked against `limit_bytes`
+Whole numbers (uint8, uint16) are scaled to 0..1; floats and tokens (int32, int64) are used as they are. y is class numbers, or, of a float
+type, values to come near to. Sizes are checked against `limit_bytes`
 before anything is allocated, and nothing is ever unpickled. Every malformed input is one LocalError with place and cure.
 """
 
@@ -166,30 +167,40 @@ def _exactly(stream: IO[bytes] | Any, size: int, place: str, limit_bytes: int, *
     return data
 
 
-def load_csv(file: Path, label: str, group: str | None = None, limit_bytes: int = LIMIT_BYTES) -> Samples:
-    """A table with a header: column `label` holds class numbers, `group` whole numbers, every other one a feature."""
+def load_csv(
+    file: Path, label: str, group: str | None = None, limit_bytes: int = LIMIT_BYTES, *, values: bool = False, tokens: bool = False
+) -> Samples:
+    """A table with a header: column `label` holds class numbers, `group` whole numbers, every other one a feature.
+
+    Args:
+        values: `label` names one or more columns, with commas between, that hold numbers to come near to: y is float32 [N, columns].
+        tokens: features are whole numbers, x is int64.
+    """
+    targets = label.split(",") if values else [label]
+    read = (_whole, np.int64) if tokens else (_number, np.float32)
     try:
         with file.open(newline="", encoding="utf-8") as stream:
             rows = csv.reader(stream, strict=True)
             header = next(rows, [])
-            for column in (label, *([group] if group else [])):
+            for column in (*targets, *([group] if group else [])):
                 if header.count(column) != 1:
                     raise LocalError(f"{file}: the header has column {column!r} {header.count(column)} times: {header}")
-            features = [i for i, column in enumerate(header) if column not in (label, group)]
+            features = [i for i, column in enumerate(header) if column not in (*targets, group)]
             if file.stat().st_size > limit_bytes:
                 raise LocalError(f"{file} has more than the limit of {limit_bytes} bytes: split it")
-            x, y, groups = [], [], []
+            x, y, groups = [], list[Any](), []
             for row in rows:
                 where = f"{file} line {rows.line_num}"
                 if len(row) != len(header):
                     raise LocalError(f"{where}: {len(row)} values for {len(header)} columns")
-                x.append(np.array([_number(row[i], where, header[i]) for i in features], np.float32))
-                y.append(_whole(row[header.index(label)], where, label))
+                x.append(np.array([read[0](row[i], where, header[i]) for i in features], read[1]))
+                found = [(_number if values else _whole)(row[header.index(column)], where, column) for column in targets]
+                y.append(found if values else found[0])
                 groups.append(_whole(row[header.index(group)], where, group) if group else 0)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LocalError(f"cannot read {file} as CSV: {error}") from error
-    table = np.stack(x) if x else np.zeros((0, len(features)), np.float32)
-    return Samples(table, np.array(y, np.int64), np.array(groups, np.int64))
+    table = np.stack(x) if x else np.zeros((0, len(features)), read[1])
+    return Samples(table, np.array(y, np.float32 if values else np.int64), np.array(groups, np.int64))
 
 
 def _number(text: str, where: str, column: str) -> float:
@@ -296,7 +307,11 @@ def _open_idx(place: str, _: dict[str, str], limit_bytes: int) -> Samples:
 def _open_csv(place: str, options: dict[str, str], limit_bytes: int) -> Samples:
     if "label" not in options:
         raise LocalError(f"csv:{place} does not say which column is the label: add ?label=NAME")
-    return load_csv(Path(place), options["label"], options.get("group"), limit_bytes)
+    for option in ("float", "tokens"):
+        if options.get(option, "0") not in ("0", "1"):
+            raise LocalError(f"csv:{place}: {option}={options[option]} is neither 0 nor 1")
+    kinds = {"values": options.get("float") == "1", "tokens": options.get("tokens") == "1"}
+    return load_csv(Path(place), options["label"], options.get("group"), limit_bytes, **kinds)
 
 
 def _open_images(place: str, options: dict[str, str], limit_bytes: int) -> Samples:
@@ -315,4 +330,4 @@ _LOADERS: dict[str, Callable[[str, dict[str, str], int], Samples]] = {
     "csv": _open_csv,
     "images": _open_images,
 }
-_OPTIONS = {"idx": (), "csv": ("label", "group"), "images": ("size", "gray", "classes")}
+_OPTIONS = {"idx": (), "csv": ("label", "group", "float", "tokens"), "images": ("size", "gray", "classes")}

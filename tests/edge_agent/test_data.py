@@ -165,13 +165,17 @@ def test_whole_numbers_are_scaled_and_floats_are_not() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((2, 1), np.int64)}, "store it as uint8"),
+        ({"x": np.zeros((2, 1), np.int16)}, "store it as uint8"),
+        ({"x": np.zeros((2, 1), np.int64)}, "earlier ones float32"),
         ({"x": np.zeros(2, np.float32)}, "first axis counts samples"),
         ({"x": np.array([[0.0], [np.nan]])}, r"x\[1, 0\] is not a finite"),
         ({"x": np.array([[0.0], [1e300]])}, r"x\[1, 0\] is not a finite"),
         ({"x": np.zeros((2, 5), np.float32)}, "earlier ones"),
         ({"y": np.array([0, -1])}, r"y\[1\] is -1"),
-        ({"y": np.array([0.0, 1.0])}, "as integers"),
+        ({"y": np.array([0.0, 1.0])}, "earlier ones were int64"),
+        ({"y": np.array([True, False])}, "as integers"),
+        ({"y": np.zeros((3, 2))}, "one target per sample"),
+        ({"y": np.array([0.0, np.inf])}, r"y\[1\] is not a finite"),
         ({"y": np.array([0, 1, 2])}, "x has 2 samples"),
         ({"y": np.array([0, 2**40])}, "below 2"),
         ({"group": np.array([0, 1, 2])}, "x has 2 samples"),
@@ -201,6 +205,17 @@ def test_a_source_without_samples_says_so() -> None:
     source.append(*numbered(0, 5))
     with pytest.raises(LocalError, match="at least 1"):
         source.batches(np.random.default_rng(0), 0, 1)
+
+
+def test_values_and_tokens_come_out_as_they_are() -> None:
+    source = DataSource(3, validation_fraction=0.0)
+    source.append(np.array([[7, 300], [1, 70_000]], np.int32), np.array([[0.5], [-1.5]]))
+    ((x, y),) = source.batches(np.random.default_rng(0), 2, 1)
+    assert (x.dtype, y.dtype) == (np.int64, np.float32)
+    assert sorted(zip(x.tolist(), y.tolist(), strict=True)) == [([1, 70_000], [-1.5]), ([7, 300], [0.5])]
+    assert source.class_counts() == {}
+    with pytest.raises(LocalError, match=r"y is float32\[2\], earlier ones were float32\[1\]"):
+        source.append(np.zeros((1, 2), np.int64), np.zeros((1, 2)))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -325,9 +340,21 @@ def test_csv(tmp_path: Path) -> None:
     assert sorted(zip(y.tolist(), x.tolist(), strict=True)) == [(0, [1, 2.5]), (1, [-3, 100]), (2, [4, 5])]
 
 
+def test_csv_of_values_and_of_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("a,left,b,right\n3,0.5,9,-2\n70000,1e3,8,0\n")
+    x, y = open_source(f"csv:{file}?label=right,left&float=1&tokens=1").everything()
+    assert (x.dtype, x.tolist()) == (np.int64, [[3, 9], [70_000, 8]])
+    assert (y.dtype, y.tolist()) == (np.float32, [[-2, 0.5], [0, 1000]])
+
+
 @pytest.mark.parametrize(
     ("text", "query", "message"),
     [
+        ("a,y\n1.5,0\n", "?label=y&tokens=1", r"column 'a': '1.5' is not a whole"),
+        ("a,y\n1,u\n", "?label=y&float=1", r"column 'y': 'u' is not a finite"),
+        ("a,y\n1,0\n", "?label=y,a", "column 'y,a' 0 times"),
+        ("a,y\n1,0\n", "?label=y&float=yes", "neither 0 nor 1"),
         ("a,y\n1,0\nx,1\n", "?label=y", r"line 3, column 'a': 'x' is not a finite"),
         ("a,y\nnan,0\n", "?label=y", r"line 2, column 'a': 'nan'"),
         ("a,y\n1e39,0\n", "?label=y", "finite"),

@@ -10,12 +10,15 @@ import msgspec
 import pytest
 
 from regrow.errors import LocalError
+from regrow.local_step import Step
 from regrow.task import Section, Task, parse_task
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="the gateway reads task.toml, and it runs on Python 3.11 and newer")
 
-SECTIONS: dict[str, type[Section]] = {
-    field.name: field.type for field in msgspec.structs.fields(Task) if isinstance(field.type, type) and issubclass(field.type, Section)
+SECTIONS: dict[str, type[Section | Step]] = {
+    field.name: field.type
+    for field in msgspec.structs.fields(Task)
+    if isinstance(field.type, type) and issubclass(field.type, Section | Step)
 }
 OTHER_PROBLEMS = {("restoration", "trigger"), ("wire", "versions_held"), ("wire", "versions_on_broker")}
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edge_agent.data import open_source
 from regrow.errors import LocalError
 from testbed import datasets
+from testbed.splits import split
 
 
 def test_data_of_ones_own_is_what_a_device_makes_of_it(tmp_path: Path) -> None:
@@ -33,6 +34,17 @@ def test_data_of_ones_own_is_what_a_device_makes_of_it(tmp_path: Path) -> None:
     assert datasets.load("npz", tmp_path).train.x.tolist() == [[-1.5, 300.0]]
 
 
+def test_values_are_dealt_at_random_but_not_by_label(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("test", 5)):
+        np.savez(tmp_path / f"{name}.npz", x=np.arange(2 * count).reshape(count, 2), y=np.linspace(0, 1, count).reshape(count, 1))
+    train = datasets.load("npz", tmp_path).train
+    assert (train.x.dtype, train.y.dtype, train.classes) == (np.int64, np.float32, 0)
+    assert sorted(np.concatenate(split(train, 4, "iid", 0)).tolist()) == list(range(40))
+    for kind in ("dirichlet:0.3", "shards:2"):
+        with pytest.raises(LocalError, match="take iid or user"):
+            split(train, 4, kind, 0)
+
+
 @pytest.mark.parametrize(
     ("file", "arrays", "said"),
     [
@@ -43,7 +55,8 @@ def test_data_of_ones_own_is_what_a_device_makes_of_it(tmp_path: Path) -> None:
         ("test", {"x": np.zeros((0, 3)), "y": np.zeros(0, int)}, r"test\.npz holds no examples"),
         ("train", {"x": np.zeros((2, 3)), "y": np.zeros(2, int), "user": np.zeros(2)}, r"train\.npz: user is float64\[2\]"),
         ("train", {"x": np.zeros((2, 3)), "y": np.zeros(2, int), "part": np.array([0, 2])}, "part must be 0"),
-        ("test", {"x": np.zeros((2, 3), np.int64), "y": np.zeros(2, int)}, r"test\.npz: x is int64"),
+        ("test", {"x": np.zeros((2, 3), np.int16), "y": np.zeros(2, int)}, r"test\.npz: x is int16"),
+        ("test", {"x": np.zeros((2, 3)), "y": np.zeros(2)}, r"test\.npz: x or y is of another kind"),
         ("test", None, r"no .*test\.npz: put train\.npz and test\.npz"),
     ],
 )
