@@ -25,6 +25,10 @@ WORKER_VECTORS = 5
 """float32 [n] around a step: the job's own, what the program reads, what the step before gave, the flat result and its gathering."""
 MASK_VECTORS = 3
 """float32 [n] more with masks, at most: as the programs take them, as they are cut from, and as bool."""
+STATE_COPIES = 2
+"""Of the optimizer's state, what the step before gave and what the program reads, beside what it makes; as much for the FedProx anchor."""
+CONSTANT_COPIES = 2
+"""Of what a program holds itself, such as layers that are not trained: in its bytes and in its session."""
 
 Values = dict[str, int]
 
@@ -49,11 +53,17 @@ def step_memory(programs: Mapping[str, bytes]) -> StepMemory:
 
 def _job_bytes(train: bytes, evaluate: bytes) -> JobBytes:
     model = onnx.ModelProto.FromString(train)
-    parameters = sum(fixed for name, fixed in _bytes_of(model, 1).items() if name.startswith("new:"))
-    masked = any(value.name.startswith("mask:") for value in model.graph.input)
-    vectors = (WORKER_VECTORS + MASK_VECTORS * masked) * parameters
+    made = {name: size for name, size in _bytes_of(model, 1).items() if name.startswith("new:")}
+    state = sum(size for name, size in made.items() if name.startswith("new:state:"))
+    parameters = sum(made.values()) - state
+    inputs = [value.name for value in model.graph.input]
+    masked = any(name.startswith("mask:") for name in inputs)
+    anchored = any(name.startswith("anchor:") for name in inputs)
+    vectors = (WORKER_VECTORS + MASK_VECTORS * masked) * parameters + STATE_COPIES * (state + anchored * parameters)
     fixed, trained = _most_alive(model)
-    also, scored = _most_alive(onnx.ModelProto.FromString(evaluate))
+    scoring = onnx.ModelProto.FromString(evaluate)
+    also, scored = _most_alive(scoring)
+    vectors += CONSTANT_COPIES * sum(len(tensor.raw_data) for each in (model, scoring) for tensor in each.graph.initializer)
     return JobBytes(SESSIONS_BYTES + vectors + math.ceil(ARENA * (fixed + also)), math.ceil(ARENA * trained), math.ceil(ARENA * scored))
 
 

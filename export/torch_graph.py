@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.forward import read_forward
+from export.programs import OUTPUT
 from export.torch_ops import HOST_OPS, OPS, UnsupportedError
 from regrow.errors import LocalError
+from regrow.examples import Examples
+from regrow.local_step import METADATA, Step
 
 
 @dataclass(frozen=True)
@@ -38,33 +41,39 @@ class TorchGraph:
 
     Attributes:
         parameters: name -> shape, in the graph's order.
-        input_shape: of one example.
-        classes: of the logits.
+        examples: what it takes.
+        step: what a training step does with its output.
     """
 
     parameters: Mapping[str, tuple[int, ...]]
-    input_shape: tuple[int, ...]
-    classes: int
+    examples: Examples
+    step: Step
     _steps: tuple[_Step, ...]
     _integers: Mapping[str, NDArray[np.int64]]
     _reals: Mapping[str, NDArray[Any]]
     _logits: str
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.examples.x_shape
+
     def forward(self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """The logits, [batch, classes].
+        """The model's output, [batch, ...].
 
         Without control flow on values and without writing in place, so torch.func.vmap and autograd go through it.
 
         Args:
-            parameters: a tensor of `self.parameters` each, on one device and of one floating dtype with x.
-            x: [batch, *input_shape].
+            parameters: a tensor of `self.parameters` each, on one device and of one floating dtype, that of x unless x is tokens.
+            x: [batch, *examples.x_shape].
 
         Raises:
             LocalError: a node asks for something that torch_ops does not have; names op and node.
         """
         values: dict[str, Any] = {"": None, "x": x, **parameters, **self._integers}
+        dtype = next(iter(parameters.values())).dtype
         for name, array in self._reals.items():
-            values[name] = torch.as_tensor(array, dtype=x.dtype, device=x.device)
+            values[name] = torch.as_tensor(array, dtype=dtype, device=x.device)
         for step in self._steps:
             inputs = [values[name] for name in step.inputs]
             on_host = all(isinstance(value, np.ndarray) for value in inputs) and bool(inputs)
@@ -92,15 +101,30 @@ def graph_of_program(program: bytes) -> TorchGraph:
     graph = model.graph
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     makers = {output: node for node in graph.node for output in node.output}
-    # `correct` counts where the largest logit is the label's: behind that ArgMax lie the logits.
-    found = [makers[name] for node in graph.node if node.op_type == "Equal" and "y" in node.input for name in node.input if name in makers]
-    inputs = {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in graph.input}
-    classes = metadata.get("regrow.classes", "")
-    if len(found) != 1 or found[0].op_type != "ArgMax" or not {"x", "y"} <= inputs.keys() or not classes.isdecimal():
+    inputs = {value.name: value.type.tensor_type for value in graph.input}
+    step = Step.from_metadata(metadata.get(METADATA))
+    output = metadata.get(OUTPUT) or _classified(graph)
+    classes = metadata.get("regrow.classes", "0")
+    if output not in makers or "x" not in inputs or not classes.isdecimal() or step.classifies != bool(int(classes)):
         raise LocalError("this is not an evaluation program of regrow; build the task again with `regrow task build`")
-    parameters = {name: shape for name, shape in inputs.items() if name not in ("x", "y")}
+    parameters = {name: _shape(tensor) for name, tensor in inputs.items() if name not in ("x", "y")}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    return _graph(graph.node, found[0].input[0], parameters, constants, inputs["x"][1:], int(classes))
+    x_dtype = "int64" if inputs["x"].elem_type == onnx.TensorProto.INT64 else "float32"
+    y_dtype = None if "y" not in inputs else "int64" if step.classifies else "float32"
+    y_shape = _shape(inputs["y"])[1:] if "y" in inputs else ()
+    examples = Examples(x_dtype, _shape(inputs["x"])[1:], y_dtype, y_shape, int(classes))
+    return _graph(graph.node, output, parameters, constants, examples, step)
+
+
+def _classified(graph: onnx.GraphProto) -> str:
+    """The logits, or "": `correct` counts where the largest logit is the label's, so they lie behind that ArgMax."""
+    makers = {output: node for node in graph.node for output in node.output}
+    found = [makers[name] for node in graph.node if node.op_type == "Equal" and "y" in node.input for name in node.input if name in makers]
+    return found[0].input[0] if len(found) == 1 and found[0].op_type == "ArgMax" else ""
+
+
+def _shape(tensor: onnx.TypeProto.Tensor) -> tuple[int, ...]:
+    return tuple(dim.dim_value for dim in tensor.shape.dim)
 
 
 def graph_of_model(model: onnx.ModelProto) -> TorchGraph:
@@ -112,7 +136,8 @@ def graph_of_model(model: onnx.ModelProto) -> TorchGraph:
     forward = read_forward(model)
     parameters = {name: array.shape for name, array in forward.parameters.items()}
     shape = tuple(size or 0 for size in forward.input_shape[1:])
-    return _graph(forward.nodes, forward.logits, parameters, forward.constants, shape, forward.classes)
+    examples = Examples("float32" if forward.input_type == onnx.TensorProto.FLOAT else "int64", shape, classes=forward.classes)
+    return _graph(forward.nodes, forward.logits, parameters, forward.constants, examples, Step())
 
 
 def _graph(
@@ -120,27 +145,27 @@ def _graph(
     logits: str,
     parameters: Mapping[str, tuple[int, ...]],
     constants: Mapping[str, NDArray[Any]],
-    input_shape: tuple[int, ...],
-    classes: int,
+    examples: Examples,
+    step: Step,
 ) -> TorchGraph:
-    """Only the nodes that the logits need."""
+    """Only the nodes that the output needs."""
     needed, steps = {logits}, []
     for node in reversed(nodes):
         wanted = needed.intersection(node.output)
         if not wanted:
             continue
-        step = _step(node)
-        if step.op not in OPS and step.op not in HOST_OPS:
-            raise _unknown(step)
-        if wanted != {step.output}:
-            raise LocalError(f"node {step.name!r}: torch runs {step.op} for its first output only; use the trainer onnxruntime")
-        needed.update(step.inputs)
-        steps.append(step)
+        made = _step(node)
+        if made.op not in OPS and made.op not in HOST_OPS:
+            raise _unknown(made)
+        if wanted != {made.output}:
+            raise LocalError(f"node {made.name!r}: torch runs {made.op} for its first output only; use the trainer onnxruntime")
+        needed.update(made.inputs)
+        steps.append(made)
     constants = {name: array for name, array in constants.items() if name in needed}
     integers = {name: array.astype(np.int64) for name, array in constants.items() if array.dtype.kind in "iu"}
     # Copied: those that protobuf gives are read-only, which torch does not have.
     reals = {name: array.copy() for name, array in constants.items() if array.dtype.kind == "f"}
-    return TorchGraph(parameters, input_shape, classes, tuple(reversed(steps)), integers, reals, logits)
+    return TorchGraph(parameters, examples, step, tuple(reversed(steps)), integers, reals, logits)
 
 
 def _step(node: onnx.NodeProto) -> _Step:

@@ -175,9 +175,8 @@ class Task(Section, frozen=True, kw_only=True):
         if self.method.granularity == "unit":
             self._check_units()
         if self.method.local == "ordered_dropout" and self.training.spans_the_round:
-            raise LocalError(
-                'local at $.method: "ordered_dropout" takes another part in every step; set optimizer = "sgd", proximal_mu = 0'
-            )
+            key, cure = ("optimizer", 'set "sgd"') if self.training.slots else ("proximal_mu", "take it out")
+            raise LocalError(f'{key} at $.training: local = "ordered_dropout" takes another part in every step, so nothing lasts; {cure}')
         if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive", "recombine"):
             raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         rounds_of_full_models = self.method.density == "full" and not self.method.buffered and self.trigger.kind == "all"

@@ -334,8 +334,19 @@ def _check_fit(model: Training, folder: TaskFolder, data: Loaded) -> None:
 def _code_digest(engine: str, programs: Mapping[str, bytes]) -> bytes:
     """What results depend on beside data and job: the programs, the code that trains, and what computes them."""
     rooms = Path(__file__).parent.parent
-    torch = ("testbed/torch_training.py", "export/torch_graph.py", "export/torch_ops.py") if engine != "onnxruntime" else ()
-    names = ("edge_agent/trainer.py", "edge_agent/worker.py", "edge_agent/data/source.py", "regrow/local_rules.py", *torch)
+    torch = (
+        ("testbed/torch_training.py", "testbed/torch_steps.py", "export/torch_graph.py", "export/torch_ops.py")
+        if engine != "onnxruntime"
+        else ()
+    )
+    names = (
+        "edge_agent/trainer.py",
+        "edge_agent/worker.py",
+        "edge_agent/data/source.py",
+        "regrow/local_rules.py",
+        "regrow/examples.py",
+        *torch,
+    )
     files = [(rooms / name).read_bytes() for name in names]
     backend = "onnxruntime" if engine == "onnxruntime" else "torch"
     machine = f"{platform.machine()} {engine} {version(backend)} {version('numpy')}"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from edge_agent.data.source import DataSource
 from edge_agent.worker import LevelTrainers, train_job
 from export.torch_graph import graph_of_program
 from regrow.errors import LocalError
+from regrow.examples import described, r_squared
 from regrow.local_training import Batch, Score, TrainResult
 from regrow.machine import Train, Trained
 from regrow.parameters import Layout
+from testbed.torch_steps import FlatOptimizer, client_losses, score_sums
 
 WAVE_CLIENTS = 64  # trained in one call; more only take more memory
 # On the CPU a wave pays for small models only: bench/results/trainers.json has one of 52 266 parameters, trainers-leaf.json one of 6.6 M,
@@ -88,19 +91,16 @@ class TorchTrainer:
         flat = self._vectors([share.vector for share in shares])
         dropped = None if all(share.kept is None for share in shares) else ~self._masks(shares)
         rates = torch.tensor([[share.learning_rate] for share in shares], dtype=torch.float32, device=self._device)
+        optimizer = FlatOptimizer(self._graph.step, flat, dropped, rates)
         losses, counts = list[torch.Tensor](), list[list[int]]()
         for batches in _in_step(shares):
             x, y, weight = self._stacked(batches)
             flat.requires_grad_(True)
-            scores = torch.log_softmax(self._logits(flat, x), 2)
-            surprise = -scores.gather(2, y[:, :, None])[:, :, 0]
-            loss = (surprise * (weight / weight.sum(1, keepdim=True))).sum(1)
+            loss = client_losses(self._graph.step, self._outputs(flat, x), y, weight)
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
-            # In place: new memory for every step costs a large model more than the arithmetic.
-            move = gradient.mul_(-rates)
-            flat = flat.detach().add_(move if dropped is None else move.masked_fill_(dropped, 0.0))
+            flat = optimizer.moved(flat.detach(), gradient)
             losses.append(loss.detach())
-            counts.append([len(labels) for _, labels in batches])
+            counts.append([len(features) for features, _ in batches])
         if not losses:
             raise LocalError("there are no batches to train on; give at least one")
         examples = np.array(counts)
@@ -111,7 +111,7 @@ class TorchTrainer:
             for index, seen in enumerate(examples.sum(0))
         ]
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64], batch: int = 256) -> Score:
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any], batch: int = 256) -> Score:
         """As edge_agent.trainer.Trainer.evaluate.
 
         Raises:
@@ -124,7 +124,7 @@ class TorchTrainer:
 
         Args:
             vectors: float32 [n] each.
-            data: of each client (x float32 [m, ...], y int64 [m]), m >= 1.
+            data: of each client (x, y) as the program takes them, at least one example.
 
         Raises:
             LocalError: an argument does not fit the program.
@@ -134,63 +134,54 @@ class TorchTrainer:
         flat = self._vectors(vectors)
         sums = np.zeros((2, len(data)))
         with torch.no_grad():
-            for start in range(0, max(len(y) for _, y in data), batch):
+            for start in range(0, max(len(x) for x, _ in data), batch):
                 parts = [(x[start : start + batch], y[start : start + batch]) for x, y in data]
-                x, y, weight = self._stacked(parts, may_be_empty=start > 0)
-                logits = self._logits(flat, x)
-                surprise = -torch.log_softmax(logits, 2).gather(2, y[:, :, None])[:, :, 0]
-                hits = (logits.argmax(2) == y) * weight
-                sums += torch.stack([(surprise * weight).sum(1), hits.sum(1)]).cpu().numpy()
-        return [Score(float(sums[0, i] / len(y)), float(sums[1, i] / len(y)), len(y)) for i, (_, y) in enumerate(data)]
+                inputs, targets, weight = self._stacked(parts, may_be_empty=start > 0)
+                sums += score_sums(self._graph.step, self._outputs(flat, inputs), targets, weight).cpu().numpy()
+        return [self._score(sums[0, index], sums[1, index], x, y) for index, (x, y) in enumerate(data)]
 
-    def _logits(self, flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """[clients, batch, classes] of [clients, n] and [clients, batch, ...]."""
+    def _score(self, loss: float, found: float, x: NDArray[Any], y: NDArray[Any]) -> Score:
+        target = self._graph.examples.target(x, y)
+        accuracy = found / target.size if self._graph.step.counts_hits else r_squared(found, target)
+        return Score(float(loss / len(x)), float(accuracy), len(x))
+
+    def _outputs(self, flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """[clients, batch, ...] of [clients, n] and [clients, batch, ...]."""
         pieces = torch.split(flat, [tensor.size for tensor in self.layout.tensors], dim=1)
         named = zip(self.layout.tensors, pieces, strict=True)
         parameters = {tensor.name: piece.reshape(len(flat), *tensor.shape) for tensor, piece in named}
         if len(flat) == 1:  # plain torch, without the cost of mapping
             return self._graph.forward({name: value[0] for name, value in parameters.items()}, x[0])[None]
-        logits: torch.Tensor = torch.func.vmap(self._graph.forward)(parameters, x)
-        return logits
+        outputs: torch.Tensor = torch.func.vmap(self._graph.forward)(parameters, x)
+        return outputs
 
     def _vectors(self, vectors: Sequence[NDArray[np.float32]]) -> torch.Tensor:
         if not vectors:
             raise LocalError("a wave needs at least one client")
         for vector in vectors:
             if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.shape != (self.layout.size,):
-                raise LocalError(f"vector: expected float32 [{self.layout.size}], got {_described(vector)}")
+                raise LocalError(f"vector: expected float32 [{self.layout.size}], got {described(vector)}")
         return torch.from_numpy(np.stack(vectors)).to(self._device)
 
     def _masks(self, shares: Sequence[Share]) -> torch.Tensor:
         masks = [np.ones(self.layout.size, np.bool_) if share.kept is None else share.kept for share in shares]
         for kept in masks:
             if not isinstance(kept, np.ndarray) or kept.dtype != np.bool_ or kept.shape != (self.layout.size,):
-                raise LocalError(f"kept: expected bool [{self.layout.size}], got {_described(kept)}")
+                raise LocalError(f"kept: expected bool [{self.layout.size}], got {described(kept)}")
             if not kept[self.layout.always_kept_coordinates].all():
                 raise LocalError("kept leaves out coordinates that belong to every sub-model (layout.always_kept_coordinates)")
         return torch.from_numpy(np.stack(masks)).to(self._device)
 
     def _stacked(self, batches: Sequence[Batch], *, may_be_empty: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [clients, longest, ...], y and the weight of each example, [clients, longest]: 0 for padding."""
-        longest = max(len(y) for _, y in batches)
-        x = np.zeros((len(batches), longest, *self._graph.input_shape), np.float32)
-        y, weight = np.zeros(x.shape[:2], np.int64), np.zeros(x.shape[:2], np.float32)
-        for index, (features, labels) in enumerate(batches):
-            self._check(features, labels, may_be_empty)
-            x[index, : len(labels)], y[index, : len(labels)], weight[index, : len(labels)] = features, labels, 1.0
-        tensors = (torch.from_numpy(array).to(self._device) for array in (x, y, weight))
+        """x and the targets, [clients, longest, ...], and the weight of each example, [clients, longest]: 0 for padding."""
+        examples = self._graph.examples
+        for features, labels in batches:
+            examples.check(features, labels, may_be_empty=may_be_empty)
+        longest = max(len(features) for features, _ in batches)
+        feeds = [examples.padded(features, labels, longest) for features, labels in batches]
+        names = ("x", "x" if examples.y_dtype is None else "y", "sample_weight")
+        tensors = (torch.from_numpy(np.stack([feed[name] for feed in feeds])).to(self._device) for name in names)
         return next(tensors), next(tensors), next(tensors)
-
-    def _check(self, x: NDArray[np.float32], y: NDArray[np.int64], may_be_empty: bool) -> None:
-        example = ", ".join(str(size) for size in self._graph.input_shape)
-        if not isinstance(x, np.ndarray) or x.dtype != np.float32 or not x.ndim or x.shape[1:] != self._graph.input_shape:
-            raise LocalError(f"x: expected float32 [batch, {example}], got {_described(x)}")
-        if not isinstance(y, np.ndarray) or y.dtype != np.int64 or y.shape != x.shape[:1]:
-            raise LocalError(f"y: expected int64 [{len(x)}], as long as x, got {_described(y)}")
-        if not len(x) and not may_be_empty:
-            raise LocalError(f"x: expected float32 [batch, {example}] with at least one example, got none")
-        if len(y) and (y.min() < 0 or y.max() >= self._graph.classes):
-            raise LocalError(f"y: expected labels from 0 to {self._graph.classes - 1}, got {y.min()} to {y.max()}")
 
 
 class TorchEngine:
@@ -311,7 +302,3 @@ def _device(name: str, threads: int) -> torch.device:
     else:
         torch.set_num_threads(threads)
     return torch.device(name)
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__

@@ -16,6 +16,7 @@ from edge_agent.trainer import Trainer
 from export.models import digits_mlp
 from export.programs import build_programs, initial_vector
 from regrow.errors import LocalError, PeerError
+from regrow.task import Training
 
 MODEL = digits_mlp(0)
 PROGRAMS = build_programs(MODEL)
@@ -146,6 +147,51 @@ def test_a_program_of_another_model_is_refused() -> None:
         train_with(PROGRAMS["evaluate"])
     with pytest.raises(PeerError, match="layout"):
         Trainer(PROGRAMS | {"layout": b"{}"})
+
+
+def told(program: bytes, said: str) -> bytes:
+    """The program with this as its step."""
+    changed = onnx.load_from_string(program)
+    kept = [entry for entry in changed.metadata_props if entry.key != "regrow.step"]
+    del changed.metadata_props[:]
+    changed.metadata_props.extend(kept)
+    changed.metadata_props.add(key="regrow.step", value=said)
+    return changed.SerializeToString()
+
+
+ADAM = build_programs(MODEL, training=Training(loss="mse", optimizer="adam", proximal_mu=0.1))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('{"loss":"mse","optimizer":"adamw","proximal_mu":0.2}', None),  # has the same inputs and outputs, and does what it does
+        ("{", "metadata regrow.step: "),
+        ('{"loss":"mae"}', "metadata regrow.step: "),
+        ('{"loss":"mse","momentum":0.5}', "momentum at"),
+        ("{}", "the layout needs|is tensor"),
+        ('{"loss":"mse"}', "the layout needs"),
+        ('{"loss":"mse","optimizer":"momentum","proximal_mu":0.1}', "the layout needs"),
+        ('{"loss":"mse","optimizer":"adam"}', "the layout needs"),
+        ('{"loss":"mse","target":"input","optimizer":"adam","proximal_mu":0.1}', "the layout needs"),
+        ('{"optimizer":"adam","proximal_mu":0.1}', "the layout needs|is tensor"),
+    ],
+)
+def test_a_program_that_is_not_what_it_says_is_refused(said: str, message: str | None) -> None:
+    trainer = Trainer(ADAM | {"train": told(ADAM["train"], said)})
+    y = np.ones((4, 10), np.float32)
+    if message is None:
+        assert np.isfinite(trainer.train(VECTOR, None, [(X, y)], 0.1).vector).all()
+        return
+    with pytest.raises(PeerError, match=message):
+        trainer.train(VECTOR, None, [(X, y)], 0.1)
+
+
+def test_an_evaluation_that_is_not_what_it_says_is_refused() -> None:
+    trainer = Trainer(ADAM | {"evaluate": told(ADAM["evaluate"], '{"loss":"binary_cross_entropy"}')})
+    with pytest.raises(PeerError, match=r"outputs differ.*correct.*squared_error"):
+        trainer.evaluate(VECTOR, X, np.ones((4, 10), np.float32))
+    assert Trainer(ADAM).evaluate(VECTOR, X, np.ones((4, 10), np.float32)).examples == 4
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)

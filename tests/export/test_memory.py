@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from onnx import TensorProto, helper
 
-from export.memory import ARENA, MASK_VECTORS, SESSIONS_BYTES, WORKER_VECTORS, _peak, step_memory
+from export.memory import ARENA, CONSTANT_COPIES, MASK_VECTORS, SESSIONS_BYTES, STATE_COPIES, WORKER_VECTORS, _peak, step_memory
 from export.models import MODELS
 from export.task import programs_of
 from regrow.step_memory import StepMemory
+from regrow.task import Training
 
 
 def test_the_most_that_is_alive_at_once() -> None:
@@ -30,3 +31,19 @@ def test_levels_ascend_and_masks_come_on_top() -> None:
     assert whole.fixed >= SESSIONS_BYTES + 4 * n * (WORKER_VECTORS + ARENA)
     (masked,) = step_memory(programs_of(model)).levels
     assert masked.fixed >= whole.fixed + MASK_VECTORS * 4 * n
+
+
+def test_state_anchor_and_frozen_layers_are_counted() -> None:
+    model = MODELS["digits_mlp"](1)
+
+    def fixed(training: Training) -> int:
+        (job,) = step_memory(programs_of(model, training=training)).levels
+        return job.fixed
+
+    n = 4 * 2410
+    plain = fixed(Training())
+    assert fixed(Training(optimizer="momentum")) >= plain + STATE_COPIES * n
+    assert fixed(Training(optimizer="adam")) >= plain + 2 * STATE_COPIES * n
+    assert fixed(Training(proximal_mu=0.1)) >= plain + STATE_COPIES * n
+    frozen = 4 * (64 + 1) * 32
+    assert SESSIONS_BYTES + 2 * CONSTANT_COPIES * frozen <= fixed(Training(train_last=1)) < plain

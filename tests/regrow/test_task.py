@@ -166,6 +166,13 @@ def test_a_value_of_another_type(section: str) -> None:
         ('[method]\naggregation = "recombine"', 'density = "full"', 3),
         ('[method]\nname = "fedmr"\naggregation = "recombine"\n[trigger]\nkind = "arrival"', 'kind = "all"', 4),
         ('[method]\nname = "fedmr"\nweigh_by_examples = true', "weigh_by_examples", 4),
+        ('[method]\nname = "fjord"\n[training]\noptimizer = "adam"', 'set "sgd"', 5),
+        ('[method]\nlocal = "ordered_dropout"\n[training]\nproximal_mu = 0.1', "take it out", 5),
+        ('[method]\ngranularity = "unit"\n[training]\ntrain_last = 2', 'granularity = "weight"', 5),
+        ("[training]\nmomentum = 0.5", 'optimizer = "momentum" or optimizer = "nesterov"', 3),
+        ('[training]\nbatch = 3\noptimizer = "adam"\nhuber_delta = 2', 'loss = "huber"', 5),
+        ('[training]\nloss = "mse"\nlabel_smoothing = 0.1', 'loss = "cross_entropy"', 4),
+        ('[training]\ntarget = "input"', 'loss = "mse"', 3),
     ],
 )
 def test_what_does_not_fit_together(table: str, why: str, line: int) -> None:
