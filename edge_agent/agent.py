@@ -17,9 +17,10 @@ import psutil
 from edge_agent.data.source import DataSource
 from edge_agent.memory import spare_bytes
 from edge_agent.state import StateFolder
+from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
 from edge_agent.uplink import UplinkMeter, packet_bytes
-from edge_agent.worker import Worker
+from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
 from regrow.errors import LocalError
@@ -98,6 +99,7 @@ class Agent:
         threads: for training.
         software: what hello says of us.
         memory_bytes: that a training job may take; None: what is to spare when the agent starts.
+        make: what trains.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Agent:
         threads: int = 1,
         software: str = "",
         memory_bytes: int | None = None,
+        make: MakeTrainer = Trainer,
     ) -> None:
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
@@ -137,7 +140,7 @@ class Agent:
             max_downlink_bps=max_downlink_bps,
         )
         self._results: queue.SimpleQueue[Trained | TrainingFailed] = queue.SimpleQueue()
-        self._worker = Worker(source, self._trained, threads=threads)
+        self._worker = Worker(source, self._trained, threads=threads, make=make)
         self._process = psutil.Process()
         self._sent: dict[int, str] = {}
         self._on_note: Callable[[Note], None] = lambda _: None

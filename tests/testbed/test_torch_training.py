@@ -20,6 +20,7 @@ from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
 from export.models import MODELS, digits_mlp, reduced_cnn
 from export.programs import build_programs, initial_vector
+from export.torch_trainer import Share, TorchTrainer
 from export.unit_programs import build_unit_programs
 from regrow.errors import LocalError
 from regrow.local_training import Batch, TrainResult
@@ -29,7 +30,7 @@ from regrow.unit_order import build_unit_order
 from regrow.units import Units
 from testbed.outcome import Outcome, Spec
 from testbed.simulate import Simulation, task_of
-from testbed.torch_training import Share, TorchEngine, TorchTrainer
+from testbed.torch_engine import TorchEngine
 from testbed.trainers import OnnxEngine, engine_of
 from testbed.waves import Waves
 from tests.regrow.fleet import task as toy_task
@@ -190,7 +191,7 @@ def test_jobs_of_several_levels_are_put_together_by_model(monkeypatch: pytest.Mo
     train_together = TorchTrainer.train_together
     monkeypatch.setattr(TorchTrainer, "train_together", lambda self, shares: waves.append(len(shares)) or train_together(self, shares))
     engines = [(TorchEngine(programs), [3, 2, 2]), (TorchEngine(programs, together=False), [1] * 7)]
-    monkeypatch.setattr("testbed.torch_training.CPU_WAVE_PARAMETERS", Layout.from_json(programs["layout"]).size - 1)
+    monkeypatch.setattr("testbed.torch_engine.CPU_WAVE_PARAMETERS", Layout.from_json(programs["layout"]).size - 1)
     engines.append((TorchEngine(programs), [3, 2, 1, 1]))
     for engine, sizes in engines:
         waves.clear()
@@ -305,7 +306,7 @@ def test_the_choice_of_a_trainer(
     assert main(["compare", str(task), "--data-folder", str(images), *words]) == 1
     assert "torch finds no CUDA device on this machine" in capsys.readouterr().err
     assert not (tmp_path / "compared").exists(), "known before the first run"
-    for module in ("testbed.torch_training", "export.torch_graph", "export.torch_ops"):
+    for module in ("testbed.torch_engine", "export.torch_trainer", "export.torch_graph", "export.torch_ops"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(LocalError, match=r"torch is not installed here; pip install 'regrow\[sim,torch\]'"):
