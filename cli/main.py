@@ -119,7 +119,7 @@ def _task(commands: Commands) -> None:
         "--loss",
         choices=("cross_entropy", "binary_cross_entropy", "mse", "huber"),
         default="cross_entropy",
-        help="what training makes small (default: cross_entropy, for class scores); the other [training] keys are in task.toml",
+        help="what training makes small, cross_entropy for class scores; task.toml has the other [training] keys",
     )
     build = _command(kinds, "build", "cli.gateway:task_build", "write the programs that devices run", "`serve` does it when needed.")
     build.add_argument("folder", type=Path, metavar="TASK", help="folder with task.toml and its model")

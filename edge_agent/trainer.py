@@ -113,7 +113,7 @@ class Trainer:
         for start in range(0, len(x), batch):
             part = slice(start, start + batch)
             feed = {"x": x[part]} if session.examples.y_dtype is None else {"x": x[part], "y": y[part]}
-            loss_sum, more = session.run(outputs, {**feed, **parameters})
+            loss_sum, more = session.run(outputs, {**feed, **parameters}, numbers=2)
             loss += float(loss_sum)
             found += float(more)
         target = session.examples.target(x, y)
@@ -226,11 +226,16 @@ class _Session:
             raise PeerError(f"program {self._name!r}: metadata regrow.classes is {classes!r}, not a number of classes")
         return Examples(x_dtype, tuple(x_shape), "int64", (), int(classes))
 
-    def run(self, outputs: list[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def run(self, outputs: list[str], feed: dict[str, NDArray[Any]], numbers: int = 1) -> list[NDArray[Any]]:
+        """The outputs, of which the first `numbers` are single numbers."""
         try:
-            return list(self._session.run(outputs, feed))
+            results = list(self._session.run(outputs, feed))
         except _ORT_ERRORS as error:
             raise PeerError(f"program {self._name!r} failed: {error}") from error
+        for name, value in zip(outputs[:numbers], results, strict=False):
+            if np.shape(value) != () or np.asarray(value).dtype.kind not in "fi":
+                raise PeerError(f"program {self._name!r}: output {name!r} is {described(value)}, not one number")
+        return results
 
 
 def _state_shapes(step: Step, layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -158,7 +158,7 @@ TASK = {
         "FjORD, Sub-FedAvg",
     ),
     "training.loss": (
-        "`cross_entropy`: y is classes. `binary_cross_entropy` (with logits), `mse`, `huber`: y is float32 of the output's shape. The score: "
+        "`cross_entropy`: y is classes. `binary_cross_entropy` (with logits), `mse`, `huber`: y is float32 of the output's shape. Score: "
         "share of right classes, of outputs on the right side of 0, or R^2 between 0 and 1.",
         "torch.nn",
     ),

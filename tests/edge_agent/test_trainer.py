@@ -187,6 +187,16 @@ def test_a_program_that_is_not_what_it_says_is_refused(said: str, message: str |
         trainer.train(VECTOR, None, [(X, y)], 0.1)
 
 
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    changed = onnx.load_from_string(PROGRAMS["train"])
+    last = next(node for node in changed.graph.node if node.output[0] == "loss")
+    last.output[0] = "inner"
+    changed.graph.node.append(helper.make_node("Shape", ["new:fc1.weight"], ["loss"]))
+    changed.graph.output[0].CopyFrom(helper.make_tensor_value_info("loss", TensorProto.INT64, [2]))
+    with pytest.raises(PeerError, match=r"'loss' is int64 \[2\], not one number"):
+        train_with(changed.SerializeToString())
+
+
 def test_an_evaluation_that_is_not_what_it_says_is_refused() -> None:
     trainer = Trainer(ADAM | {"evaluate": told(ADAM["evaluate"], '{"loss":"binary_cross_entropy"}')})
     with pytest.raises(PeerError, match=r"outputs differ.*correct.*squared_error"):

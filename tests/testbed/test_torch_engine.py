@@ -24,6 +24,7 @@ from export.unit_programs import build_unit_programs
 from regrow.errors import LocalError
 from regrow.machine import Train
 from regrow.parameters import Layout
+from regrow.task import Training
 from regrow.unit_order import build_unit_order
 from regrow.units import Units
 from testbed.outcome import Outcome, Spec
@@ -68,9 +69,10 @@ def jobs_of(programs: dict[str, bytes], vector: NDArray[np.float32], levels: Seq
 DENSITIES = (0.25, 0.5, 1.0)
 
 
-def test_jobs_of_several_levels_are_put_together_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("training", [Training(), Training(optimizer="adamw", weight_decay=0.1, clip_norm=1.0)], ids=["sgd", "adamw"])
+def test_jobs_of_several_levels_are_put_together_by_model(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     model = digits_mlp(1)
-    programs = build_unit_programs(model, DENSITIES)
+    programs = build_unit_programs(model, DENSITIES, training)
     jobs = jobs_of(programs, initial_vector(model), [0, 0, 0, 1, 2, 1, 2])
     theirs = OnnxEngine(programs).train(jobs)
     waves: list[int] = []
