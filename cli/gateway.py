@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -37,6 +38,7 @@ from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
+from regrow.local_training import Statistics, statistics_from
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.task import Training
 from regrow.topics import check_name
@@ -216,22 +218,42 @@ def _serve_run(options: argparse.Namespace, path: Path, link: _Link) -> int:
 
 
 def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
-    """Scores prefixes on the held-out data, which a run keeps beside its task.toml."""
-    named = folder.path / (folder.task.evaluation.data or "")
-    file = named if named.is_file() else folder.path / named.name
-    x, y = open_source(str(file), validation_fraction=0.0).everything()
+    """Scores prefixes on the held-out data; a model with batch normalisation with running statistics from the same examples."""
+    x, y = _held_out(folder)
     trainer = Trainer(folder.programs)
-    trainer.evaluate(folder.initial, x, y)  # data that does not fit the model is refused before the run begins
+    # Data that does not fit the model is refused before the run begins.
+    trainer.evaluate(folder.initial, x, y, statistics=statistics_from(trainer, folder.initial, x))
 
     def evaluate(effect: Evaluate) -> Evaluated:
         accuracies = {}
         for level, length in effect.lengths.items():
             vector = np.zeros(folder.layout.size, np.float32)
             vector[effect.coordinates[:length]] = effect.values[:length]
-            accuracies[level] = trainer.evaluate(vector, x, y).accuracy
+            accuracies[level] = trainer.evaluate(vector, x, y, statistics=statistics_from(trainer, vector, x)).accuracy
         return Evaluated(effect.version, accuracies)
 
     return evaluate
+
+
+def _held_out(folder: TaskFolder) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The evaluation data, which a run keeps beside its task.toml."""
+    named = folder.path / (folder.task.evaluation.data or "")
+    file = named if named.is_file() else folder.path / named.name
+    return open_source(str(file), validation_fraction=0.0).everything()
+
+
+def _final_statistics(folder: TaskFolder, weights: NDArray[np.float32]) -> Statistics:
+    """Running means and variances for model.onnx, from the held-out data; without such data none, and a line says so."""
+    if "statistics" not in folder.programs:
+        return {}
+    if folder.task.evaluation.data is None:
+        print(
+            "model.onnx has the trained weights, but the running means and variances of the model that the run began with: they come from "
+            "data, and the gateway has none. Name held-out data in [evaluation] of task.toml before the next run, or compute them before "
+            "the model is used: docs/bring-your-own.md"
+        )
+        return {}
+    return statistics_from(Trainer(folder.programs), weights, _held_out(folder)[0])
 
 
 def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
@@ -265,7 +287,8 @@ def _print_note(note: Note) -> None:
 
 def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None:
     """Leave the model, the metrics and the picture in the run's folder."""
-    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx", folder.task.training.train_last)
+    weights, train_last = ledger.trained_weights, folder.task.training.train_last
+    write_trained(folder.model_path, weights, path / "model.onnx", train_last, statistics=_final_statistics(folder, weights))
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
 

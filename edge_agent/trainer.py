@@ -18,7 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from regrow.errors import LocalError, PeerError
 from regrow.examples import Examples, described, r_squared
 from regrow.local_step import METADATA, Step
-from regrow.local_training import Batch, Score, TrainResult
+from regrow.local_training import Batch, Score, Statistics, TrainResult, average_statistics
 from regrow.parameters import Layout
 from regrow.step_memory import SCORED_AT_ONCE
 
@@ -34,7 +34,7 @@ class Trainer:
     """The programs of one task, ready to run; each onnxruntime session is built when it is first needed.
 
     Args:
-        programs: 'layout', and those of 'train', 'train_masked' and 'evaluate' that will be used.
+        programs: 'layout', and those of 'train', 'train_masked', 'evaluate' and 'statistics' that will be used.
         threads: that onnxruntime may use for one operator.
 
     Raises:
@@ -59,7 +59,8 @@ class Trainer:
     ) -> TrainResult:
         """Parameters after one step of the program's optimizer per batch; what that remembers begins at zero and is forgotten at the end.
 
-        A batch shorter than the longest one so far is padded with examples of weight 0.
+        A batch shorter than the longest one so far is padded with examples of weight 0, unless the model has batch normalisation, where
+        they would not go unseen.
 
         Args:
             vector: float32 [n]. Not modified.
@@ -81,7 +82,8 @@ class Trainer:
         loss, examples, steps, size = 0.0, 0, 0, 0
         for x, y in batches:
             session.examples.check(x, y)
-            size = max(size, len(x))  # onnxruntime plans its memory per shape, so all steps should have one shape
+            # onnxruntime plans its memory per shape, so all steps should have one shape.
+            size = max(size, len(x)) if "statistics" not in self._programs else len(x)
             result = session.run(outputs, {**session.examples.padded(x, y, size), **fixed, **moving})
             # onnxruntime returns a NumPy scalar for a tensor without axes, and takes only arrays.
             moving = dict(zip(moving, map(np.asarray, result[1:]), strict=True))
@@ -92,12 +94,21 @@ class Trainer:
             raise LocalError("there are no batches to train on; give at least one")
         return TrainResult(self._flat({name: moving[name] for name in parameters}), loss / examples, examples, steps)
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any], batch: int = SCORED_AT_ONCE) -> Score:
+    def evaluate(
+        self,
+        vector: NDArray[np.float32],
+        x: NDArray[Any],
+        y: NDArray[Any],
+        batch: int = SCORED_AT_ONCE,
+        *,
+        statistics: Statistics | None = None,
+    ) -> Score:
         """How good the parameters are on the examples, computed `batch` at a time.
 
         Args:
             vector: float32 [n].
             x, y: [m, ...] as the program takes them, m >= 1.
+            statistics: of this vector, from `statistics`; a model without batch normalisation needs none.
 
         Raises:
             LocalError: an argument does not fit the program.
@@ -106,7 +117,7 @@ class Trainer:
         if batch < 1:
             raise LocalError(f"batch is {batch}, but evaluation needs at least 1")
         session = self._session("evaluate")
-        parameters = self._views(vector)
+        parameters = self._views(vector) | session.statistics_feed(statistics or {})
         session.examples.check(x, y)
         loss, found = 0.0, 0.0
         outputs = ["loss_sum", "correct" if session.step.counts_hits else "squared_error"]
@@ -119,6 +130,25 @@ class Trainer:
         target = session.examples.target(x, y)
         accuracy = found / target.size if session.step.counts_hits else r_squared(found, target)
         return Score(loss / len(x), accuracy, len(x))
+
+    def statistics(self, vector: NDArray[np.float32], examples: Iterable[NDArray[Any]]) -> Statistics:
+        """Running means and variances of the parameters, averaged over batches; nothing, and no batch taken, for a model without.
+
+        Args:
+            vector: float32 [n].
+            examples: batches of x as the program takes it, [b, ...], b >= 1, without labels; at least one.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+            PeerError: the program is malformed, or fails.
+        """
+        if "statistics" not in self._programs:
+            return {}
+        session, parameters = self._session("statistics"), self._views(vector)
+        found = average_statistics(session.batch_statistics(x, parameters) for x in examples)
+        if not found:
+            raise LocalError("there are no batches to compute the statistics of; give at least one")
+        return found
 
     def _program(self, name: str) -> bytes:
         if name not in self._programs:
@@ -168,13 +198,14 @@ class _Session:
             # Without its fallback onnxruntime neither retries a broken program nor prints about it.
             self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"], enable_fallback=0)
             inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
-            outputs = {item.name for item in self._session.get_outputs()}
+            outputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map
         except _ORT_ERRORS as error:
             raise PeerError(f"program {name!r} cannot be loaded: {error}") from error
         self.step = self._step_of(metadata)
-        self.state = _state_shapes(self.step, layout) if name != "evaluate" else {}
-        self._check_signature(inputs, outputs, layout)
+        self.state = _state_shapes(self.step, layout) if name in ("train", "train_masked") else {}
+        self.statistics = _statistics_of(outputs if name == "statistics" else inputs)
+        self._check_signature(inputs, set(outputs), layout)
         self.examples = self._examples_of(inputs, metadata)
 
     def _step_of(self, metadata: Mapping[str, str]) -> Step:
@@ -187,7 +218,12 @@ class _Session:
         """Inputs and outputs are exactly those of a program of this step for this layout; PeerError otherwise."""
         expected: dict[str, tuple[str, list[Any]]] = {t.name: ("tensor(float)", list(t.shape)) for t in layout.tensors}
         results = {"loss_sum", "correct" if self.step.counts_hits else "squared_error"}
-        if self._name != "evaluate":
+        statistics: dict[str, tuple[str, list[Any]]] = {f"stat:{name}": ("tensor(float)", [size]) for name, size in self.statistics.items()}
+        if self._name == "statistics":
+            results = set(statistics)
+        elif self._name == "evaluate":
+            expected |= statistics
+        else:
             results = {"loss", *(f"new:{name}" for name in (*expected, *self.state))}
             anchors = expected if self.step.proximal_mu else {}
             expected = expected | {f"anchor:{name}": form for name, form in anchors.items()}
@@ -195,11 +231,12 @@ class _Session:
             expected |= {"sample_weight": ("tensor(float)", ["batch"]), "learning_rate": ("tensor(float)", [])}
         if self._name == "train_masked":
             expected |= {f"mask:{t.name}": expected[t.name] for t in layout.tensors if not t.always_kept}
-        if self.step.classifies:
+        labelled = self._name != "statistics"
+        if self.step.classifies and labelled:
             expected["y"] = ("tensor(int64)", ["batch"])
         self._check_data("x", inputs, ("tensor(float)",) if self.step.target == "input" else ("tensor(float)", "tensor(int64)"))
         free = {"x"}
-        if not self.step.classifies and self.step.target == "y":
+        if not self.step.classifies and self.step.target == "y" and labelled:
             self._check_data("y", inputs, ("tensor(float)",))
             free.add("y")
         for name in (expected.keys() | inputs.keys()) - free:
@@ -217,6 +254,8 @@ class _Session:
     def _examples_of(self, inputs: dict[str, tuple[str, list[Any]]], metadata: Mapping[str, str]) -> Examples:
         kind, (_, *x_shape) = inputs["x"]
         x_dtype = "float32" if kind == "tensor(float)" else "int64"
+        if self._name == "statistics":
+            return Examples(x_dtype, tuple(x_shape), None)
         if not self.step.classifies:
             if self.step.target == "input":
                 return Examples(x_dtype, tuple(x_shape), None)
@@ -225,6 +264,25 @@ class _Session:
         if not (classes.isascii() and classes.isdigit() and 0 < len(classes) < 10 and int(classes)):
             raise PeerError(f"program {self._name!r}: metadata regrow.classes is {classes!r}, not a number of classes")
         return Examples(x_dtype, tuple(x_shape), "int64", (), int(classes))
+
+    def statistics_feed(self, statistics: Statistics) -> dict[str, NDArray[Any]]:
+        """The inputs of these statistics; LocalError if they are not all that the program needs."""
+        shapes = {name: (array.dtype.name, array.shape) for name, array in statistics.items()}
+        if shapes != {name: ("float32", (size,)) for name, size in self.statistics.items()}:
+            raise LocalError(
+                f"statistics: the model needs {sorted(self.statistics) or 'none'}, got {sorted(shapes) or 'none'}; "
+                "compute them for these parameters with Trainer.statistics"
+            )
+        return {f"stat:{name}": np.ascontiguousarray(array) for name, array in statistics.items()}
+
+    def batch_statistics(self, x: NDArray[Any], parameters: dict[str, NDArray[Any]]) -> Statistics:
+        """What the program `statistics` says of one batch."""
+        self.examples.check(x, x)
+        names = list(self.statistics)
+        found = dict(zip(names, self.run([f"stat:{name}" for name in names], {"x": x, **parameters}, numbers=0), strict=True))
+        if any(np.shape(array) != (self.statistics[name],) for name, array in found.items()):
+            raise PeerError("the program 'statistics' returned vectors of other lengths than it declares")
+        return found
 
     def run(self, outputs: list[str], feed: dict[str, NDArray[Any]], numbers: int = 1) -> list[NDArray[Any]]:
         """The outputs, of which the first `numbers` are single numbers."""
@@ -236,6 +294,15 @@ class _Session:
             if np.shape(value) != () or np.asarray(value).dtype.kind not in "fi":
                 raise PeerError(f"program {self._name!r}: output {name!r} is {described(value)}, not one number")
         return results
+
+
+def _statistics_of(values: Mapping[str, tuple[str, list[Any]]]) -> dict[str, int]:
+    """Channels of each running statistic among a program's inputs or outputs; PeerError if it is no vector."""
+    found = {name.removeprefix("stat:"): form for name, form in values.items() if name.startswith("stat:")}
+    for name, (kind, shape) in found.items():
+        if kind != "tensor(float)" or len(shape) != 1 or not isinstance(shape[0], int):
+            raise PeerError(f"statistic {name!r} is {kind} {shape}, not tensor(float) of one fixed axis")
+    return {name: int(shape[0]) for name, (_, shape) in found.items()}
 
 
 def _state_shapes(step: Step, layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -19,7 +19,7 @@ from edge_agent.trainer import Trainer
 from regrow import wire
 from regrow.errors import PeerError, RegrowError
 from regrow.local_rules import drawn_levels
-from regrow.local_training import Batch, Training
+from regrow.local_training import STATISTICS_BATCHES, Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
 
 NICE = 5
@@ -101,7 +101,10 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
     if len(y):
         for level, length in job.evaluate.items():
             place = trainers.place(job, level, length)
-            score = place.trainer.evaluate(place.vector(first if level == job.level else job.values), x, y)
+            vector = place.vector(first if level == job.level else job.values)
+            # Of this level, from this device's training data: a running mean is of the parameters that made it.
+            statistics = place.trainer.statistics(vector, drawn_examples(source, job.batch, job.seed))
+            score = place.trainer.evaluate(vector, x, y, statistics=statistics)
             scores.append((level, score.loss, score.accuracy, score.examples))
     widths = job.widths or {job.level: job.length}
     drawn = drawn_levels(list(widths), job.steps, job.seed)
@@ -110,6 +113,16 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
     batches = source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
     result = _train(job, zip(drawn, batches, strict=True), places, first)
     return Trained(job.number, *result, clock() - started, tuple(scores))
+
+
+def drawn_examples(source: DataSource, batch: int, seed: int) -> Iterator[NDArray[np.float32]]:
+    """A bounded number of training batches, without labels, for running statistics; the same ones for one seed.
+
+    Raises:
+        LocalError: with the first batch, if there is no training data.
+    """
+    for x, _ in source.batches(np.random.default_rng(seed), batch, STATISTICS_BATCHES):
+        yield x
 
 
 def _train(
@@ -203,7 +216,7 @@ class LevelTrainers:
         if self.is_full(level):
             return self._of_all()
         if level not in self._small:
-            names = [name for name in ("layout", "train", "evaluate") if f"{name}:{level}" in self._programs]
+            names = [name for name in ("layout", "train", "evaluate", "statistics") if f"{name}:{level}" in self._programs]
             own = {name: self._programs[f"{name}:{level}"] for name in names}
             self._small[level] = self._make(own, self._threads)
         return self._small[level]

@@ -1,96 +1,96 @@
-"""Gradients of Conv over any number of spatial axes, without ConvGrad, which inference builds of onnxruntime do not have.
+"""Gradients of Conv and ConvTranspose over any number of spatial axes, without ConvGrad, which inference builds of onnxruntime lack.
 
-Input gradient: ConvTranspose, which is its definition. At stride 1 that is a Conv with the kernel turned around and its channels
-swapped, for which onnxruntime has the faster code.
-Weight gradient, two ways with the same result:
-    unfold      one GEMM for the whole batch over the unfolded input (im2col). Fastest on small maps, but holds one copy
-                of the input per kernel position.
-    correlate   a Conv in which channels and batch change places. No copies; onnxruntime multiplies channel by channel.
+Every gradient has several ways with the same result; which is taken follows from the shapes. The bounds below are where onnxruntime's
+times crossed on x86-64 with one thread.
+Input gradient of a Conv:
+    transpose   ConvTranspose, which is its definition.
+    columns     one GEMM for the whole batch, then Col2Im: where a map is so small that a GEMM for each image has no work to share.
+    turn        with groups and stride 1 a Conv with every kernel turned around, for which onnxruntime has the faster code.
+Weight gradient:
+    shift       one GEMM for each kernel position, over the padded maps laid end to end, so that a position is an offset. Copies least.
+    unfold      one GEMM for the whole batch over the unfolded input (im2col): small maps, strides, few channels.
+    multiply    depthwise on larger maps: the input at each kernel position times the gradient, summed.
+    correlate   other groups: a Conv in which channels and batch change places.
+
+A ConvTranspose is a Conv read backwards: its input gradient is that Conv, and its weight gradient the Conv's with the places of input
+and output gradient exchanged.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
+from typing import Any
 
 from export.gradients import Gradient, Product, Site
+from export.windows import Window, window_of
 
-UNFOLD_POSITIONS = 256
-"""Largest output map that is unfolded: 16 x 16, or 256 samples of a signal."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """A Conv's geometry, one entry per spatial axis; `pads` are (begin, end)."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...]
-    sizes: tuple[int, ...]
-    out_sizes: tuple[int, ...]
-    group: int
-
-    @property
-    def onnx_pads(self) -> list[int]:
-        return [begin for begin, _ in self.pads] + [end for _, end in self.pads]
-
-    @property
-    def axes(self) -> range:
-        return range(2, 2 + len(self.kernel))
+COLUMNS_POSITIONS = 32
+"""Largest output map whose input gradient goes through columns."""
+SHIFT_CHANNELS = 8
+"""Least input channels for shifting: each kernel position is a GEMM of its own, with so many columns."""
+SHIFT_WASTE = 1.5
+"""Most padding that shifting may multiply by zeros: positions of the padded maps for each of the plain ones."""
+WIDE = 4
+"""A product this many times wider than high is computed transposed: onnxruntime packs one operand, and should pack the small one."""
+MULTIPLY_POSITIONS = 64
+"""Smallest output map on which a depthwise weight gradient is summed position by position."""
 
 
 def conv(site: Site) -> dict[int, Gradient]:
     """Y = W * X + b."""
-    window = _window(site)
-    gradients: dict[int, Gradient] = {}
-    if 0 in site.wanted:
-        gradients[0] = _input_gradient(site, window)
-    if 1 in site.wanted:
-        unfold = window.group == 1 and math.prod(window.out_sizes) <= UNFOLD_POSITIONS
-        gradients[1] = _weight_by_unfolding(site, window) if unfold else _weight_by_correlation(site, window)
-    if 2 in site.wanted:
-        axes = site.graph.integers(0, *window.axes)
-        gradients[2] = site.graph.emit("ReduceSum", site.gradient, axes, keepdims=0)
-    return gradients
-
-
-def _window(site: Site) -> Window:
     source, weight = site.node.input[:2]
     kernel = site.shape(weight)[2:]
-    rank = len(kernel)
-    options = site.attributes(
-        auto_pad="NOTSET", dilations=[1] * rank, group=1, kernel_shape=list(kernel), pads=[0] * 2 * rank, strides=[1] * rank
-    )
-    sizes = site.shape(source, static_from=2)[2:]
-    out_sizes = site.shape(site.node.output[0], static_from=2)[2:]
-    strides, dilations = tuple(options["strides"]), tuple(options["dilations"])
-    pads = tuple(zip(options["pads"][:rank], options["pads"][rank:], strict=True))
-    if options["auto_pad"] in ("SAME_UPPER", "SAME_LOWER"):
-        reach = [(o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out_sizes, strides, kernel, dilations, strict=True)]
-        totals = [max(0, need - size) for need, size in zip(reach, sizes, strict=True)]
-        pads = tuple((t // 2, t - t // 2) for t in totals)
-        if options["auto_pad"] == "SAME_LOWER":
-            pads = tuple((end, begin) for begin, end in pads)
-    if any(pad < 0 for pair in pads for pad in pair):
-        raise site.unsupported("negative padding", "slice the input instead")
-    return Window(kernel, strides, dilations, pads, sizes, out_sizes, options["group"])
+    window = window_of(site, _options(site, kernel), kernel)
+    gradients: dict[int, Gradient] = {}
+    if 0 in site.wanted:
+        gradients[0] = _backwards(site, window)
+    if 1 in site.wanted:
+        gradients[1] = _weight_gradient(site, window, source, site.gradient)
+    return gradients | _bias_gradient(site, window)
 
 
-def _input_gradient(site: Site, window: Window) -> str:
+def conv_transpose(site: Site) -> dict[int, Gradient]:
+    """X and Y of a Conv exchanged; W is [channels of X, channels of Y / group, ...]."""
+    source, weight = site.node.input[:2]
+    kernel = site.shape(weight)[2:]
+    options = _options(site, kernel, output_padding=[0] * len(kernel), output_shape=None)
+    if options["auto_pad"] in ("SAME_UPPER", "SAME_LOWER") or options["output_shape"] is not None:
+        raise site.unsupported("its padding given by auto_pad or output_shape", "give it as numbers, in pads and output_padding")
+    reading = window_of(site, options, kernel)
+    window = Window(kernel, reading.strides, reading.dilations, reading.pads, reading.out_sizes, reading.sizes, reading.group)
+    if any(extra >= stride for extra, stride in zip(options["output_padding"], window.strides, strict=True)):
+        raise site.unsupported("output_padding as large as its stride", "pad the output instead")
+    gradients: dict[int, Gradient] = {}
+    if 0 in site.wanted:
+        geometry: dict[str, Any] = {"strides": window.strides, "dilations": window.dilations, "pads": window.onnx_pads}
+        gradients[0] = site.graph.emit("Conv", site.gradient, weight, group=window.group, **geometry)
+    if 1 in site.wanted:
+        gradients[1] = _weight_gradient(site, window, site.gradient, source)
+    return gradients | _bias_gradient(site, window)
+
+
+def _options(site: Site, kernel: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    ones, none = [1] * len(kernel), [0] * 2 * len(kernel)
+    return site.attributes(auto_pad="NOTSET", dilations=ones, group=1, kernel_shape=list(kernel), pads=none, strides=ones, **more)
+
+
+def _bias_gradient(site: Site, window: Window) -> dict[int, Gradient]:
+    if 2 not in site.wanted:
+        return {}
+    return {2: site.graph.emit("ReduceSum", site.gradient, site.graph.integers(0, *window.axes), keepdims=0)}
+
+
+def _backwards(site: Site, window: Window) -> str:
+    # Of 1 and 3 spatial axes onnxruntime's Col2Im is wrong with dilation (1.31); of 2 it is right.
+    sound = len(window.kernel) == 2 or set(window.dilations) == {1}
+    if window.group == 1 and sound and math.prod(window.out_sizes) <= COLUMNS_POSITIONS:
+        return _backwards_by_columns(site, window)
     reach = [dilation * (kernel - 1) for kernel, dilation in zip(window.kernel, window.dilations, strict=True)]
     pads = [whole - begin for whole, (begin, _) in zip(reach, window.pads, strict=True)]
     pads += [whole - end for whole, (_, end) in zip(reach, window.pads, strict=True)]
-    if window.group == 1 and set(window.strides) == {1} and min(pads) >= 0:
-        return _input_by_convolution(site, window, pads)
+    if window.group > 1 and set(window.strides) == {1} and min(pads) >= 0:
+        return _backwards_by_turning(site, window, pads)
     # What the forward Conv's stride left over at the end of an axis: ConvTranspose has to add it back.
-    left_over = [
-        size - ((out - 1) * stride + (kernel - 1) * dilation + 1 - sum(pads))
-        for size, out, stride, kernel, dilation, pads in zip(
-            window.sizes, window.out_sizes, window.strides, window.kernel, window.dilations, window.pads, strict=True
-        )
-    ]
     return site.graph.emit(
         "ConvTranspose",
         site.gradient,
@@ -99,59 +99,138 @@ def _input_gradient(site: Site, window: Window) -> str:
         dilations=list(window.dilations),
         pads=window.onnx_pads,
         group=window.group,
-        output_padding=left_over,
+        output_padding=window.left_over,
     )
 
 
-def _input_by_convolution(site: Site, window: Window, pads: list[int]) -> str:
-    graph, axes = site.graph, site.graph.integers(*window.axes)
-    backwards, past_the_start = graph.integers(*[-1] * len(window.kernel)), graph.integers(*[-(2**31)] * len(window.kernel))
-    kernel = graph.emit("Transpose", site.node.input[1], perm=[1, 0, *window.axes])
-    kernel = graph.emit("Slice", kernel, backwards, past_the_start, axes, backwards)
-    return graph.emit("Conv", site.gradient, kernel, dilations=list(window.dilations), pads=pads)
-
-
-def _weight_by_unfolding(site: Site, window: Window) -> Product:
-    graph = site.graph
-    source, weight = site.node.input[:2]
+def _backwards_by_columns(site: Site, window: Window) -> str:
+    graph, weight = site.graph, site.node.input[1]
     out_channels, channels, *kernel = site.shape(weight)
-    swap = [1, 0, *window.axes]
-    padded = graph.emit("Transpose", source, perm=swap)
-    if any(window.onnx_pads):
-        starts, ends = [0, 0, *window.onnx_pads[: len(kernel)]], [0, 0, *window.onnx_pads[len(kernel) :]]
-        padded = graph.emit("Pad", padded, graph.integers(*starts, *ends))
-    axes, steps = graph.integers(*window.axes), graph.integers(*window.strides)
-    shifted = []
-    for offsets in itertools.product(*(range(size) for size in kernel)):
-        starts = [offset * dilation for offset, dilation in zip(offsets, window.dilations, strict=True)]
-        ends = [s + (out - 1) * t + 1 for s, out, t in zip(starts, window.out_sizes, window.strides, strict=True)]
-        shifted.append(graph.emit("Slice", padded, graph.integers(*starts), graph.integers(*ends), axes, steps))
-    # Joined along the batch, the rows of [channels, kernel * batch, ...] are already in the weight's own order.
-    columns = graph.emit("Concat", *shifted, axis=1)
-    columns = graph.emit("Reshape", columns, graph.integers(channels * math.prod(kernel), -1))
-    rows = graph.emit("Transpose", site.gradient, perm=swap)
-    rows = graph.emit("Reshape", rows, graph.integers(out_channels, -1))
-    return Product(rows, columns, transpose_b=True, shape=(out_channels, channels, *kernel))
+    height = channels * math.prod(kernel)
+    weight = graph.emit("Reshape", weight, graph.integers(out_channels, height))
+    columns = graph.emit("Gemm", weight, _rows(site, site.gradient, out_channels), transA=1)
+    columns = graph.emit("Reshape", columns, graph.integers(height, -1, math.prod(window.out_sizes)))
+    return graph.emit(
+        "Col2Im",
+        graph.emit("Transpose", columns, perm=[1, 0, 2]),
+        graph.integers(*window.sizes),
+        graph.integers(*kernel),
+        strides=list(window.strides),
+        dilations=list(window.dilations),
+        pads=window.onnx_pads,
+    )
 
 
-def _weight_by_correlation(site: Site, window: Window) -> str:
+def _rows(site: Site, maps: str, channels: int) -> str:
+    """[batch, channels, ...] as the matrix [channels, batch * positions]."""
     graph = site.graph
-    source, weight = site.node.input[:2]
-    _, channels, *kernel = site.shape(weight)
-    swap = [1, 0, *window.axes]
+    swapped = graph.emit("Transpose", maps, perm=[1, 0, *range(2, site.rank(site.node.input[1]))])
+    return graph.emit("Reshape", swapped, graph.integers(channels, -1))
+
+
+def _backwards_by_turning(site: Site, window: Window, pads: list[int]) -> str:
+    graph, axes, kernel = site.graph, site.graph.integers(*window.axes), site.node.input[1]
+    backwards, past_the_start = graph.integers(*[-1] * len(window.kernel)), graph.integers(*[-(2**31)] * len(window.kernel))
+    out_channels, channels, *_ = site.shape(kernel)
+    if (out_channels, channels) != (window.group, 1):
+        each = out_channels // window.group
+        kernel = graph.emit("Reshape", kernel, graph.integers(window.group, each, channels, *window.kernel))
+        kernel = graph.emit("Transpose", kernel, perm=[0, 2, 1, *(axis + 1 for axis in window.axes)])
+        kernel = graph.emit("Reshape", kernel, graph.integers(window.group * channels, each, *window.kernel))
+    kernel = graph.emit("Slice", kernel, backwards, past_the_start, axes, backwards)
+    return graph.emit("Conv", site.gradient, kernel, dilations=list(window.dilations), pads=pads, group=window.group)
+
+
+def _weight_gradient(site: Site, window: Window, source: str, gradient: str) -> Gradient:
+    """Of W in `out = W * source`, given the gradient of `out`."""
+    out_channels, channels, *_ = site.shape(site.node.input[1])
+    positions = math.prod(window.out_sizes)
     if window.group == 1:
-        images = graph.emit("Transpose", source, perm=swap)
-    else:
-        # [batch, group, channels, ...] -> [channels, group * batch, ...]: each group meets its own output channels.
-        spatial = range(3, 3 + len(kernel))
-        images = graph.emit("Reshape", source, graph.integers(-1, window.group, channels, *window.sizes))
-        images = graph.emit("Transpose", images, perm=[2, 1, 0, *spatial])
-        # The batch may be of any size, so the joint axis is the one left open.
-        images = graph.emit("Reshape", images, graph.integers(channels, -1, *window.sizes))
+        waste = math.prod(window.padded_sizes) / positions
+        plain = set(window.strides) == {1} and math.prod(window.kernel) > 1
+        shifts = plain and channels >= SHIFT_CHANNELS and waste <= SHIFT_WASTE
+        return (_by_shifting if shifts else _by_unfolding)(site, window, source, gradient)
+    if (out_channels, channels) == (window.group, 1) and positions >= MULTIPLY_POSITIONS:
+        return _by_multiplying(site, window, source, gradient)
+    return _by_correlation(site, window, source, gradient)
+
+
+def _by_shifting(site: Site, window: Window, source: str, gradient: str) -> str:
+    """The gradient is padded at its end to the size of the padded input, so that both have the same distance between rows and maps."""
+    graph, swap = site.graph, [1, 0, *window.axes]
+    out_channels, channels, *kernel = site.shape(site.node.input[1])
+    ends = [padded - out for padded, out in zip(window.padded_sizes, window.out_sizes, strict=True)]
+    distances = [math.prod(window.padded_sizes[axis + 1 :]) for axis in range(len(kernel))]
+    shifts = [sum(offset * distance for offset, distance in zip(offsets, distances, strict=True)) for offsets in window.offsets]
+    last, along = shifts[-1], graph.integers(1)
+    rows = graph.emit("Pad", graph.emit("Transpose", gradient, perm=swap), graph.integers(*[0] * (4 + len(kernel)), *ends))
+    rows = graph.emit("Reshape", rows, graph.integers(out_channels, -1))
+    rows = graph.emit("Slice", rows, graph.integers(0), graph.integers(-last), along)
+    maps = graph.emit("Reshape", _padded(site, window, graph.emit("Transpose", source, perm=swap)), graph.integers(channels, -1))
+    wide = channels > out_channels
+    products = []
+    for shift in shifts:
+        moved = graph.emit("Slice", maps, graph.integers(shift), graph.integers(shift - last or 2**31), along)
+        product = graph.emit("Gemm", moved, rows, transB=1) if wide else graph.emit("Gemm", rows, moved, transB=1)
+        products.append(graph.emit("Unsqueeze", product, graph.integers(2)))
+    joined = graph.emit("Concat", *products, axis=2)
+    if wide:
+        joined = graph.emit("Transpose", joined, perm=[1, 0, 2])
+    return graph.emit("Reshape", joined, graph.integers(out_channels, channels, *kernel))
+
+
+def _by_unfolding(site: Site, window: Window, source: str, gradient: str) -> Gradient:
+    graph = site.graph
+    out_channels, channels, *kernel = site.shape(site.node.input[1])
+    # Joined along the batch, the rows of [channels, kernel * batch, ...] are already in the weight's own order.
+    met = _at_kernel_positions(site, window, graph.emit("Transpose", source, perm=[1, 0, *window.axes]))
+    columns = graph.emit("Concat", *met, axis=1) if len(met) > 1 else met[0]
+    height = channels * math.prod(kernel)
+    columns = graph.emit("Reshape", columns, graph.integers(height, -1))
+    rows = _rows(site, gradient, out_channels)
+    if height < WIDE * out_channels:
+        return Product(rows, columns, transpose_b=True, shape=(out_channels, channels, *kernel))
+    turned = graph.emit("Transpose", graph.emit("Gemm", columns, rows, transB=1), perm=[1, 0])
+    return graph.emit("Reshape", turned, graph.integers(out_channels, channels, *kernel))
+
+
+def _by_multiplying(site: Site, window: Window, source: str, gradient: str) -> str:
+    graph, axes = site.graph, site.graph.integers(0, *window.axes)
+    met = _at_kernel_positions(site, window, source)
+    sums = [graph.emit("ReduceSum", graph.emit("Mul", part, gradient), axes, keepdims=1) for part in met]
+    return graph.emit("Reshape", graph.emit("Concat", *sums, axis=2), graph.integers(*site.shape(site.node.input[1])))
+
+
+def _padded(site: Site, window: Window, maps: str) -> str:
+    return site.graph.emit("Pad", maps, site.graph.integers(*window.pad_amounts)) if any(window.onnx_pads) else maps
+
+
+def _at_kernel_positions(site: Site, window: Window, maps: str) -> list[str]:
+    """What each kernel position meets, in the kernel's order: the padded maps, cut to the output's size."""
+    graph, maps = site.graph, _padded(site, window, maps)
+    if math.prod(window.kernel) == 1 and set(window.strides) == {1}:
+        return [maps]
+    axes, steps = graph.integers(*window.axes), graph.integers(*window.strides)
+    met = []
+    for starts in window.offsets:
+        ends = [start + (out - 1) * step + 1 for start, out, step in zip(starts, window.out_sizes, window.strides, strict=True)]
+        met.append(graph.emit("Slice", maps, graph.integers(*starts), graph.integers(*ends), axes, steps))
+    return met
+
+
+def _by_correlation(site: Site, window: Window, source: str, gradient: str) -> str:
+    graph = site.graph
+    _, channels, *kernel = site.shape(site.node.input[1])
+    swap = [1, 0, *window.axes]
+    # [batch, group, channels, ...] -> [channels, group * batch, ...]: each group meets its own output channels.
+    images = graph.emit("Reshape", source, graph.integers(-1, window.group, channels, *window.sizes))
+    images = graph.emit("Transpose", images, perm=[2, 1, 0, *range(3, 3 + len(kernel))])
+    # The batch may be of any size, so the joint axis is the one left open.
+    images = graph.emit("Reshape", images, graph.integers(channels, -1, *window.sizes))
     correlated = graph.emit(
         "Conv",
         images,
-        graph.emit("Transpose", site.gradient, perm=swap),
+        graph.emit("Transpose", gradient, perm=swap),
         strides=list(window.dilations),
         dilations=list(window.strides),
         pads=window.onnx_pads,

@@ -15,8 +15,37 @@ from export.gradients import Gradient, Site, reduce_to
 Gradients = dict[int, Gradient]
 
 
+def constant(_: Site) -> Gradients:
+    """Ops whose output does not vary with small changes of the input: comparisons, shapes, roundings, positions."""
+    return {}
+
+
+def cast(site: Site) -> Gradients:
+    """Between floats the gradient is cast back; a whole number or a truth value does not vary."""
+    target = site.attributes(to=None, saturate=1)["to"]
+    if target == TensorProto.FLOAT:
+        return {0: site.graph.emit("CastLike", site.gradient, site.node.input[0])}
+    if target in (TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16):
+        raise site.unsupported("a type that gradients are not computed in", "keep the model in float32")
+    return {}
+
+
+def dropout(site: Site) -> Gradients:
+    """Outside of training it changes nothing."""
+    site.attributes(seed=0)
+    names = site.node.input
+    if len(names) > 2 and names[2]:
+        training = site.graph.constants.get(names[2])
+        if training is None or training.any():
+            raise site.unsupported(
+                "training_mode, whose random numbers would repeat in every session",
+                "export the model in evaluation mode, where dropout is left out",
+            )
+    return {0: site.gradient}
+
+
 def add(site: Site) -> Gradients:
-    """Y = A + B."""
+    """Y = A + B, and Sum of any number."""
     site.attributes()
     return {index: _back(site, site.gradient, index) for index in site.wanted}
 
@@ -53,6 +82,105 @@ def div(site: Site) -> Gradients:
     return gradients
 
 
+def larger(site: Site) -> Gradients:
+    """Max of two: the gradient goes to the larger operand; each gets half where they are equal, as in torch."""
+    return _chosen(site, "Greater", "Less")
+
+
+def smaller(site: Site) -> Gradients:
+    """Min of two."""
+    return _chosen(site, "Less", "Greater")
+
+
+def where(site: Site) -> Gradients:
+    """Each operand gets the gradient where it was taken; the condition itself does not vary."""
+    site.attributes()
+    graph, condition, zero = site.graph, site.node.input[0], site.graph.real(0)
+    gradients: Gradients = {}
+    if 1 in site.wanted:
+        gradients[1] = _back(site, graph.emit("Where", condition, site.gradient, zero), 1)
+    if 2 in site.wanted:
+        gradients[2] = _back(site, graph.emit("Where", condition, zero, site.gradient), 2)
+    return gradients
+
+
+def negative(site: Site) -> Gradients:
+    """-1."""
+    site.attributes()
+    return {0: site.graph.emit("Neg", site.gradient)}
+
+
+def absolute(site: Site) -> Gradients:
+    """The sign; 0 at 0."""
+    site.attributes()
+    return {0: site.graph.emit("Mul", site.gradient, site.graph.emit("Sign", site.node.input[0]))}
+
+
+def reciprocal(site: Site) -> Gradients:
+    """-Y^2."""
+    site.attributes()
+    graph, y = site.graph, site.node.output[0]
+    return {0: graph.emit("Neg", graph.emit("Mul", site.gradient, graph.emit("Mul", y, y)))}
+
+
+def log(site: Site) -> Gradients:
+    """1 / X."""
+    site.attributes()
+    return {0: site.graph.emit("Div", site.gradient, site.node.input[0])}
+
+
+def sine(site: Site) -> Gradients:
+    """cos X."""
+    site.attributes()
+    return {0: site.graph.emit("Mul", site.gradient, site.graph.emit("Cos", site.node.input[0]))}
+
+
+def cosine(site: Site) -> Gradients:
+    """-sin X."""
+    site.attributes()
+    return {0: site.graph.emit("Neg", site.graph.emit("Mul", site.gradient, site.graph.emit("Sin", site.node.input[0])))}
+
+
+def softplus(site: Site) -> Gradients:
+    """Y = log(1 + exp(X)): sigmoid(X)."""
+    site.attributes()
+    return {0: site.graph.emit("Mul", site.gradient, site.graph.emit("Sigmoid", site.node.input[0]))}
+
+
+def elu(site: Site) -> Gradients:
+    """1 above 0; at 0 and below alpha exp(X), which is Y + alpha."""
+    alpha = site.attributes(alpha=1.0)["alpha"]
+    return {0: _above_0(site, site.gradient, site.graph.emit("Add", site.node.output[0], site.graph.real(alpha)))}
+
+
+def selu(site: Site) -> Gradients:
+    """gamma above 0; at 0 and below gamma alpha exp(X), which is Y + gamma alpha."""
+    options = site.attributes(alpha=1.67326319217681884765625, gamma=1.05070102214813232421875)
+    graph, gamma = site.graph, options["gamma"]
+    slope = graph.emit("Add", site.node.output[0], graph.real(gamma * options["alpha"]))
+    return {0: _above_0(site, graph.emit("Mul", site.gradient, graph.real(gamma)), slope)}
+
+
+def celu(site: Site) -> Gradients:
+    """1 above 0; at 0 and below exp(X / alpha), which is Y / alpha + 1."""
+    graph, alpha = site.graph, site.attributes(alpha=1.0)["alpha"]
+    slope = graph.emit("Add", graph.emit("Mul", site.node.output[0], graph.real(1 / alpha)), graph.real(1))
+    return {0: _above_0(site, site.gradient, slope)}
+
+
+def prelu(site: Site) -> Gradients:
+    """Y = X above 0, slope X at 0 and below."""
+    site.attributes()
+    graph, (source, slope) = site.graph, site.node.input
+    gradients: Gradients = {}
+    if 0 in site.wanted:
+        gradients[0] = _above_0(site, site.gradient, slope)
+    if 1 in site.wanted:
+        below = graph.emit("Mul", site.gradient, graph.emit("Min", source, graph.real(0)))
+        gradients[1] = _back(site, below, 1)
+    return gradients
+
+
 def relu(site: Site) -> Gradients:
     """The gradient passes where the output is positive."""
     site.attributes()
@@ -63,9 +191,7 @@ def relu(site: Site) -> Gradients:
 def leaky_relu(site: Site) -> Gradients:
     """At 0 the slope is alpha."""
     alpha = site.attributes(alpha=0.01)["alpha"]
-    graph = site.graph
-    is_positive = graph.emit("Greater", site.node.input[0], graph.real(0))
-    return {0: graph.emit("Where", is_positive, site.gradient, graph.emit("Mul", site.gradient, graph.real(alpha)))}
+    return {0: _above_0(site, site.gradient, site.graph.real(alpha))}
 
 
 def sigmoid(site: Site) -> Gradients:
@@ -125,8 +251,9 @@ def erf(site: Site) -> Gradients:
     """2 / sqrt(pi) exp(-X^2)."""
     site.attributes()
     graph, source = site.graph, site.node.input[0]
-    bell = graph.emit("Exp", graph.emit("Neg", graph.emit("Mul", source, source)))
-    return {0: graph.emit("Mul", site.gradient, graph.emit("Mul", bell, graph.real(2 / math.sqrt(math.pi))))}
+    # The factor in the exponent, next to the sign, saves a pass over the tensor.
+    exponent = graph.emit("Sub", graph.real(math.log(2 / math.sqrt(math.pi))), graph.emit("Mul", source, source))
+    return {0: graph.emit("Mul", site.gradient, graph.emit("Exp", exponent))}
 
 
 def power(site: Site) -> Gradients:
@@ -146,6 +273,26 @@ def power(site: Site) -> Gradients:
 def _back(site: Site, gradient: str, index: int) -> str:
     """A gradient shaped like the output, brought to the shape of one operand."""
     return reduce_to(site, gradient, site.node.output[0], site.node.input[index])
+
+
+def _chosen(site: Site, *comparisons: str) -> Gradients:
+    """The gradient by which operand was taken; `comparisons` are true where the first was, and where the second was."""
+    site.attributes()
+    if len(site.node.input) != 2:
+        raise site.unsupported(f"{len(site.node.input)} operands", "compare two at a time")
+    graph, names = site.graph, site.node.input
+    won, lost = (graph.emit("Cast", graph.emit(op, *names), to=TensorProto.FLOAT) for op in comparisons)
+    half = graph.emit("Mul", site.gradient, graph.real(0.5))
+    lean = graph.emit("Mul", half, graph.emit("Sub", won, lost))
+    shares = {0: "Add", 1: "Sub"}
+    return {index: _back(site, graph.emit(shares[index], half, lean), index) for index in site.wanted}
+
+
+def _above_0(site: Site, above: str, slope: str) -> str:
+    """`above` where the input is positive, `slope` times the gradient elsewhere."""
+    graph = site.graph
+    is_positive = graph.emit("Greater", site.node.input[0], graph.real(0))
+    return graph.emit("Where", is_positive, above, graph.emit("Mul", site.gradient, slope))
 
 
 def _where_not_zero(site: Site, gradient: str, gate: str) -> str:

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from onnx import helper, numpy_helper
 
 from export.forward import Shape
+from export.lowering import OPSET_VERSION
 from regrow.errors import LocalError
 
-OPSET_VERSION = 18
 IR_VERSION = 9
 
 

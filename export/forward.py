@@ -4,14 +4,16 @@ Names in every program that we build:
     x, y, sample_weight, learning_rate, loss, ...   the program's own inputs and outputs
     <parameter>, mask:<parameter>, new:<parameter>  a parameter keeps the name of its initializer
     state:<slot>:<parameter>, anchor:<parameter>    what the optimizer remembers of it, and its value as the round began
+    stat:<statistic>, batch:<statistic>             a running mean or variance, and that of the batch at hand
     forward:<value>                                 what the forward model calls <value>
     step:<number>                                   everything that we add
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,16 +22,18 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from export.layers import frozen_parameters
+from export.lowering import lowered
+from export.shape_folding import folded
 from regrow.errors import LocalError
 
 Shape = tuple[int | None, ...]
 """One entry per axis; None where the size is only known at run time (the batch)."""
 
 OPSETS = range(13, 22)
-"""Incoming ai.onnx versions. The ops that we differentiate mean the same in all of them, so programs simply say 18."""
+"""Incoming ai.onnx versions; programs say 18 (export.lowering)."""
 
 RESERVED_NAMES = frozenset({"x", "y", "sample_weight", "learning_rate", "loss", "loss_sum", "correct", "squared_error"})
-RESERVED_PREFIXES = ("new:", "mask:", "state:", "anchor:", "forward:", "step:")
+RESERVED_PREFIXES = ("new:", "mask:", "state:", "anchor:", "forward:", "step:", "stat:", "batch:")
 _FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 
 
@@ -39,6 +43,7 @@ class Forward:
 
     Attributes:
         nodes: in execution order, `Constant` nodes taken out.
+        program_nodes: the same in the terms of the opset that programs say (export.lowering).
         parameters: the float32 initializers that are trained, in the model's order.
         constants: tensors that are never trained (shapes, axes; initializers of layers that stay as they are, under their own names).
         shapes: of every value whose shape could be inferred.
@@ -46,9 +51,11 @@ class Forward:
         input_type: of `x`, TensorProto.FLOAT or INT64.
         logits: name of the output.
         output_shape: of the output, float32; all axes but the first are known.
+        statistics: running means and variances of batch normalisations, by initializer; in the nodes `stat:<initializer>`.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
+    program_nodes: tuple[onnx.NodeProto, ...]
     parameters: dict[str, NDArray[np.float32]]
     constants: dict[str, NDArray[Any]]
     shapes: dict[str, Shape]
@@ -56,6 +63,7 @@ class Forward:
     input_type: int
     logits: str
     output_shape: Shape
+    statistics: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -77,37 +85,41 @@ def read_forward(model: onnx.ModelProto, train_last: int | None = None) -> Forwa
     inferred = _checked(model)
     graph = inferred.graph
     parameters, constants = _initializers(graph)
-    inputs = [value for value in graph.input if value.name not in parameters and value.name not in constants]
+    statistics = _taken_statistics(graph, parameters)
+    known = {*parameters, *constants, *statistics}
+    inputs = [value for value in graph.input if value.name not in known]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise LocalError(
             f"the model has {len(inputs)} inputs and {len(graph.output)} outputs, but training needs exactly one of each; "
             "export the network alone, from features to logits, without its loss"
         )
     input_shape = _input_shape(inputs[0])
-    names = {"": "", inputs[0].name: "x"} | {name: name for name in parameters}
-    nodes = tuple(_renamed(node, names) for node in graph.node if node.op_type != "Constant")
-    shapes = {_rename(value.name, names): _shape(value) for value in (*graph.value_info, *graph.output)}
+    names = {"": "", inputs[0].name: "x"} | {name: name for name in parameters} | {name: f"stat:{name}" for name in statistics}
+    nodes, program_nodes = (
+        tuple(_renamed(node, names) for node in each.node if node.op_type != "Constant") for each in (model.graph, graph)
+    )
+    values = [value for value in (*graph.value_info, *graph.output) if value.type.tensor_type.HasField("shape")]
+    shapes = {_rename(value.name, names): _shape(value) for value in values}
     shapes |= {name: array.shape for name, array in parameters.items()} | {"x": input_shape}
     constants = {_rename(name, names): array for name, array in constants.items()}
     shapes |= {name: array.shape for name, array in constants.items()}
+    shapes |= {f"stat:{name}": array.shape for name, array in statistics.items()}
     logits = _rename(graph.output[0].name, names)
     if train_last is not None:
         frozen = frozen_parameters(nodes, parameters, constants, train_last)
         constants |= {name: parameters.pop(name) for name in frozen}
     input_type = inputs[0].type.tensor_type.elem_type
-    return Forward(
-        nodes, parameters, constants, shapes, input_shape, input_type, logits, _output_shape(shapes.get(logits), graph.output[0])
-    )
+    output_shape = _output_shape(shapes.get(logits), graph.output[0])
+    return Forward(nodes, program_nodes, parameters, constants, shapes, input_shape, input_type, logits, output_shape, statistics)
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with inferred shapes, or LocalError."""
+    """The model in the terms of our opset, with inferred shapes, or LocalError."""
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise LocalError("the model keeps weights in another file; save it as one file: onnx.save(onnx.load(path), 'one.onnx')")
     try:
         onnx.checker.check_model(model)
-        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except onnx.checker.ValidationError as error:
         raise LocalError(f"not a valid ONNX model: {error}") from error
     versions = {entry.domain: entry.version for entry in model.opset_import}
     version = versions.get("", versions.get("ai.onnx", 0))
@@ -115,7 +127,14 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
         raise LocalError(f"the model uses opset {version}; export it with an opset from {OPSETS[0]} to {OPSETS[-1]}, best 18")
     if model.functions:
         raise LocalError(f"the model defines the function {model.functions[0].name!r}; inline it (onnx.inliner.inline_local_functions)")
-    return inferred
+    try:
+        return _inferred(folded(_inferred(lowered(model))))
+    except onnx.shape_inference.InferenceError as error:
+        raise LocalError(f"not a valid ONNX model: {error}") from error
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
 def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[Any]]]:
@@ -138,6 +157,26 @@ def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]
         if name in RESERVED_NAMES or name.startswith(RESERVED_PREFIXES):
             raise LocalError(f"parameter {name!r} has a name that training programs need; rename it in the model")
     return parameters, constants | dict(_constant_nodes(graph))
+
+
+def _taken_statistics(graph: onnx.GraphProto, parameters: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Move the running means and variances of batch normalisations out of the parameters: nobody trains them.
+
+    Raises:
+        LocalError: a statistic is no float32 initializer, or something else uses it too.
+    """
+    norms = [node for node in graph.node if node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")]
+    statistics: dict[str, NDArray[np.float32]] = {}
+    uses = Counter(name for node in graph.node for name in node.input)
+    for node in norms:
+        for name in node.input[3:5]:
+            where = f"BatchNormalization (node {node.name!r}): its statistic {name!r}"
+            if uses[name] != 1:
+                raise LocalError(f"{where} is used elsewhere too; exporters merge equal tensors: train the model a step, then export")
+            if name not in parameters:
+                raise LocalError(f"{where} is no float32 initializer; export the model with its weights")
+            statistics[name] = parameters.pop(name)
+    return statistics
 
 
 def _constant_nodes(graph: onnx.GraphProto) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -195,4 +234,14 @@ def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
     renamed.CopyFrom(node)
     renamed.input[:] = [_rename(name, names) for name in node.input]
     renamed.output[:] = [_rename(name, names) for name in node.output]
+    if node.op_type == "BatchNormalization":
+        as_inference(renamed)
     return renamed
+
+
+def as_inference(node: onnx.NodeProto) -> None:
+    """Make a BatchNormalization that was exported in training mode one for inference; it then gives out no new running statistics."""
+    del node.output[1:]
+    kept = [attribute for attribute in node.attribute if attribute.name != "training_mode"]
+    del node.attribute[:]
+    node.attribute.extend(kept)

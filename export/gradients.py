@@ -9,8 +9,9 @@ A rule is a function Site -> {input index: gradient}. To support another op, wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -48,14 +49,48 @@ class Site:
     Attributes:
         graph: where the rule writes its nodes.
         node: the forward node as it stands in the graph; a rule may give it a further output (MaxPool's indices).
-        gradient: name of the gradient of the node's first output.
+        gradients: names of the gradients of the node's outputs; None for an output that the loss does not depend on.
         wanted: indices of the inputs that depend on a parameter.
     """
 
     graph: Emitter
     node: onnx.NodeProto
-    gradient: str
+    gradients: tuple[str | None, ...]
     wanted: Collection[int]
+
+    @property
+    def gradient(self) -> str:
+        """Name of the gradient of the first output, for the many ops that have one output only.
+
+        Raises:
+            LocalError: another output is in use.
+        """
+        first, *others = self.gradients
+        if first is None or any(others):
+            raise cannot_train(self.node, "has a second output in use, which no gradient rule covers; use its first output only")
+        return first
+
+    def output(self, index: int) -> str:
+        """Name of an output of the forward node, which from now on gives it even if the model left it out."""
+        outputs = self.node.output
+        outputs.extend([""] * (index + 1 - len(outputs)))
+        outputs[index] = name = str(outputs[index]) or self.graph.fresh()
+        return name
+
+    def integers(self, index: int, default: Iterable[int] = ()) -> list[int]:
+        """The numbers of an optional input that has to be constant: axes, bounds, sizes.
+
+        Raises:
+            LocalError: they are computed.
+        """
+        names = self.node.input
+        if index >= len(names) or not names[index]:
+            return list(default)
+        value = self.graph.constants.get(names[index])
+        if value is None:
+            what = f"{names[index].removeprefix('forward:')!r}, which is computed,"
+            raise self.unsupported(what, "give it as a constant; fix every axis but the batch")
+        return [int(number) for number in value.ravel()]
 
     def attributes(self, **defaults: Any) -> dict[str, Any]:
         """The node's attributes over their defaults; strings decoded.
@@ -75,6 +110,15 @@ class Site:
         if shape is None or None in shape[static_from:]:
             raise self.unsupported(f"a shape of {name!r} that is only known at run time", "fix every axis but the batch")
         return tuple(size or 0 if axis < static_from else int(size or 0) for axis, size in enumerate(shape))
+
+    def fixed_size(self, name: str, axis: int) -> int:
+        """Size of one axis of a forward value."""
+        shape = self.graph.static_shape(name)
+        size = None if shape is None else shape[axis]
+        if size is None:
+            what = f"axis {axis} of {name.removeprefix('forward:')!r} with a size that is only known at run time"
+            raise self.unsupported(what, "use a fixed axis")
+        return size
 
     def rank(self, name: str) -> int:
         shape = self.graph.static_shape(name)
@@ -96,7 +140,20 @@ def cannot_train(node: onnx.NodeProto, why: str) -> LocalError:
     return LocalError(f"cannot train {op} (node {node.name!r}, output {output!r}): it {why}")
 
 
-def differentiate(graph: Emitter, rules: Mapping[str, Rule], parameters: Collection[str], output: str, seed: str) -> dict[str, Gradient]:
+def _cure(node: onnx.NodeProto, rules: Mapping[str, Rule], cures: Mapping[str, str]) -> str:
+    if node.domain not in ("", "ai.onnx"):
+        return "it is of another domain than ai.onnx; write it with ops of ai.onnx"
+    return cures.get(node.op_type) or f"replace it by supported ops ({', '.join(sorted(rules))}) or add a rule in export/rules.py"
+
+
+def differentiate(
+    graph: Emitter,
+    rules: Mapping[str, Rule],
+    parameters: Collection[str],
+    output: str,
+    seed: str,
+    cures: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Gradient]:
     """Gradients of every parameter, given `seed`, the gradient of `output`; the backward nodes are appended to the graph.
 
     Backward is linear in its seed: a seed scaled by -learning_rate gives the SGD updates themselves.
@@ -107,6 +164,7 @@ def differentiate(graph: Emitter, rules: Mapping[str, Rule], parameters: Collect
         parameters: names of the graph inputs to differentiate by.
         output: name of the value whose gradient is given.
         seed: name of that gradient, same shape as `output`.
+        cures: what to do about ops without a rule, by op type.
 
     Raises:
         LocalError: an op on the way from a parameter to the output has no rule, or `output` does not depend on some parameter.
@@ -115,18 +173,16 @@ def differentiate(graph: Emitter, rules: Mapping[str, Rule], parameters: Collect
     active = set(parameters)
     for node in forward:
         if active.intersection(node.input):
-            active.update(node.output)
+            active.update(filter(None, node.output))
     contributions: dict[str, list[Gradient]] = {output: [seed]}
     for node in reversed(forward):
         wanted = [index for index, name in enumerate(node.input) if name in active]
         if not wanted or not any(name in contributions for name in node.output):
             continue
         if node.domain not in ("", "ai.onnx") or node.op_type not in rules:
-            supported = ", ".join(sorted(rules))
-            raise cannot_train(node, f"has no gradient rule; replace it by supported ops ({supported}) or add a rule in export/rules.py")
-        if any(name in contributions for name in node.output[1:]):
-            raise cannot_train(node, "has a second output in use, which no gradient rule covers; use its first output only")
-        site = Site(graph, node, _total(graph, contributions.pop(node.output[0])), wanted)
+            raise cannot_train(node, f"has no gradient rule; {_cure(node, rules, cures)}")
+        gradients = tuple(_total(graph, contributions.pop(name)) if name in contributions else None for name in node.output)
+        site = Site(graph, node, gradients, wanted)
         for index, gradient in rules[node.op_type](site).items():
             contributions.setdefault(node.input[index], []).append(gradient)
     unreached = [name for name in parameters if name not in contributions]

@@ -43,15 +43,15 @@ def step_memory(programs: Mapping[str, bytes]) -> StepMemory:
     Where the shape of some value does not follow from the batch, there are no figures, and memory binds nobody.
     """
     small = sum(name.startswith("train:") for name in programs)
-    pairs = [(programs[f"train:{level}"], programs[f"evaluate:{level}"]) for level in range(small)]
-    pairs.append((programs.get("train_masked", programs["train"]), programs["evaluate"]))
+    found = [(programs[f"train:{level}"], programs[f"evaluate:{level}"], programs.get(f"statistics:{level}")) for level in range(small)]
+    found.append((programs.get("train_masked", programs["train"]), programs["evaluate"], programs.get("statistics")))
     try:
-        return StepMemory([_job_bytes(train, evaluate) for train, evaluate in pairs])
+        return StepMemory([_job_bytes(*of_level) for of_level in found])
     except _UnknownShapeError:
         return StepMemory([])
 
 
-def _job_bytes(train: bytes, evaluate: bytes) -> JobBytes:
+def _job_bytes(train: bytes, evaluate: bytes, statistics: bytes | None) -> JobBytes:
     model = onnx.ModelProto.FromString(train)
     made = {name: size for name, size in _bytes_of(model, 1).items() if name.startswith("new:")}
     state = sum(size for name, size in made.items() if name.startswith("new:state:"))
@@ -63,7 +63,12 @@ def _job_bytes(train: bytes, evaluate: bytes) -> JobBytes:
     fixed, trained = _most_alive(model)
     scoring = onnx.ModelProto.FromString(evaluate)
     also, scored = _most_alive(scoring)
-    vectors += CONSTANT_COPIES * sum(len(tensor.raw_data) for each in (model, scoring) for tensor in each.graph.initializer)
+    programs = [model, scoring]
+    if statistics is not None:  # a third session, with batches of the size that is trained
+        programs.append(onnx.ModelProto.FromString(statistics))
+        once, more = _most_alive(programs[-1])
+        fixed, trained = fixed + once, trained + more
+    vectors += CONSTANT_COPIES * sum(len(tensor.raw_data) for each in programs for tensor in each.graph.initializer)
     return JobBytes(SESSIONS_BYTES + vectors + math.ceil(ARENA * (fixed + also)), math.ceil(ARENA * trained), math.ceil(ARENA * scored))
 
 

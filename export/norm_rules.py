@@ -1,10 +1,14 @@
-"""Gradients of normalisations. Group normalisation is covered too: torch exports it as InstanceNormalization between two Reshapes."""
+"""Gradients of normalisations.
+
+Group normalisation is covered too: torch exports it as InstanceNormalization between two Reshapes, and export.lowering turns the op
+into that.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from export.gradients import Gradient, Site
+from export.gradients import Gradient, Site, reduce_to
 
 
 def instance_normalization(site: Site) -> dict[int, Gradient]:
@@ -37,6 +41,27 @@ def instance_normalization(site: Site) -> dict[int, Gradient]:
         gradients[1] = graph.emit("ReduceSum", graph.emit("Mul", site.gradient, normal), others, keepdims=0)
     if 2 in site.wanted:
         gradients[2] = graph.emit("ReduceSum", site.gradient, others, keepdims=0)
+    return gradients
+
+
+def layer_normalization(site: Site) -> dict[int, Gradient]:
+    """As instance_normalization, over the last axes; the forward node gives mean and 1 / deviation itself."""
+    options = site.attributes(axis=-1, epsilon=1e-5, stash_type=1)
+    graph, (source, scale) = site.graph, site.node.input[:2]
+    rank, gradient = site.rank(source), site.gradient
+    axis = options["axis"] % rank
+    normal = graph.emit("Mul", graph.emit("Sub", source, site.output(1)), site.output(2))
+    gradients: dict[int, Gradient] = {}
+    if 0 in site.wanted:
+        axes = graph.integers(*range(axis, rank))
+        inner = graph.emit("Mul", gradient, scale)
+        slope = graph.emit("ReduceMean", graph.emit("Mul", inner, normal), axes)
+        level = graph.emit("Sub", inner, graph.emit("ReduceMean", inner, axes))
+        gradients[0] = graph.emit("Mul", graph.emit("Sub", level, graph.emit("Mul", normal, slope)), site.output(2))
+    if 1 in site.wanted:
+        gradients[1] = reduce_to(site, graph.emit("Mul", gradient, normal), site.node.output[0], scale)
+    if 2 in site.wanted:
+        gradients[2] = reduce_to(site, gradient, site.node.output[0], site.node.input[2])
     return gradients
 
 

@@ -22,6 +22,7 @@ from onnx import TensorProto
 
 from export.emitter import Emitter
 from export.gradients import Gradient, Site
+from export.windows import Window, window_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def max_pool(site: Site) -> dict[int, Gradient]:
     if options["storage_order"]:
         raise site.unsupported("storage_order 1", "use row-major order")
     shape = site.shape(site.node.input[0], static_from=1)
+    window_of(site, options, options["kernel_shape"])  # for what it refuses
     return {0: _by_halving(site, options, shape) if _is_tiled(options, shape[2:]) else _by_scattering(site, options, shape)}
 
 
@@ -105,14 +107,10 @@ def _dealt(graph: Emitter, gradient: str, halving: Halving) -> str:
 
 def _by_scattering(site: Site, options: dict[str, Any], shape: tuple[int, ...]) -> str:
     graph, node = site.graph, site.node
-    if len(node.output) == 1:
-        node.output.append(graph.fresh())
-    elif not node.output[1]:
-        node.output[1] = graph.fresh()
     count = graph.emit("Mul", graph.emit("Shape", node.input[0], start=0, end=1), graph.integers(math.prod(shape[1:])))
     zeros = graph.emit("ConstantOfShape", count)
     flat = graph.integers(-1)
-    winners = graph.emit("Reshape", node.output[1], flat)
+    winners = graph.emit("Reshape", site.output(1), flat)
     gradient = graph.emit("Reshape", site.gradient, flat)
     # Windows that share a winner add up; where windows cannot overlap, plain assignment is faster.
     spans = [(size - 1) * step + 1 for size, step in zip(options["kernel_shape"], options["dilations"], strict=True)]
@@ -125,39 +123,45 @@ def _by_scattering(site: Site, options: dict[str, Any], shape: tuple[int, ...]) 
 def average_pool(site: Site) -> dict[int, Gradient]:
     """Every position of a window gets an equal share of the window's gradient."""
     rank = site.rank(site.node.input[0]) - 2
-    options = site.attributes(kernel_shape=[], strides=[1] * rank, pads=[0] * 2 * rank, auto_pad="NOTSET", ceil_mode=0, count_include_pad=0)
-    if options["auto_pad"] not in ("NOTSET", "VALID"):
-        raise site.unsupported(f"auto_pad {options['auto_pad']}", "give the pads as numbers")
-    kernel, strides, pads = options["kernel_shape"], options["strides"], options["pads"]
-    channels, *sizes = site.shape(site.node.input[0], static_from=1)[1:]
-    out_sizes = site.shape(site.node.output[0], static_from=2)[2:]
-    # What the last stride left over at the end of an axis; negative where ceil_mode let the last window hang over.
-    left_over = [
-        size + pads[axis] + pads[axis + rank] - (out - 1) * stride - length
-        for axis, (size, out, stride, length) in enumerate(zip(sizes, out_sizes, strides, kernel, strict=True))
-    ]
-    if min(left_over) < 0:
-        raise site.unsupported("ceil_mode 1 with a window that hangs over the end", "use ceil_mode 0 or pad the input")
-    graph = site.graph
-    if options["count_include_pad"] or not any(pads):
-        share = graph.emit("Mul", site.gradient, graph.real(1 / math.prod(kernel)))
-    else:
-        share = graph.emit("Mul", site.gradient, graph.constant(1 / _counts(sizes, out_sizes, kernel, strides, pads), np.float32))
-    if strides == kernel and not any(pads):
-        return {0: _repeated(graph, share, [channels, *out_sizes], kernel, left_over)}
-    share = graph.emit("Reshape", share, graph.integers(-1, 1, *out_sizes))
-    ones = graph.constant(np.ones((1, 1, *kernel)), np.float32)
-    spread = graph.emit("ConvTranspose", share, ones, strides=strides, pads=pads, output_padding=left_over)
+    ones = [1] * rank
+    options = site.attributes(
+        kernel_shape=[], strides=ones, dilations=ones, pads=[0] * 2 * rank, auto_pad="NOTSET", ceil_mode=0, count_include_pad=0
+    )
+    window = window_of(site, options, options["kernel_shape"])
+    if set(window.dilations) != {1}:
+        raise site.unsupported("dilations", "leave them at 1")
+    graph, kernel = site.graph, window.kernel
+    counts = _counts(window, include_pad=bool(options["count_include_pad"]))
+    share = graph.emit("Mul", site.gradient, graph.constant(1 / counts, np.float32))
+    channels = site.shape(site.node.input[0], static_from=1)[1]
+    if window.strides == kernel and not any(window.onnx_pads) and min(window.left_over) >= 0:
+        return {0: _repeated(graph, share, [channels, *window.out_sizes], list(kernel), window.left_over)}
+    share = graph.emit("Reshape", share, graph.integers(-1, 1, *window.out_sizes))
+    # Where ceil_mode lets the last window hang over, what it gives beyond the end is cut off like padding.
+    pads = [*window.onnx_pads[:rank], *(end - min(0, over) for (_, end), over in zip(window.pads, window.left_over, strict=True))]
+    spread = graph.emit(
+        "ConvTranspose",
+        share,
+        graph.constant(np.ones((1, 1, *kernel)), np.float32),
+        strides=list(window.strides),
+        pads=pads,
+        output_padding=[max(0, over) for over in window.left_over],
+    )
     return {0: graph.reshape_like(spread, site.node.input[0])}
 
 
-def _counts(sizes: list[int], out_sizes: tuple[int, ...], kernel: list[int], strides: list[int], pads: list[int]) -> NDArray[np.float64]:
-    """How many positions of each window lie on the map and not on its padding; shaped like the output map."""
+def _counts(window: Window, *, include_pad: bool) -> NDArray[np.float64]:
+    """By how many positions the sum of each window is divided: a scalar, or shaped like the output map.
+
+    Padding counts with `include_pad`, but never what a window covers beyond it.
+    """
     counts = np.ones(())
-    for size, out, length, stride, begin in zip(sizes, out_sizes, kernel, strides, pads[: len(kernel)], strict=True):
+    axes = zip(window.sizes, window.pads, window.out_sizes, window.kernel, window.strides, strict=True)
+    for size, (begin, end), out, length, stride in axes:
         starts = np.arange(out) * stride - begin
-        counts = np.multiply.outer(counts, np.minimum(starts + length, size) - np.maximum(starts, 0))
-    return counts
+        low, high = (-begin, size + end) if include_pad else (0, size)
+        counts = np.multiply.outer(counts, np.minimum(starts + length, high) - np.maximum(starts, low))
+    return counts.ravel()[:1].reshape(()) if np.all(counts == counts.flat[0]) else counts
 
 
 def _repeated(graph: Emitter, share: str, shape: list[int], kernel: list[int], left_over: list[int]) -> str:
@@ -180,3 +184,14 @@ def global_average_pool(site: Site) -> dict[int, Gradient]:
     area = math.prod(site.shape(source, static_from=2)[2:])
     share = graph.emit("Mul", site.gradient, graph.real(1 / area))
     return {0: graph.emit("Expand", share, graph.emit("Shape", source))}
+
+
+def global_max_pool(site: Site) -> dict[int, Gradient]:
+    """The gradient goes to the first position that holds the maximum, as in torch."""
+    site.attributes()
+    graph, source = site.graph, site.node.input[0]
+    flat = graph.emit("Reshape", source, graph.integers(0, 0, -1))
+    winner = graph.emit("ArgMax", flat, axis=2)
+    gradient = graph.emit("Reshape", site.gradient, graph.integers(0, 0, 1))
+    zeros = graph.emit("Expand", graph.real(0), graph.emit("Shape", flat))
+    return {0: graph.reshape_like(graph.emit("ScatterElements", zeros, winner, gradient, axis=2), source)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.batch_norm import checked_statistics, emit_statistics, statistics_inputs, with_batch_statistics
 from export.emitter import Emitter
-from export.forward import Forward, read_forward
+from export.forward import Forward, as_inference, read_forward
 from export.gradients import differentiate
 from export.losses import check_step, emit_loss, emit_score
 from export.optimizers import Slots, emit_bare_sgd, emit_optimizer, slots_of
-from export.rules import RULES
+from export.recurrent_rules import recurrent_biases
+from export.rules import CURES, RULES
 from regrow.errors import LocalError
 from regrow.local_step import Step, step_of
 from regrow.parameters import Layout, Tensor
@@ -36,7 +39,8 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None, training:
 
         train          x, y, sample_weight, learning_rate, <parameter>..., state:..., anchor:... -> loss, new:<parameter>..., new:state:...
         train_masked   the same and mask:<parameter>... (float32, 0 or 1) for the prunable ones
-        evaluate       x, y, <parameter>... -> loss_sum (float32), and correct (int64) or squared_error (float32)
+        evaluate       x, y, <parameter>..., stat:<statistic>... -> loss_sum (float32), and correct (int64) or squared_error (float32)
+        statistics     x, <parameter>... -> stat:<statistic>... of this batch; only for models with BatchNormalization
         layout         JSON, regrow.parameters.Layout
 
     x is float32 or int64 [batch, ...]; y int64 [batch] in [0, classes) for cross_entropy, otherwise float32 of the output's shape, and
@@ -54,20 +58,22 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None, training:
     step, forward = step_of(training), read_forward(model, training.train_last)
     check_step(step, forward)
     layout = layout_of(forward, units)
-    return {
+    trained = with_batch_statistics(forward)
+    programs = {
         "layout": layout.to_json(),
-        "train": _training_program(forward, layout, step, masked=False),
-        "train_masked": _training_program(forward, layout, step, masked=True),
+        "train": _training_program(trained, layout, step, masked=False),
+        "train_masked": _training_program(trained, layout, step, masked=True),
         "evaluate": _evaluation_program(forward, step),
     }
+    return programs | ({"statistics": _statistics_program(trained, step)} if forward.statistics else {})
 
 
 def layout_of(forward: Forward, units: Units | None = None) -> Layout:
     """Where each parameter lies in the flat vector; vectors and scalars (biases, norms) are always kept, unless units own them."""
-    tensors = []
+    tensors, biases = [], recurrent_biases(forward)
     for number, (name, array) in enumerate(forward.parameters.items()):
         leaves = units is not None and any(axis.group is not None for axis in units.axes[number])
-        tensors.append(Tensor(name, array.shape, always_kept=array.ndim < 2 and not leaves))
+        tensors.append(Tensor(name, array.shape, always_kept=(array.ndim < 2 or name in biases) and not leaves))
     return Layout(tuple(tensors))
 
 
@@ -84,28 +90,40 @@ def initial_vector(model: onnx.ModelProto, train_last: int | None = None) -> NDA
     return layout_of(forward).flatten(forward.parameters)
 
 
-def write_model(model: onnx.ModelProto, vector: NDArray[np.float32], path: Path, train_last: int | None = None) -> None:
-    """Write the forward model with the weights of `vector`; everything else stays as it was.
+def write_model(
+    model: onnx.ModelProto,
+    vector: NDArray[np.float32],
+    path: Path,
+    train_last: int | None = None,
+    *,
+    statistics: Mapping[str, NDArray[np.float32]] | None = None,
+) -> None:
+    """Write the forward model with the weights of `vector`; everything else stays as it was, but it is for inference.
 
     Args:
         vector: float32 [n] in the layout of this model, trained with this train_last.
+        statistics: running means and variances by initializer, as Trainer.statistics has them; None: those of the model stay.
 
     Raises:
-        LocalError: the vector does not fit the model.
+        LocalError: the vector or the statistics do not fit the model.
     """
-    values = layout_of(read_forward(model, train_last)).unflatten(vector)
+    forward = read_forward(model, train_last)
+    values = layout_of(forward).unflatten(vector) | checked_statistics(forward, statistics or {})
     trained = onnx.ModelProto()
     trained.CopyFrom(model)
     for tensor in trained.graph.initializer:
         if tensor.name in values:
             tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    for node in trained.graph.node:
+        if node.op_type == "BatchNormalization":
+            as_inference(node)
     onnx.checker.check_model(trained, full_check=True)
     onnx.save_model(trained, path)
 
 
 def _emitter(forward: Forward) -> Emitter:
     nodes = []
-    for node in forward.nodes:
+    for node in forward.program_nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         nodes.append(copy)
@@ -115,7 +133,7 @@ def _emitter(forward: Forward) -> Emitter:
 def _training_program(forward: Forward, layout: Layout, step: Step, *, masked: bool) -> bytes:
     graph = _emitter(forward)
     seed = emit_loss(graph, forward, step, bare=step.is_bare_sgd)
-    gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed)
+    gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed, CURES)
     prunable = [tensor for tensor in layout.tensors if masked and not tensor.always_kept]
     masks = {tensor.name: f"mask:{tensor.name}" for tensor in prunable}
     slots = Slots((), ())
@@ -143,7 +161,14 @@ def _evaluation_program(forward: Forward, step: Step) -> bytes:
         helper.make_tensor_value_info(other, TensorProto.INT64 if step.counts_hits else TensorProto.FLOAT, []),
     ]
     named = {} if step.classifies else {OUTPUT: forward.logits}
-    return graph.program(_data_inputs(forward, step) + _parameter_inputs(forward), outputs, _metadata(forward, step) | named)
+    inputs = _data_inputs(forward, step) + _parameter_inputs(forward) + statistics_inputs(forward)
+    return graph.program(inputs, outputs, _metadata(forward, step) | named)
+
+
+def _statistics_program(forward: Forward, step: Step) -> bytes:
+    graph = _emitter(forward)
+    outputs = emit_statistics(graph, forward)
+    return graph.program(_data_inputs(forward, step)[:1] + _parameter_inputs(forward), outputs, _metadata(forward, step))
 
 
 def _data_inputs(forward: Forward, step: Step) -> list[onnx.ValueInfoProto]:

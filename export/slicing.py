@@ -13,8 +13,9 @@ from onnx import helper, numpy_helper
 
 from export.forward import read_forward
 from export.programs import layout_of
-from export.units import Walk, left_of, units_of, walk_of
+from export.units import Walk, left_of, statistics_units, units_of, walk_of
 from regrow.errors import LocalError
+from regrow.parameters import Layout, Tensor
 from regrow.units import Kept, Units, gather
 
 
@@ -36,7 +37,7 @@ def sliced_model(model: onnx.ModelProto, units: Units, kept: Kept) -> onnx.Model
     if units_of(walk) != units:
         raise LocalError("the units are not those of this model; find them again with export.units.find_units")
     layout = layout_of(forward)
-    tensors = gather(layout, units, kept, layout.flatten(forward.parameters))
+    tensors = gather(layout, units, kept, layout.flatten(forward.parameters)) | _statistics_left(walk, kept)
     sliced = onnx.ModelProto()
     sliced.CopyFrom(model)
     for tensor in sliced.graph.initializer:
@@ -49,6 +50,15 @@ def sliced_model(model: onnx.ModelProto, units: Units, kept: Kept) -> onnx.Model
     _drop_unused(sliced.graph)
     onnx.checker.check_model(sliced, full_check=True)
     return sliced
+
+
+def _statistics_left(walk: Walk, kept: Kept) -> dict[str, NDArray[np.float32]]:
+    """The running means and variances of the kept channels."""
+    found = walk.forward.statistics
+    if not found:
+        return {}
+    layout = Layout(tuple(Tensor(name, array.shape, always_kept=True) for name, array in found.items()))
+    return gather(layout, statistics_units(walk), kept, layout.flatten(found))
 
 
 def _refit(graph: onnx.GraphProto, walk: Walk, kept: Kept) -> None:
@@ -76,7 +86,7 @@ def _refit_node(node: onnx.NodeProto, walk: Walk, size: Callable[[str, int], int
     if node.op_type == "Reshape":
         _, entries, *behind = walk.forward.shapes[output]
         made[1] = np.array([-1, size(output, entries or 0), *behind], np.int64)
-    for index in (1, 2) if node.op_type in ("GroupNormalization", "InstanceNormalization") else ():
+    for index in (1, 2) if node.op_type in ("BatchNormalization", "GroupNormalization", "InstanceNormalization") else ():
         same = walk.forward.constants.get(f"forward:{node.input[index]}")
         if same is not None:
             made[index] = same[: size(output, same.size)]

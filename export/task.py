@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,15 @@ def build_task(
         raise LocalError(f"cannot write the build in {task_dir}: {error}") from error
 
 
-def write_trained(model_path: Path, vector: NDArray[np.float32], path: Path, train_last: int | None = None) -> None:
-    """Write the model of `model_path` with the weights of `vector`, float32 [n] by flat coordinate.
+def write_trained(
+    model_path: Path,
+    vector: NDArray[np.float32],
+    path: Path,
+    train_last: int | None = None,
+    *,
+    statistics: Mapping[str, NDArray[np.float32]] | None = None,
+) -> None:
+    """Write the model of `model_path` with the weights of `vector`, float32 [n] by flat coordinate; statistics as write_model.
 
     Raises:
         LocalError: the model cannot be read, or the vector does not fit it.
@@ -96,7 +103,7 @@ def write_trained(model_path: Path, vector: NDArray[np.float32], path: Path, tra
         model = onnx.load(model_path)
     except (OSError, DecodeError, ValueError) as error:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
-    write_model(model, vector, path, train_last)
+    write_model(model, vector, path, train_last, statistics=statistics)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
@@ -134,7 +141,7 @@ def _made_from(model_sha256: str, unit_densities: Sequence[float] | None, traini
         "model_sha256": model_sha256,
         "unit_densities": None if unit_densities is None else list(unit_densities),
     }
-    step = msgspec.to_builtins(step_of(training))
+    step = json.loads(msgspec.json.encode(step_of(training)))  # as it is read again: lists, no tuples
     note |= {"step": step} if step else {}
     return note | ({"train_last": training.train_last} if training.train_last is not None else {})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from export.torch_graph import graph_of_program
 from export.torch_steps import FlatOptimizer, client_losses, score_sums
 from regrow.errors import LocalError, PeerError
 from regrow.examples import described, r_squared
-from regrow.local_training import Batch, Score, TrainResult
+from regrow.local_training import Batch, Score, Statistics, TrainResult, average_statistics
 from regrow.parameters import Layout
 
 # What torch raises (its own exceptions, out of memory too, are RuntimeErrors), and what a graph that contradicts itself leads to.
@@ -73,6 +73,11 @@ class TorchTrainer:
         if dict(self._graph.parameters) != {tensor.name: tensor.shape for tensor in self.layout.tensors}:
             raise LocalError("the layout is not that of the evaluation program; build the task again with `regrow task build`")
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the model has batch normalisation."""
+        return bool(self._graph.statistics)
+
     def train(
         self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float
     ) -> TrainResult:
@@ -88,12 +93,15 @@ class TorchTrainer:
         """One result for each client, all of them trained at the same time.
 
         Args:
-            shares: at least one; all with equally many batches. Shorter batches are padded with examples of weight 0.
+            shares: at least one; all with equally many batches. Shorter batches are padded with examples of weight 0; a model with batch
+                normalisation would notice those, so it is trained one client after the other.
 
         Raises:
             LocalError: an argument does not fit the program.
             PeerError: the program fails.
         """
+        if self._graph.statistics and len(shares) > 1:
+            return [self.train_together([share])[0] for share in shares]
         flat = self._vectors([share.vector for share in shares])
         dropped = None if all(share.kept is None for share in shares) else ~self._masks(shares)
         rates = torch.tensor([[share.learning_rate] for share in shares], dtype=torch.float32, device=self._device)
@@ -118,21 +126,58 @@ class TorchTrainer:
             for index, seen in enumerate(examples.sum(0))
         ]
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any], batch: int = 256) -> Score:
+    def evaluate(
+        self,
+        vector: NDArray[np.float32],
+        x: NDArray[Any],
+        y: NDArray[Any],
+        batch: int = 256,
+        *,
+        statistics: Statistics | None = None,
+    ) -> Score:
         """As edge_agent.trainer.Trainer.evaluate.
 
         Raises:
             LocalError: an argument does not fit the program.
             PeerError: the program fails.
         """
-        return self.evaluate_together([vector], [(x, y)], batch)[0]
+        return self.evaluate_together([vector], [(x, y)], batch, [statistics or {}])[0]
 
-    def evaluate_together(self, vectors: Sequence[NDArray[np.float32]], data: Sequence[Batch], batch: int = 256) -> list[Score]:
+    def statistics(self, vector: NDArray[np.float32], examples: Iterable[NDArray[Any]]) -> Statistics:
+        """As edge_agent.trainer.Trainer.statistics.
+
+        Raises:
+            LocalError: an argument does not fit the program.
+            PeerError: the program fails.
+        """
+        if not self._graph.statistics:
+            return {}
+        parameters = {name: value[0] for name, value in self._parameters(self._vectors([vector])).items()}
+        found = average_statistics(self._batch_statistics(parameters, x) for x in examples)
+        if not found:
+            raise LocalError("there are no batches to compute the statistics of; give at least one")
+        return found
+
+    def _batch_statistics(self, parameters: Mapping[str, torch.Tensor], x: NDArray[Any]) -> Statistics:
+        replace(self._graph.examples, y_dtype=None).check(x, x)
+        found: dict[str, torch.Tensor] = {}
+        with torch.no_grad(), _telling():
+            self._graph.forward(parameters, torch.from_numpy(x).to(self._device), found=found)
+            return {name: tensor.cpu().numpy() for name, tensor in found.items()}
+
+    def evaluate_together(
+        self,
+        vectors: Sequence[NDArray[np.float32]],
+        data: Sequence[Batch],
+        batch: int = 256,
+        statistics: Sequence[Statistics] | None = None,
+    ) -> list[Score]:
         """One score for each client, each on its own data.
 
         Args:
             vectors: float32 [n] each.
             data: of each client (x, y) as the program takes them, at least one example.
+            statistics: of each client's vector; None: the model has no batch normalisation.
 
         Raises:
             LocalError: an argument does not fit the program.
@@ -140,13 +185,15 @@ class TorchTrainer:
         """
         if batch < 1:
             raise LocalError(f"batch is {batch}, but evaluation needs at least 1")
+        running = self._running([{}] * len(data) if statistics is None else statistics)
         flat = self._vectors(vectors)
         sums = np.zeros((2, len(data)))
         with torch.no_grad(), _telling():
             for start in range(0, max(len(x) for x, _ in data), batch):
                 parts = [(x[start : start + batch], y[start : start + batch]) for x, y in data]
                 inputs, targets, weight = self._stacked(parts, may_be_empty=start > 0)
-                sums += score_sums(self._graph.step, self._outputs(flat, inputs), targets, weight).cpu().numpy()
+                outputs = self._outputs(flat, inputs, running)
+                sums += score_sums(self._graph.step, outputs, targets, weight).cpu().numpy()
         return [self._score(sums[0, index], sums[1, index], x, y) for index, (x, y) in enumerate(data)]
 
     def _score(self, loss: float, found: float, x: NDArray[Any], y: NDArray[Any]) -> Score:
@@ -154,15 +201,32 @@ class TorchTrainer:
         accuracy = found / target.size if self._graph.step.counts_hits else r_squared(found, target)
         return Score(float(loss / len(x)), float(accuracy), len(x))
 
-    def _outputs(self, flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """[clients, batch, ...] of [clients, n] and [clients, batch, ...]."""
+    def _outputs(self, flat: torch.Tensor, x: torch.Tensor, running: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """[clients, batch, ...] of [clients, n] and [clients, batch, ...]; running: [clients, channels] each, None in training."""
+        parameters = self._parameters(flat)
+        if len(flat) == 1:  # plain torch, without the cost of mapping
+            alone = None if running is None else {name: value[0] for name, value in running.items()}
+            return self._graph.forward({name: value[0] for name, value in parameters.items()}, x[0], alone)[None]
+        if running is None:
+            outputs: torch.Tensor = torch.func.vmap(self._graph.forward)(parameters, x)
+        else:
+            outputs = torch.func.vmap(self._graph.forward)(parameters, x, running)
+        return outputs
+
+    def _parameters(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of [clients, n], each [clients, *its shape]."""
         pieces = torch.split(flat, [tensor.size for tensor in self.layout.tensors], dim=1)
         named = zip(self.layout.tensors, pieces, strict=True)
-        parameters = {tensor.name: piece.reshape(len(flat), *tensor.shape) for tensor, piece in named}
-        if len(flat) == 1:  # plain torch, without the cost of mapping
-            return self._graph.forward({name: value[0] for name, value in parameters.items()}, x[0])[None]
-        outputs: torch.Tensor = torch.func.vmap(self._graph.forward)(parameters, x)
-        return outputs
+        return {tensor.name: piece.reshape(len(flat), *tensor.shape) for tensor, piece in named}
+
+    def _running(self, statistics: Sequence[Statistics]) -> dict[str, torch.Tensor]:
+        """The statistics of all clients, [clients, channels] each; LocalError if they are not those of the model."""
+        shapes = {name: ("float32", (channels,)) for name, channels in self._graph.statistics.items()}
+        for mine in statistics:
+            if {name: (array.dtype.name, array.shape) for name, array in mine.items()} != shapes:
+                raise LocalError(f"statistics: the model needs {sorted(shapes) or 'none'}, got {sorted(mine) or 'none'}")
+        stacked = {name: np.stack([mine[name] for mine in statistics]) for name in shapes}
+        return {name: torch.from_numpy(array).to(self._device) for name, array in stacked.items()}
 
     def _vectors(self, vectors: Sequence[NDArray[np.float32]]) -> torch.Tensor:
         if not vectors:

@@ -14,13 +14,14 @@ from regrow.errors import LocalError
 from regrow.task import DEFAULT_TRAINING, Training
 from regrow.unit_order import level_sizes, level_units
 
-LEVEL_PROGRAMS = ("layout", "train", "evaluate")
+LEVEL_PROGRAMS = ("layout", "train", "evaluate", "statistics")
 
 
 def build_unit_programs(model: onnx.ModelProto, densities: Sequence[float], training: Training = DEFAULT_TRAINING) -> dict[str, bytes]:
     """The programs of a model, as build_programs, with granularity "unit".
 
         layout, train, evaluate          of the full model; tensors that units are part of are not always kept
+        statistics                       of the full model, and statistics:L, for models with BatchNormalization
         layout:L, train:L, evaluate:L    of level L, for all levels but the last: the sliced model, whichever its units are
         units                            JSON, regrow.units.Units
 
@@ -38,11 +39,11 @@ def build_unit_programs(model: onnx.ModelProto, densities: Sequence[float], trai
         raise LocalError("train_last: whole units are of all layers; build for single weights")
     units = find_units(model)
     whole = build_programs(model, units, training)
-    programs = {name: whole[name] for name in LEVEL_PROGRAMS}
+    programs = {name: whole[name] for name in LEVEL_PROGRAMS if name in whole}
     programs["units"] = units.to_json()
     layout = layout_of(read_forward(model), units)
     for level, sizes in enumerate(level_sizes(layout, units, densities)[:-1]):
         small = sliced_model(model, units, level_units(sizes))
         built = build_programs(small, units, training)
-        programs |= {f"{name}:{level}": built[name] for name in LEVEL_PROGRAMS}
+        programs |= {f"{name}:{level}": built[name] for name in LEVEL_PROGRAMS if name in built}
     return programs

@@ -79,6 +79,7 @@ class Walk:
         values: what axis 1 of each value computed from `x` consists of.
         claims: of each parameter met so far, one per axis.
         views: parameters with axes of size 1 put in: the parameter's name, and where each of its axes lies now.
+        statistics: whose channels the running means and variances are of, by name.
         spaces: in the order in which they were opened, the input's first.
     """
 
@@ -86,6 +87,7 @@ class Walk:
     values: dict[str, _Channels] = field(default_factory=dict)
     claims: dict[str, tuple[_Claim, ...]] = field(default_factory=dict)
     views: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    statistics: dict[str, _Claim] = field(default_factory=dict)
     spaces: list[_Space] = field(default_factory=list)
 
     def opened(self, name: str, channels: int, *, fixed: bool = False) -> _Channels:
@@ -253,6 +255,13 @@ def _instance_norm(site: _Site) -> _Channels:
     return channels
 
 
+def _batch_norm(site: _Site) -> _Channels:
+    channels = _instance_norm(site)
+    for name in site.node.input[3:5]:
+        site.walk.statistics[name.removeprefix("stat:")] = _Claim(channels, owns=True)
+    return channels
+
+
 def _group_norm(site: _Site) -> _Channels:
     """Channels that share mean and variance form one unit, so that those of the others stay as they are when it leaves."""
     channels, count = site.channels(), site.attribute("num_groups", 1)
@@ -270,6 +279,7 @@ def _group_norm(site: _Site) -> _Channels:
 _RULES: dict[str, Callable[[_Site], _Channels | None]] = {
     "Add": _combined,
     "AveragePool": _same_channels,
+    "BatchNormalization": _batch_norm,
     "Conv": _conv,
     "Div": _combined,
     "Flatten": _rearranged,
@@ -324,6 +334,15 @@ def _groups(walk: Walk) -> list[_Space]:
 
 def units_of(walk: Walk) -> Units:
     """What find_units says, of a walk that is at hand."""
+    return _as_units(walk, [walk.claims[name] for name in walk.forward.parameters])
+
+
+def statistics_units(walk: Walk) -> Units:
+    """The same for the running statistics, as if they were parameters, in the forward graph's order."""
+    return _as_units(walk, [(walk.statistics[name],) for name in walk.forward.statistics])
+
+
+def _as_units(walk: Walk, claims: Iterable[tuple[_Claim, ...]]) -> Units:
     groups = _groups(walk)
 
     def axis(claim: _Claim) -> Axis:
@@ -332,7 +351,7 @@ def units_of(walk: Walk) -> Units:
         space = claim.channels.space.root()
         return Axis(groups.index(space), int(claim.channels.each * space.unit), claim.owns)
 
-    axes = tuple(tuple(axis(claim) for claim in walk.claims[name]) for name in walk.forward.parameters)
+    axes = tuple(tuple(axis(claim) for claim in of_one) for of_one in claims)
     return Units(tuple(Group(space.name, space.channels // space.unit) for space in groups), axes)
 
 

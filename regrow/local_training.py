@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,11 @@ from regrow.parameters import Layout
 
 Batch = tuple[NDArray[Any], NDArray[Any]]
 """(x [b, ...] float32 or int64, y [b] int64 or [b, ...] float32); regrow.examples says what a program takes."""
+Statistics = Mapping[str, NDArray[np.float32]]
+"""Running means and variances of batch normalisations, by initializer; empty for a model without. They never leave the device."""
+
+STATISTICS_BATCHES = 10
+_STATISTICS_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -55,4 +60,32 @@ class Training(Protocol):
         self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float
     ) -> TrainResult: ...
 
-    def evaluate(self, vector: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any]) -> Score: ...
+    def evaluate(self, vector: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any], *, statistics: Statistics | None = None) -> Score: ...
+
+    def statistics(self, vector: NDArray[np.float32], examples: Iterable[NDArray[Any]]) -> Statistics: ...
+
+
+def statistics_from(model: Training, vector: NDArray[np.float32], x: NDArray[Any]) -> Statistics:
+    """The statistics of these parameters on unlabelled examples: for held-out data, where nobody trains.
+
+    Args:
+        x: [m, ...] as the program takes it, m >= 1.
+    """
+    return model.statistics(vector, spread_batches(x))
+
+
+def spread_batches(x: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """At most STATISTICS_BATCHES batches, each spread over the whole of x, which may be sorted by label."""
+    count = min(STATISTICS_BATCHES, -(-len(x) // _STATISTICS_BATCH))
+    for start in range(count):
+        yield x[start::count][: 4 * _STATISTICS_BATCH]
+
+
+def average_statistics(batches: Iterable[Statistics]) -> Statistics:
+    """The plain mean over the statistics of at least one batch, as torch's BatchNorm has it with momentum=None."""
+    totals: dict[str, NDArray[np.float64]] = {}
+    count = 0
+    for found in batches:
+        totals = {name: totals.get(name, 0.0) + array.astype(np.float64) for name, array in found.items()}
+        count += 1
+    return {name: (total / count).astype(np.float32) for name, total in totals.items()}

@@ -38,6 +38,7 @@ from export.task import build_task, save_model, write_trained
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
+from regrow.local_training import statistics_from
 from regrow.machine import Note
 from testbed.watch import write_device_files
 
@@ -234,13 +235,14 @@ def _report(
     seconds: float,
 ) -> dict[str, Any]:
     """Test, train centrally for comparison, and write everything that a run leaves."""
-    write_trained(folder.model_path, ledger.trained_weights, path / "model.onnx", folder.task.training.train_last)
-    rows = write_metrics(store, path)
-    plot(rows, path / "plot.png", title=f"{path.name}: FedGMR, ten wearers, links 200 to 4000 kbit/s")
     with np.load(test, allow_pickle=False) as arrays:
         x, y = arrays["x"], arrays["y"]
-    trainer = Trainer(folder.programs, threads=2)
-    accuracy = trainer.evaluate(ledger.trained_weights, x, y).accuracy
+    trainer, weights = Trainer(folder.programs, threads=2), ledger.trained_weights
+    statistics = statistics_from(trainer, weights, x)
+    write_trained(folder.model_path, weights, path / "model.onnx", folder.task.training.train_last, statistics=statistics)
+    rows = write_metrics(store, path)
+    plot(rows, path / "plot.png", title=f"{path.name}: FedGMR, ten wearers, links 200 to 4000 kbit/s")
+    accuracy = trainer.evaluate(weights, x, y, statistics=statistics).accuracy
     updates = [row for row in rows if row["kind"] == "update"]
     fleet_examples = int(sum(row["examples"] for row in updates))
     central_examples = min(fleet_examples, CENTRAL_EXAMPLES)
@@ -250,7 +252,7 @@ def _report(
     downloads = sum(row["kind"] == "assigned" for row in rows)
     summary = {
         "accuracy": accuracy,
-        "accuracy_central": trainer.evaluate(central, x, y).accuracy,
+        "accuracy_central": trainer.evaluate(central, x, y, statistics=statistics_from(trainer, central, x)).accuracy,
         "central_examples": central_examples,
         "fleet_examples": fleet_examples,
         "seconds": seconds,

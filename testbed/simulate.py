@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from broker_server.runs import TaskFolder
 from edge_agent.data import source as data_source
 from edge_agent.data.source import DataSource
+from edge_agent.worker import drawn_examples
 from export.memory import step_memory
 from export.task import programs_of, read_model
 from export.work import relative_work
@@ -31,7 +32,7 @@ from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
 from regrow.local_step import step_of
-from regrow.local_training import Score, Training
+from regrow.local_training import Score, Training, statistics_from
 from regrow.methods import named, shortened
 from regrow.parameters import Layout
 from regrow.presence import Identity
@@ -239,7 +240,8 @@ class Simulation:
         return self._engine.train([(self._sources[name], job) for name, job in jobs])
 
     def _scorer(self, data: Dataset) -> Scorer:
-        return lambda vector: self._trainer.evaluate(vector, data.x, data.y)
+        model = self._trainer
+        return lambda vector: model.evaluate(vector, data.x, data.y, statistics=statistics_from(model, vector, data.x))
 
     def _point(self, scorer: Scorer) -> Point:
         ledger = self._ledger
@@ -263,14 +265,15 @@ class Simulation:
 
     def _outcome(self, points: list[Point]) -> Outcome:
         weights, ledger = self._ledger.trained_weights, self._ledger
-        own = [self._trainer.evaluate(weights, *source.validation()) for source in self._sources.values() if len(source.validation()[1])]
+        own = [self._own_score(weights, source) for source in self._sources.values() if len(source.validation()[1])]
         counts = np.array([score.examples for score in own])
         accuracies = np.array([score.accuracy for score in own])
         worst = np.sort(accuracies)[: max(len(own) // 10, 1)]
-        per_class = []
+        per_class, statistics = [], statistics_from(self._trainer, weights, self._test.x)
         for label in range(self._test.classes):  # without classes all is one
             mine = self._test.y == label
-            per_class.append(self._trainer.evaluate(weights, self._test.x[mine], self._test.y[mine]).accuracy if mine.any() else 0.0)
+            score = self._trainer.evaluate(weights, self._test.x[mine], self._test.y[mine], statistics=statistics) if mine.any() else None
+            per_class.append(score.accuracy if score is not None else 0.0)
         return Outcome(
             spec=self.spec,
             points=points,
@@ -283,6 +286,11 @@ class Simulation:
             rejected=sum(device.rejections for device in ledger.devices.values()),
             reason=self.world.finished.get(COORDINATOR, ledger.finished),
         )
+
+    def _own_score(self, weights: NDArray[np.float32], source: DataSource) -> Score:
+        """On a client's validation data, with running statistics from its training data."""
+        examples = drawn_examples(source, self.task.training.batch, self.spec.seed)
+        return self._trainer.evaluate(weights, *source.validation(), statistics=self._trainer.statistics(weights, examples))
 
 
 def open_journal(path: Path, limit_bytes: int, *, resume: bool) -> Journal | None:
@@ -326,7 +334,8 @@ def _check_fit(model: Training, folder: TaskFolder, data: Loaded) -> None:
     for part in (data.train, data.test):
         some = [0, int(part.y.argmax()) if part.classes else -1]
         try:
-            model.evaluate(folder.initial, part.x[some], part.y[some])
+            statistics = statistics_from(model, folder.initial, part.x[some])
+            model.evaluate(folder.initial, part.x[some], part.y[some], statistics=statistics)
         except LocalError as error:
             raise LocalError(f"data {part.name} does not fit the model {folder.model_path}: {error}") from error
 
@@ -344,6 +353,7 @@ def _code_digest(engine: str, programs: Mapping[str, bytes]) -> bytes:
         "edge_agent/worker.py",
         "edge_agent/data/source.py",
         "regrow/local_rules.py",
+        "regrow/local_training.py",
         "regrow/examples.py",
         *torch,
     )

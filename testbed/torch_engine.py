@@ -57,7 +57,7 @@ class TorchEngine:
         return [results[index] for index in range(len(jobs))]
 
     def _train_group(self, trainer: TorchTrainer, jobs: Sequence[tuple[DataSource, Train]]) -> list[Trained]:
-        alone = any(job.widths or job.kept is not None for _, job in jobs)
+        alone = trainer.has_statistics or any(job.widths or job.kept is not None for _, job in jobs)
         if alone or not self.together or len(jobs) == 1 or trainer.layout.size > self._most_parameters:
             return [train_job(self._trainers, source, job) for source, job in jobs]
         scores = self._scores(jobs)

@@ -21,6 +21,7 @@ from msgspec import inspect
 
 from broker_server import credentials
 from cli.main import parser
+from export.lowering import REPLACED
 from export.rules import RULES
 from regrow import coordinator, device, topics, wire
 from regrow.methods import METHODS
@@ -235,7 +236,7 @@ def _mosquitto_access(_: str) -> str:
 
 
 def _operators(_: str) -> str:
-    return ", ".join(f"`{op}`" for op in sorted(RULES)) + ".\n"
+    return ", ".join(f"`{op}`" for op in sorted({*RULES, *REPLACED})) + ".\n"
 
 
 def table(head: tuple[str, ...], rows: Any) -> str:

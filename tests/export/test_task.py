@@ -11,6 +11,7 @@ from export.models import digits_mlp
 from export.programs import build_programs, initial_vector
 from export.task import BUILDER_VERSION, build_task, is_stale
 from regrow.errors import LocalError
+from regrow.task import Training
 
 
 def saved(path: Path, seed: int = 0) -> Path:
@@ -44,6 +45,17 @@ def test_another_model_a_damaged_file_or_another_builder_make_it_stale(tmp_path:
     assert is_stale(tmp_path, model_path)
     build_task(tmp_path, model_path)
     monkeypatch.setattr("export.task.BUILDER_VERSION", BUILDER_VERSION + 1)
+    assert is_stale(tmp_path, model_path)
+
+
+@pytest.mark.parametrize("training", [Training(class_weights=(1.0,) * 10), Training(optimizer="adam"), Training(train_last=1)])
+def test_another_step_or_other_layers_make_it_stale_and_the_rest_of_training_does_not(tmp_path: Path, training: Training) -> None:
+    model_path = saved(tmp_path / "model.onnx")
+    build_task(tmp_path, model_path)
+    assert not is_stale(tmp_path, model_path, training=Training(local_steps=3, learning_rate=0.5))
+    assert is_stale(tmp_path, model_path, training=training)
+    build_task(tmp_path, model_path, training=training)
+    assert not is_stale(tmp_path, model_path, training=training)
     assert is_stale(tmp_path, model_path)
 
 

@@ -330,9 +330,9 @@ def test_what_cannot_be_sliced_is_refused_with_op_node_and_cure() -> None:
     grouped = refusal([node("Conv", ["x", "c"], ["h"], name="dw", group=4), *head], {"c": random(4, 1, 1), "fc": random(12, 2)}, [4, 3])
     assert "Conv (node 'dw', output 'h')" in grouped
     assert "use group = 1" in grouped
-    batch = {"s": random(4), "fc": random(12, 2)}
-    unknown = refusal([node("BatchNormalization", ["x", "s", "s", "s", "s"], ["h"], name="bn"), *head], batch, [4, 3])
-    assert "BatchNormalization (node 'bn'" in unknown
+    batch = {"p": random(4, 3), "fc": random(12, 2)}
+    unknown = refusal([node("Add", ["x", "p"], ["a"]), node("LRN", ["a"], ["h"], name="lrn", size=3), *head], batch, [4, 3])
+    assert "LRN (node 'lrn'" in unknown
     assert "granularity = 'weight'" in unknown
     spread = refusal([node("Add", ["x", "s"], ["h"]), *head], {"s": random(3), "fc": random(12, 2)}, [4, 3])
     assert "parameter 's' of shape [3]" in spread

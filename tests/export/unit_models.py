@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -160,6 +161,54 @@ def group_norm_cnn() -> onnx.ModelProto:
     return model
 
 
+def batch_norm_net(input_shape: Sequence[int] = (2, 6, 6), classes: int = 3) -> onnx.ModelProto:
+    """Batch normalisation of maps, twice on one residual stream, and of features."""
+    channels, *sizes = input_shape
+    spatial, pads = len(sizes), [1] * 2 * len(sizes)
+    weights: Weights = {"conv1": random(8, channels, *[3] * spatial), "conv2": random(8, 8, *[3] * spatial), "conv2.bias": random(8)}
+    weights |= {"fc1": random(8, 6), "fc2": random(6, classes), "fc2.bias": random(classes)}
+    for name, count in (("norm1", 8), ("norm2", 8), ("norm3", 6)):
+        statistics = {f"{name}.mean": random(count, 1)[:, 0], f"{name}.variance": 0.5 + random(count, 2)[:, 0] ** 2}
+        weights |= {f"{name}.scale": random(count), f"{name}.bias": random(count, 3)[:, 0], **statistics}
+
+    def normalised(name: str, source: str, result: str) -> onnx.NodeProto:
+        parts = (f"{name}.{part}" for part in ("scale", "bias", "mean", "variance"))
+        return node("BatchNormalization", [source, *parts], [result], name=name, epsilon=1e-3)
+
+    nodes = [
+        node("Conv", ["x", "conv1"], ["a"], pads=pads, strides=[2] * spatial),
+        normalised("norm1", "a", "b"),
+        node("Relu", ["b"], ["c"]),
+        node("Conv", ["c", "conv2", "conv2.bias"], ["d"], pads=pads),
+        normalised("norm2", "d", "e"),
+        node("Add", ["c", "e"], ["f"]),
+        node("Sigmoid", ["f"], ["g"]),
+        node("GlobalAveragePool", ["g"], ["h"]),
+        node("Flatten", ["h"], ["i"]),
+        node("MatMul", ["i", "fc1"], ["j"]),
+        normalised("norm3", "j", "k"),
+        node("LeakyRelu", ["k"], ["l"]),
+        node("Gemm", ["l", "fc2", "fc2.bias"], ["logits"]),
+    ]
+    return model_of(nodes, weights, input_shape, classes)
+
+
+def batch_norm_perceptron(features: int, classes: int) -> onnx.ModelProto:
+    """A perceptron with batch normalisation, as first layer too."""
+    weights: Weights = {"fc1": random(features, 24), "fc1.bias": random(24), "fc2": random(24, classes), "fc2.bias": random(classes)}
+    for name, count in (("norm1", features), ("norm2", 24)):
+        start = {"scale": 1.0, "bias": 0.0, "mean": 0.25, "variance": 0.5}
+        weights |= {f"{name}.{part}": np.full(count, value, np.float32) for part, value in start.items()}
+    nodes = [
+        node("BatchNormalization", ["x", *(f"norm1.{part}" for part in start)], ["a"]),
+        node("Gemm", ["a", "fc1", "fc1.bias"], ["b"]),
+        node("BatchNormalization", ["b", *(f"norm2.{part}" for part in start)], ["c"]),
+        node("Relu", ["c"], ["d"]),
+        node("Gemm", ["d", "fc2", "fc2.bias"], ["logits"]),
+    ]
+    return model_of(nodes, weights, [features], classes)
+
+
 MODELS = {
     "watch": lambda: watch_cnn(0),
     "digits": lambda: digits_mlp(0),
@@ -167,6 +216,7 @@ MODELS = {
     "reshaping": reshaping_net,
     "normalised": normalised_cnn,
     "group norm": group_norm_cnn,
+    "batch norm": batch_norm_net,
 }
 TRAINABLE = [name for name in MODELS if name != "group norm"]
 

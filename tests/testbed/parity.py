@@ -43,6 +43,7 @@ from regrow.methods import defaults_of
 from regrow.presence import Identity
 from regrow.records import from_record, to_record
 from testbed.memory import World
+from tests.export.unit_models import batch_norm_perceptron
 from tests.testbed.processes import write_digits
 
 UPLINKS_BPS = {"d1": 32e6, "d2": 12e6, "d3": 6e6}
@@ -56,6 +57,9 @@ STEP_S = 0.01  # and between the arrivals of one aggregation: well within the tr
 INTERVAL_S = 0.05
 
 
+MODELS = {"digits_mlp": lambda: digits_mlp(1), "batch_norm": lambda: batch_norm_perceptron(64, 10)}
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method by name, what travels, and whether a level is made of weights or of units (None: as the method has it)."""
@@ -64,9 +68,10 @@ class Setting:
     dtype: str = "float32"
     granularity: str | None = None
     aggregations: int = 6
+    model: str = "digits_mlp"
 
     def __str__(self) -> str:
-        return "-".join(part for part in (self.method, self.dtype, self.granularity) if part)
+        return "-".join(part for part in (self.method, self.dtype, self.granularity, self.model.partition("digits_mlp")[0]) if part)
 
     def toml(self) -> str:
         """A task whose restoration and refreshes, where the method has any, come within a few aggregations."""
@@ -160,7 +165,7 @@ def prepare(folder: Path, setting: Setting) -> Path:
     task = folder / "task"
     task.mkdir(parents=True)
     (task / "task.toml").write_text(setting.toml())
-    save_model(digits_mlp(1), task / "model.onnx")
+    save_model(MODELS[setting.model](), task / "model.onnx")
     for number, name in enumerate(UPLINKS_BPS):
         write_digits(folder / f"{name}.npz", seed=number, rows=80)
     return create_run(folder / "runs", built(task), "run")

@@ -20,6 +20,7 @@ SETTINGS = [
     Setting("fiarse+restore"),
     Setting("prfl", "int8", "unit", aggregations=9),
     Setting("fedgmr", "int8", "unit"),
+    Setting("fedgmr", "int8", "unit", model="batch_norm"),
 ]
 
 
