@@ -229,6 +229,8 @@ def _agent(commands: Commands) -> None:
     agent.add_argument("--max-uplink-bps", type=_positive, metavar="N", help="send at most this many bits a second")
     agent.add_argument("--max-downlink-bps", type=_positive, metavar="N", help="take at most this many bits a second")
     agent.add_argument("--threads", type=int, default=1, metavar="N", help="for training")
+    trainer = "what trains; torch (on the CPU) and torch-cuda are for boards that have torch: the same results up to rounding"
+    agent.add_argument("--trainer", choices=["onnxruntime", "torch", "torch-cuda"], default="onnxruntime", help=trainer)
     memory = "memory that training may take, in 10^6 bytes (default: nine tenths of what is free at the start, within its cgroup)"
     agent.add_argument("--memory-mb", type=_memory_mb, metavar="N", help=memory)
     head = "train the last layer of promoted models on the data here, for use here only, and use it where it gains"

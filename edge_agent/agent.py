@@ -19,9 +19,10 @@ from edge_agent.memory import spare_bytes
 from edge_agent.models import Models
 from edge_agent.promotion import Settled
 from edge_agent.state import StateFolder
+from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
 from edge_agent.uplink import UplinkMeter, packet_bytes
-from edge_agent.worker import Worker
+from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
 from regrow.errors import LocalError
@@ -101,6 +102,7 @@ class Agent:
         software: what hello says of us.
         memory_bytes: that a training job may take; None: what is to spare when the agent starts.
         local_head: train the last layer of promoted models here, for use here only.
+        make: what trains.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Agent:
         software: str = "",
         memory_bytes: int | None = None,
         local_head: bool = False,
+        make: MakeTrainer = Trainer,
     ) -> None:
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
@@ -141,7 +144,7 @@ class Agent:
             max_downlink_bps=max_downlink_bps,
         )
         self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled] = queue.SimpleQueue()
-        self._worker = Worker(source, self._trained, threads=threads)
+        self._worker = Worker(source, self._trained, threads=threads, make=make)
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
         self._sent: dict[int, str] = {}
