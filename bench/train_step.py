@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,9 @@ class Child:
 
 
 def row(name: str, threads: int, folder: Path) -> dict[str, Any]:
-    children = []
+    children: list[Child] = []
     try:
-        for kind in ("onnxruntime", "torch"):
-            children.append(Child(kind, name, folder, threads))
+        children.extend(Child(kind, name, folder, threads) for kind in ("onnxruntime", "torch"))  # one by one: what is started is closed
         counts = [max(1, round(TURN_S / child.step_s(1))) for child in children]
         turns = [[child.step_s(count) for child, count in zip(children, counts, strict=True)] for _ in range(TURNS)]
     finally:
@@ -184,27 +184,33 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    if args.serve == "build":
-        return build(args.models[0], args.folder)
-    if args.serve == "onnxruntime":
-        return serve_onnxruntime(args.folder, args.threads[0])
-    if args.serve == "torch":
-        return serve_torch(args.folder, args.threads[0], args.models[0])
+    if args.serve:
+        serving: dict[str, Callable[[], None]] = {
+            "build": lambda: build(args.models[0], args.folder),
+            "onnxruntime": lambda: serve_onnxruntime(args.folder, args.threads[0]),
+            "torch": lambda: serve_torch(args.folder, args.threads[0], args.models[0]),
+        }
+        serving[args.serve]()
+    else:
+        measure(args.models, args.threads, args.out)
+
+
+def measure(models: list[str] | None, threads: list[int], out: Path) -> None:
     from machine import write_result
 
     from export.zoo import ZOO
 
-    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    known = json.loads(out.read_text())["rows"] if out.exists() else []
     rows = {(old["model"], old["threads"]): old for old in known}
-    for name in args.models or ZOO:
+    for name in models or ZOO:
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, __file__, "--serve", "build", "--models", name, "--folder", scratch]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-            for threads in args.threads:
-                rows[name, threads] = found = row(name, threads, Path(scratch))
+            for count in threads:
+                rows[name, count] = found = row(name, count, Path(scratch))
                 print(json.dumps(found), flush=True)
-        kept = [rows[key] for key in ((model, threads) for model in ZOO for threads in (1, 2)) if key in rows]
-        write_result(args.out, {"command": "python bench/train_step.py", "batch": BATCH, "means": summary(kept), "rows": kept})
+        kept = [rows[key] for key in ((model, count) for model in ZOO for count in (1, 2)) if key in rows]
+        write_result(out, {"command": "python bench/train_step.py", "batch": BATCH, "means": summary(kept), "rows": kept})
     print(json.dumps(summary(kept)))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.batch_norm import checked_statistics, emit_statistics, statistics_inputs, with_batch_statistics
+from export.depthwise import with_depthwise_products
 from export.emitter import Emitter
 from export.forward import Forward, as_inference, read_forward
 from export.gradients import differentiate
@@ -58,7 +59,7 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None, training:
     step, forward = step_of(training), read_forward(model, training.train_last)
     check_step(step, forward)
     layout = layout_of(forward, units)
-    trained = with_batch_statistics(forward)
+    trained = with_batch_statistics(with_depthwise_products(forward))
     programs = {
         "layout": layout.to_json(),
         "train": _training_program(trained, layout, step, masked=False),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from export.depthwise import with_depthwise_products
 from export.emitter import Emitter
 from export.forward import read_forward
 from export.gradients import differentiate, materialise
@@ -129,7 +130,7 @@ def gradient_program(model: onnx.ModelProto) -> bytes:
     Raises:
         LocalError: some op cannot be trained.
     """
-    forward = read_forward(model)
+    forward = with_depthwise_products(read_forward(model))
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in forward.program_nodes]
     graph = Emitter(nodes, dict(forward.constants), forward.shapes)
     gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, "seed", CURES)

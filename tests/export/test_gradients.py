@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import export.convolution_rules
+import export.depthwise
 from export.lowering import REPLACED
 from export.rules import RULES
 from regrow.errors import LocalError
@@ -50,6 +51,7 @@ WAYS = {
 @given(data=st.data())
 def test_every_way_to_the_gradients_of_a_convolution(way: str, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.depthwise, "MOST_PAIRS", NEVER)
         for name, value in WAYS[way].items():
             patch.setattr(export.convolution_rules, name, value)
         check_case(CASES[data.draw(st.sampled_from(["conv", "conv_depthwise", "conv_transpose"]))](data.draw))
@@ -110,6 +112,13 @@ def pooled(x: np.ndarray[Any, Any], kernel: list[int], strides: list[int], ceil_
 def test_only_windows_that_halve_are_compared(kernel: list[int], strides: list[int], ceil_mode: int, halved: bool) -> None:
     x = np.random.default_rng(3).permutation(2 * 3 * 6 * 7).reshape(2, 3, 6, 7).astype(np.float32) / 256
     assert ("ScatterElements" not in check_case(pooled(x, kernel, strides, ceil_mode))) == halved
+
+
+@pytest.mark.parametrize(("length", "products"), [(100, True), (300, False)])
+def test_depthwise_convolutions_of_small_maps_become_products(length: int, products: bool) -> None:
+    w = numbers(np.random.default_rng(0), 4, 1, 3)
+    model = network([node("Conv", ["a", "w"], ["o"], group=4)], {"p": np.zeros((4, length), np.float32), "w": w}, [4, length])
+    assert ("Conv" not in {each.op_type for each in onnx.load_from_string(gradient_program(model)).graph.node}) == products
 
 
 @pytest.mark.parametrize(
