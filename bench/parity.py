@@ -233,6 +233,11 @@ class Follower(TorchFunctionMode):
             return func(*args, **kwargs)
         x, *others = args
         theirs = torch.tensor(self._followed.pop(0)).to(x.dtype).reshape(x.shape)
+        if func.__name__ == "hardtanh":
+            # The rule of Clip lets gradients pass at the very bounds, as torch.clamp and not as torch's relu6.
+            low, high = (torch.tensor(float(kwargs[key]), dtype=x.dtype) for key in ("min_val", "max_val"))
+            theirs = torch.where(theirs == low, torch.nextafter(low, high), theirs)
+            theirs = torch.where(theirs == high, torch.nextafter(high, low), theirs)
         decided, wanted = (_decided(func, value, others, kwargs) for value in (x.detach(), theirs))
         differs = decided != wanted
         if bool(differs.any()):
