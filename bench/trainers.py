@@ -23,7 +23,7 @@ from machine import write_result
 from edge_agent.trainer import Trainer
 from export.models import MODELS
 from export.programs import build_programs, initial_vector
-from testbed.torch_training import Share, TorchTrainer
+from export.torch_trainer import Share, TorchTrainer
 
 
 def shares_of(trainer: TorchTrainer, vector: Any, shape: tuple[int, ...], args: argparse.Namespace) -> list[Share]:

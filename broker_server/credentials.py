@@ -38,6 +38,8 @@ DEVICE_WRITES = (
 DEVICE_READS = (
     "regrow/v1/device/%u/#",
     "regrow/v1/+/claim",
+    "regrow/v1/+/promotion",
+    "regrow/v1/+/promotion/file/#",
     "regrow/v1/+/+/manifest/#",
     "regrow/v1/+/+/program/#",
     "regrow/v1/+/+/order/#",

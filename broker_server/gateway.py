@@ -17,10 +17,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from broker_server.herald import Herald
 from broker_server.store import Store
 from broker_server.transport import MqttBus
 from regrow import checkpoint
-from regrow.coordinator import Coordinator
+from regrow.coordinator import Coordinator, Phase
 from regrow.errors import LocalError, RegrowError
 from regrow.machine import (
     Connected,
@@ -113,6 +114,7 @@ class Gateway:
         store: open for writing; closed by the caller.
         url, username, password: the broker.
         evaluate: scores prefixes on held-out data, on a thread of its own; needed when the task names such data.
+        herald: publishes the task's promoted models; None: somebody else does.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Gateway:
         username: str,
         password: str,
         evaluate: Callable[[Evaluate], Evaluated] | None = None,
+        herald: Herald | None = None,
     ) -> None:
         self.coordinator, self.store = coordinator, store
         self._on_note: Callable[[Note], None] = lambda _: None
@@ -132,7 +135,7 @@ class Gateway:
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
         self._writer = Writer(store, coordinator.ledger.task.store, self._events.put)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
-        self._evaluate = evaluate
+        self._evaluate, self._herald = evaluate, herald
         self._evaluating: threading.Thread | None = None
         self._outage = Outage()
         self._timer_s = float("inf")
@@ -164,6 +167,8 @@ class Gateway:
                     break
                 self._tell_of_outages(event)
                 self._perform(self.coordinator.step(event, time.monotonic()))
+                if self._herald is not None:
+                    self._perform(self._herald.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
                 self._snapshot_if_due()
             self._snapshot()  # not after an error: the ledger may then be ahead of the log
         finally:

@@ -204,6 +204,13 @@ def run_info(path: Path) -> RunInfo:
     return RunInfo(path, task.name, task.method.name, started, version, len(devices), updates, accuracy, finished)
 
 
+def joined_devices(path: Path) -> set[str]:
+    """Every device that has ever joined a run, read without its lock."""
+    with Store.open(path, read_only=True) as store:
+        entries = (records.from_record(record) for _, record in store.replay(emptied_too=True) if record.kind == "joined")
+        return {entry.device for entry in entries if isinstance(entry, records.Joined)}
+
+
 def rollback(path: Path, to_version: int | None = None) -> tuple[int, int]:
     """Go back to the model of an earlier snapshot; returns (version that it had, version that it now is).
 

@@ -139,6 +139,7 @@ def _in_words(note: Note) -> str:
         "rejected": "{device}: update rejected, {reason}",
         "released": "{device}: assignment ended, {reason}",
         "refreshed": "order epoch {epoch} ({bytes} bytes of index sets)",
+        "promotion": "{device}: model {promotion} {said}",
         "finished": "finished: {reason}",
     }
     return words[note.kind].format(**fields) if note.kind in words else ""

@@ -1,15 +1,20 @@
-"""`regrow agent`."""
+"""`regrow agent`. With another trainer than onnxruntime it loads torch and onnx, which the bare install has not."""
 
 from __future__ import annotations
 
 import argparse
 import signal
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from edge_agent.agent import Agent, read_bundle
 from edge_agent.data.sources import open_source
 from edge_agent.state import StateFolder
+from edge_agent.trainer import Trainer, scan_program
+from edge_agent.worker import MakeTrainer
 from regrow.errors import LocalError
+from regrow.local_training import Training
 
 SOFTWARE = "regrow"
 
@@ -25,6 +30,7 @@ def agent(options: argparse.Namespace) -> int:
         raise LocalError(f"--gap {options.gap}: at least 0")
     if options.capacity is not None and options.capacity < 1:
         raise LocalError(f"--capacity {options.capacity}: at least 1")
+    make = trainer_of(options.trainer)
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
         running = Agent(
@@ -36,6 +42,8 @@ def agent(options: argparse.Namespace) -> int:
             threads=options.threads,
             software=SOFTWARE,
             memory_bytes=None if options.memory_mb is None else int(options.memory_mb * 1e6),
+            local_head=options.local_head,
+            make=make,
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
@@ -44,3 +52,30 @@ def agent(options: argparse.Namespace) -> int:
             signal.signal(number, lambda *_: running.stop())
         running.run()
     return 0
+
+
+def trainer_of(name: str) -> MakeTrainer:
+    """What makes the trainers of that name: onnxruntime, torch or torch-cuda.
+
+    Raises:
+        LocalError: it needs a package that is not installed here, or there is no CUDA device.
+    """
+    if name == "onnxruntime":
+        return Trainer
+    missing = [package for package in ("torch", "onnx") if find_spec(package) is None]
+    if missing:
+        raise LocalError(
+            f"--trainer {name}: {' and '.join(missing)} not installed here; pip install 'regrow[torch]', "
+            "or on a Jetson the board's own torch and 'regrow[export]'"
+        )
+    from export.torch_trainer import TorchTrainer, check_cuda
+
+    if name == "torch-cuda":
+        check_cuda()
+
+    def make(programs: Mapping[str, bytes], threads: int) -> Training:
+        if "evaluate" in programs:  # onnx would read files that a program names
+            scan_program("evaluate", programs["evaluate"])
+        return TorchTrainer(programs, threads, device="cuda" if name == "torch-cuda" else "cpu")
+
+    return make

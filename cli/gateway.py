@@ -21,6 +21,8 @@ from broker_server.audit import audit
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.gateway import Gateway
+from broker_server.herald import herald_of
+from broker_server.promotions import Promotions, use_of
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
 from broker_server.runs import rollback as roll_back
@@ -136,7 +138,7 @@ def serve(options: argparse.Namespace) -> int:
     """Run a task until it is finished or stopped."""
     folder, path = _what_to_serve(options)
     home = (path.parent if path is not None else options.runs) / GATEWAY_HOME
-    link = _link(options, home, resuming=path is not None)  # before a run is made: a wrong address or a dead broker leaves none behind
+    link = link_of(options, home, resuming=path is not None)  # before a run is made: a wrong address or a dead broker leaves none behind
     try:
         return _serve_run(options, path or create_run(options.runs, folder, options.run), link)
     finally:
@@ -170,7 +172,7 @@ def _unlocked(run: Path) -> tuple[TaskFolder, Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Link:
+class Link:
     """How the coordinator reaches its broker, what ends the broker, and what keeps it alive."""
 
     url: str
@@ -180,7 +182,8 @@ class _Link:
     keep: Callable[[], str | None] = lambda: None
 
 
-def _link(options: argparse.Namespace, home: Path, *, resuming: bool) -> _Link:
+def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
+    """The broker that the options name, or one of our own, started. resuming: what it is for waits for a broker that is away."""
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
         address = parse_broker_url(url)
@@ -188,7 +191,7 @@ def _link(options: argparse.Namespace, home: Path, *, resuming: bool) -> _Link:
             raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
         if not resuming:  # a run that is there waits for its broker
             check_broker(url, address.username, address.password or "")
-        return _Link(url, address.username, address.password or "")
+        return Link(url, address.username, address.password or "")
     if not 0 <= options.port <= 65535:
         raise LocalError(f"--port {options.port}: 1 to 65535, or 0 for a free one")
     credentials = Credentials(home)
@@ -197,18 +200,22 @@ def _link(options: argparse.Namespace, home: Path, *, resuming: bool) -> _Link:
     broker.start()
     hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
     print(f"{broker.kind} on {options.host}:{broker.port}; {hint}", flush=True)
-    return _Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
+    return Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
 
 
-def _serve_run(options: argparse.Namespace, path: Path, link: _Link) -> int:
+def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
     folder = load_task(path / "task")
-    with Store.open(path) as store:
+    with Store.open(path) as store, herald_of(Promotions(path.parent, folder.task.name)) as herald:
+        if herald is None:
+            print(
+                f"another process publishes the promoted models of {folder.task.name}; when it has ended, start this one again", flush=True
+            )
         ledger = recover(store, folder, MappedShelf(store.path, 4 * folder.layout.size))
         if ledger.finished:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-        gateway = Gateway(coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate)
+        gateway = Gateway(coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate, herald=herald)
         reason = _serve(options, gateway, path, folder, link.keep)
         finish(store, path, folder, ledger)
         if reason and not ledger.finished:
@@ -290,10 +297,15 @@ def _print_note(note: Note) -> None:
         print(time.strftime("%H:%M:%S"), note.kind, " ".join(f"{name}={value}" for name, value in note.fields.items()), flush=True)
 
 
+def write_deployable(folder: TaskFolder, ledger: Ledger, path: Path) -> None:
+    """The model that is there to deploy: what `serve` leaves and `promote` signs off."""
+    weights, train_last = ledger.trained_weights, folder.task.training.train_last
+    write_trained(folder.model_path, weights, path, train_last, statistics=_final_statistics(folder, weights))
+
+
 def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None:
     """Leave the model, the metrics and the picture in the run's folder."""
-    weights, train_last = ledger.trained_weights, folder.task.training.train_last
-    write_trained(folder.model_path, weights, path / "model.onnx", train_last, statistics=_final_statistics(folder, weights))
+    write_deployable(folder, ledger, path / "model.onnx")
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
 
@@ -329,27 +341,38 @@ def device_list(options: argparse.Namespace) -> int:
 def runs(options: argparse.Namespace) -> int:
     """List the runs."""
     table = Table(
-        Column("run", no_wrap=True), "task", "method", "started", "version", "devices", "updates", "accuracy", "state", pad_edge=False
+        Column("run", no_wrap=True),
+        "task",
+        "method",
+        "started",
+        "version",
+        "devices",
+        "updates",
+        "accuracy",
+        "in use",
+        "state",
+        pad_edge=False,
     )
     found = list(list_runs(options.runs))
     for info in found:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_s))
         accuracy = "-" if info.accuracy is None else f"{info.accuracy:.3f}"
-        numbers = (str(info.version), str(info.devices), str(info.updates), accuracy)
+        numbers = (str(info.version), str(info.devices), str(info.updates), accuracy, use_of(info.path, info.task) or "-")
         table.add_row(info.path.name, info.task, info.method, started, *numbers, info.finished or "unfinished")
     console = Console() if sys.stdout.isatty() else Console(width=160)  # nothing is left out for a pipe
     console.print(table if found else f"no runs in {options.runs}: try `regrow demo`")
     return 0
 
 
-def _check_run(path: Path) -> None:
+def check_run(path: Path) -> None:
+    """Raises LocalError: the folder holds no run."""
     if not (path / "log.sqlite").is_file():
         raise LocalError(f"{path} holds no run: `regrow runs` lists them")
 
 
 def rollback(options: argparse.Namespace) -> int:
     """Return to an earlier snapshot."""
-    _check_run(options.run)
+    check_run(options.run)
     old, new = roll_back(options.run, options.to)
     print(f"{options.run}: the model of version {old} is now version {new}; go on with `regrow serve {options.run}`")
     return 0
@@ -357,7 +380,7 @@ def rollback(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Replay a run's log through reference.py."""
-    _check_run(options.run)
+    check_run(options.run)
     print(f"replaying {options.run} through the reference", flush=True)
     outcome = audit(options.run)
     print(

@@ -58,9 +58,13 @@ def parser() -> argparse.ArgumentParser:
     _demo(commands)
     _task(commands)
     _serve(commands)
+    _promote(commands)
     _device(commands)
     _agent(commands)
+    _predict(commands)
     _runs(commands)
+    _export(commands)
+    _model(commands)
     _simulate(commands)
     return top
 
@@ -138,16 +142,57 @@ def _serve(commands: Commands) -> None:
     _runs_option(serve)
     serve.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
     serve.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")
-    serve.add_argument(
+    _broker_options(serve)
+    serve.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")
+    serve.add_argument("--plain", action="store_true", help="a line an event instead of the live table")
+
+
+def _broker_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--broker",
         metavar="URL",
         help="mqtt://user:password@host:port of a broker that is there (or REGROW_BROKER in the environment, which `ps` does not show)",
     )
-    serve.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
-    serve.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
-    serve.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
-    serve.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")
-    serve.add_argument("--plain", action="store_true", help="a line an event instead of the live table")
+    command.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
+    command.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
+    command.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
+
+
+def _promote(commands: Commands) -> None:
+    promote = _command(
+        commands,
+        "promote",
+        "cli.promote:promote",
+        "sign off a model for use on the devices",
+        "A device takes it only if it is not worse on the device's own validation data than the one that is there. While `serve` runs for "
+        "the task it publishes the model; otherwise this command does, until every device of the run has answered.",
+    )
+    promote.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    own = "another ONNX file (int8, say) with the same input and output (default: the run's global model, as in model.onnx)"
+    promote.add_argument("--model", type=Path, metavar="FILE", help=own)
+    promote.add_argument("--withdraw", action="store_true", help="take the newest model back: devices return to the one before it")
+    head = "also publish what devices started with --local-head train their last layer with"
+    promote.add_argument("--local-head", action="store_true", help=head)
+    promote.add_argument("--by", metavar="NAME", help="who signs off (default: user@host)")
+    promote.add_argument("--stay", action="store_true", help="go on when all devices of the run have answered, for others, until Ctrl-C")
+    promote.add_argument("--no-wait", action="store_true", help="only sign off; a running or later `serve` publishes it")
+    _broker_options(promote)
+
+
+def _predict(commands: Commands) -> None:
+    predict = _command(
+        commands,
+        "predict",
+        "cli.predict:predict",
+        "run the promoted model that a device has in place",
+        "Prints a class for each example and, where the data have labels, the accuracy.",
+    )
+    predict.add_argument("state", type=Path, metavar="STATE_OR_BUNDLE", help="the agent's state folder, or its NAME.json (state beside it)")
+    predict.add_argument("--data", required=True, metavar="SOURCE", help="as for `regrow agent`; an .npz needs no y here")
+    predict.add_argument("--task", metavar="NAME", help="whose model, where there are several")
+    predict.add_argument("--out", type=Path, metavar="FILE", help="write the scores as .npz or .csv instead of printing classes")
+    predict.add_argument("--no-head", action="store_true", help="leave out the local head")
+    predict.add_argument("--threads", type=_count, default=1, metavar="N", help="for one operator")
 
 
 def _device(commands: Commands) -> None:
@@ -184,8 +229,12 @@ def _agent(commands: Commands) -> None:
     agent.add_argument("--max-uplink-bps", type=_positive, metavar="N", help="send at most this many bits a second")
     agent.add_argument("--max-downlink-bps", type=_positive, metavar="N", help="take at most this many bits a second")
     agent.add_argument("--threads", type=int, default=1, metavar="N", help="for training")
+    trainer = "what trains; torch (on the CPU) and torch-cuda are for boards that have torch: the same results up to rounding"
+    agent.add_argument("--trainer", choices=["onnxruntime", "torch", "torch-cuda"], default="onnxruntime", help=trainer)
     memory = "memory that training may take, in 10^6 bytes (default: nine tenths of what is free at the start, within its cgroup)"
     agent.add_argument("--memory-mb", type=_memory_mb, metavar="N", help=memory)
+    head = "train the last layer of promoted models on the data here, for use here only, and use it where it gains"
+    agent.add_argument("--local-head", action="store_true", help=head)
 
 
 def _runs(commands: Commands) -> None:
@@ -208,6 +257,51 @@ def _runs(commands: Commands) -> None:
         "Feeds every receipted update to the slow reference implementation of the papers' pseudocode.",
     )
     verify.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+
+
+def _export(commands: Commands) -> None:
+    export = _command(
+        commands,
+        "export",
+        "cli.models:export_run",
+        "write a run's models for use on devices: of every level, as ONNX or .ort, float32, int8 or fp16",
+        "Each file is checked, run and measured; export.json and export.md in the same folder hold the table. Reads the run only.",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or its name in --runs")
+    _runs_option(export)
+    density = "levels of the run, besides the full model (default: all, where there are at most 10)"
+    export.add_argument("--density", metavar="D,...", help=density)
+    formats = "onnx, or ort: onnxruntime's own, which its small builds read and other versions of it may refuse"
+    export.add_argument("--format", choices=["onnx", "ort"], default="onnx", help=formats)
+    export.add_argument("--quantize", default="none", metavar="Q,...", help="none (float32), int8, fp16, or several")
+    data = "held-out data for the accuracy, as of `regrow agent` (default: that of the run's [evaluation])"
+    export.add_argument("--data", metavar="SOURCE", help=data)
+    calibrate = "data from a device, for int8: 512 of its examples are looked at"
+    export.add_argument("--calibrate", metavar="SOURCE", help=calibrate)
+    export.add_argument("--latency-runs", type=_count, default=50, metavar="N", help="runs of which the median is the latency")
+    export.add_argument("--out", type=Path, default=Path("exported"), metavar="DIR", help="where to write; files of the same name go")
+
+
+def _model(commands: Commands) -> None:
+    model = commands.add_parser("model", help="look at a model before there is a task", description="Models, before there is a task.")
+    kinds = model.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check = _command(
+        kinds,
+        "check",
+        "cli.model_check:model_check",
+        "say whether a device can train a model, and what it costs: memory, time of a step, bytes of an update",
+        "Exit status 0 if it can be trained, 1 if not. Steps are really run, on random data, on this machine.",
+    )
+    check.add_argument("file", metavar="FILE", help="forward ONNX model, or the name of one that comes with Regrow: leaf_cnn, ...")
+    check.add_argument("--batch", default="1,20,64", metavar="N,...", help="batch sizes")
+    check.add_argument("--uplink", default="250k,1M,10M", metavar="R,...", help="uplinks in bit/s")
+    check.add_argument("--density", metavar="D,...", help="levels, besides the full model (default: 0.05,0.1,0.2,0.5,1)")
+    check.add_argument("--granularity", choices=["weight", "unit"], help="what sub-models are made of (default: weight)")
+    check.add_argument("--run", type=Path, metavar="RUN", help="levels as this run orders them now (default: by |w| of the model)")
+    _runs_option(check)
+    check.add_argument("--steps", type=int, default=10, metavar="N", help="steps of which the median is told; 0: run none")
+    check.add_argument("--json", action="store_true", help="everything as JSON")
+    check.add_argument("--picture", type=Path, metavar="FILE.png", help="draw every layer: its parameters, and what each level keeps")
 
 
 def _simulate(commands: Commands) -> None:

@@ -16,10 +16,13 @@ import psutil
 
 from edge_agent.data.source import DataSource
 from edge_agent.memory import spare_bytes
+from edge_agent.models import Models
+from edge_agent.promotion import Settled
 from edge_agent.state import StateFolder
+from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
 from edge_agent.uplink import UplinkMeter, packet_bytes
-from edge_agent.worker import Worker
+from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
 from regrow.errors import LocalError
@@ -98,6 +101,8 @@ class Agent:
         threads: for training.
         software: what hello says of us.
         memory_bytes: that a training job may take; None: what is to spare when the agent starts.
+        local_head: train the last layer of promoted models here, for use here only.
+        make: what trains.
     """
 
     def __init__(
@@ -111,6 +116,8 @@ class Agent:
         threads: int = 1,
         software: str = "",
         memory_bytes: int | None = None,
+        local_head: bool = False,
+        make: MakeTrainer = Trainer,
     ) -> None:
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
@@ -136,8 +143,9 @@ class Agent:
             max_uplink_bps=max_uplink_bps,
             max_downlink_bps=max_downlink_bps,
         )
-        self._results: queue.SimpleQueue[Trained | TrainingFailed] = queue.SimpleQueue()
-        self._worker = Worker(source, self._trained, threads=threads)
+        self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled] = queue.SimpleQueue()
+        self._worker = Worker(source, self._trained, threads=threads, make=make)
+        self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
         self._sent: dict[int, str] = {}
         self._on_note: Callable[[Note], None] = lambda _: None
@@ -203,7 +211,8 @@ class Agent:
                 for event in self._link.poll(wait_s):
                     self._take(event)
                 while not self._results.empty():
-                    self._step(self._results.get())
+                    self._take_result(self._results.get())
+                self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
                 if self._timer_s <= time.monotonic():
                     self._timer_s = float("inf")
                     self._step(Woken())
@@ -218,6 +227,13 @@ class Agent:
                 return
         self._tell_of_outages(event)
         self._step(event)
+        self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
+
+    def _take_result(self, result: Trained | TrainingFailed | Settled) -> None:
+        if isinstance(result, Settled):
+            self._perform(self._models.settled(result, time.monotonic()))
+        else:
+            self._step(result)
 
     def _tell_of_outages(self, event: Event) -> None:
         if isinstance(event, Disconnected):
@@ -276,7 +292,7 @@ class Agent:
         self._sent[effect.token or OWN_TOKEN] = effect.topic
         self._link.perform(effect)
 
-    def _trained(self, result: Trained | TrainingFailed) -> None:
+    def _trained(self, result: Trained | TrainingFailed | Settled) -> None:
         self._results.put(result)
         self._link.wake()
 

@@ -24,6 +24,9 @@ from regrow.machine import Train, Trained, TrainingFailed
 
 NICE = 5
 
+MakeTrainer = Callable[[Mapping[str, bytes], int], Training]
+"""(programs of one model, threads) -> its trainer; raises PeerError, LocalError as edge_agent.trainer.Trainer."""
+
 
 class Worker:
     """Trains what it is given with what the data source holds at that moment.
@@ -31,22 +34,26 @@ class Worker:
     Args:
         source: the device's own data.
         done: called from this thread with every result.
-        threads: for onnxruntime.
+        threads: for training.
+        make: what trains.
 
     Attributes:
         step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model. None until these programs did.
     """
 
-    def __init__(self, source: DataSource, done: Callable[[Trained | TrainingFailed], None], *, threads: int = 1) -> None:
+    def __init__(
+        self, source: DataSource, done: Callable[[Trained | TrainingFailed], None], *, threads: int = 1, make: MakeTrainer = Trainer
+    ) -> None:
         self.step_s: float | None = None
         self.full_step_s: float | None = None
-        self._source, self._done, self._threads = source, done, threads
-        self._jobs: queue.SimpleQueue[Train | None] = queue.SimpleQueue()
+        self._source, self._done, self._threads, self._make = source, done, threads, make
+        self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
         self._trainers: tuple[tuple[bytes, ...], LevelTrainers] | None = None
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
         self._thread.start()
 
-    def put(self, job: Train) -> None:
+    def put(self, job: Train | Callable[[], None]) -> None:
+        """Queue a job of training, or other work that must neither disturb one nor the link; such work raises nothing."""
         self._jobs.put(job)
 
     def close(self) -> None:
@@ -57,6 +64,9 @@ class Worker:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (job := self._jobs.get()) is not None:
+            if not isinstance(job, Train):
+                job()
+                continue
             try:
                 self._done(self._train(job))
             except RegrowError as error:
@@ -76,7 +86,7 @@ class Worker:
         key = tuple(wire.digest(programs[name]) for name in sorted(programs))
         if self._trainers is None or self._trainers[0] != key:
             self._trainers = self.step_s = self.full_step_s = None  # what was measured is of another model
-            self._trainers = (key, LevelTrainers(programs, threads=self._threads))
+            self._trainers = (key, LevelTrainers(programs, self._threads, self._make))
         return self._trainers[1]
 
 
@@ -178,16 +188,14 @@ class LevelTrainers:
 
     Args:
         programs: as they came with the version.
-        threads: for onnxruntime.
-        make: (programs of one model, threads) -> its trainer.
+        threads: for training.
+        make: what trains.
 
     Raises:
         PeerError: a layout is malformed.
     """
 
-    def __init__(
-        self, programs: Mapping[str, bytes], threads: int = 1, make: Callable[[Mapping[str, bytes], int], Training] = Trainer
-    ) -> None:
+    def __init__(self, programs: Mapping[str, bytes], threads: int = 1, make: MakeTrainer = Trainer) -> None:
         self._programs, self._threads, self._make = programs, threads, make
         self._full: Training | None = make(programs, threads)
         self._small: dict[int, Training] = {}

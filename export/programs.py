@@ -90,17 +90,17 @@ def initial_vector(model: onnx.ModelProto, train_last: int | None = None) -> NDA
     return layout_of(forward).flatten(forward.parameters)
 
 
-def write_model(
+def with_weights(
     model: onnx.ModelProto,
     vector: NDArray[np.float32],
-    path: Path,
     train_last: int | None = None,
     *,
     statistics: Mapping[str, NDArray[np.float32]] | None = None,
-) -> None:
-    """Write the forward model with the weights of `vector`; everything else stays as it was, but it is for inference.
+) -> onnx.ModelProto:
+    """The forward model for inference with the weights of `vector`, checked; everything else is as it was.
 
     Args:
+        model: not modified.
         vector: float32 [n] in the layout of this model, trained with this train_last.
         statistics: running means and variances by initializer, as Trainer.statistics has them; None: those of the model stay.
 
@@ -118,7 +118,23 @@ def write_model(
         if node.op_type == "BatchNormalization":
             as_inference(node)
     onnx.checker.check_model(trained, full_check=True)
-    onnx.save_model(trained, path)
+    return trained
+
+
+def write_model(
+    model: onnx.ModelProto,
+    vector: NDArray[np.float32],
+    path: Path,
+    train_last: int | None = None,
+    *,
+    statistics: Mapping[str, NDArray[np.float32]] | None = None,
+) -> None:
+    """Write what with_weights makes.
+
+    Raises:
+        LocalError: the vector or the statistics do not fit the model.
+    """
+    onnx.save_model(with_weights(model, vector, train_last, statistics=statistics), path)
 
 
 def _emitter(forward: Forward) -> Emitter:

@@ -98,6 +98,11 @@ class Device:
         effects, self._effects = self._effects, []
         return [*effects, SetTimer(min(self._presence.beat_s, self._presence.hello_s, self._sending.ask_s))]
 
+    @property
+    def needs_link(self) -> bool:
+        """Whether parts or chunks are on their way; waiting for a receipt leaves the link to others."""
+        return self.phase in (Phase.PROBING, Phase.FETCHING) or bool(self._sending.in_flight)
+
     # ---- connection ----------------------------------------------------------------------------------------------------------------
 
     def _connect(self, _: Connected) -> None:

@@ -51,7 +51,7 @@ class Score:
 
 
 class Training(Protocol):
-    """What trains one model; edge_agent.trainer.Trainer says what each means. testbed has one on torch beside it."""
+    """What trains one model; edge_agent.trainer.Trainer says what each means. export.torch_trainer has one on torch."""
 
     @property
     def layout(self) -> Layout: ...

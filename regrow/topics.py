@@ -39,11 +39,39 @@ def tasks(device: str) -> str:
     return f"{ROOT}/device/{device}/tasks"
 
 
+def promotion_report(device: str, task: str) -> str:
+    """Where a device says what became of a task's inference model; the coordinator hears all with two "+"."""
+    return f"{ROOT}/device/{device}/promotion/{task}"
+
+
 # ---- topics of a task and of one run of it -------------------------------------------------------------------------------------------
 
 
 def claim(task: str) -> str:
     return f"{ROOT}/{task}/claim"
+
+
+def promotion(task: str) -> str:
+    """Where a task's inference model is announced; with "+" that of every task."""
+    return f"{ROOT}/{task}/promotion"
+
+
+def promoted_file(task: str, digest: bytes, piece: int) -> str:
+    return f"{ROOT}/{task}/promotion/file/{digest.hex()}/{piece}"
+
+
+def parse_promotion(topic: str) -> str | None:
+    """The task whose inference model is announced on this topic, or None when it is another topic."""
+    parts = topic.split("/")
+    known = len(parts) == 4 and parts[:2] == ["regrow", "v1"] and parts[3] == "promotion"
+    return parts[2] if known and NAME.match(parts[2]) and parts[2] != "device" else None
+
+
+def parse_promotion_report(topic: str) -> tuple[str, str] | None:
+    """(device, task) of a device's report on a promotion, or None when it is another topic."""
+    parts = topic.split("/")
+    known = len(parts) == 6 and parts[:3] == ["regrow", "v1", "device"] and parts[4] == "promotion"
+    return (parts[3], parts[5]) if known and NAME.match(parts[3]) and NAME.match(parts[5]) else None
 
 
 @dataclass(frozen=True, slots=True)

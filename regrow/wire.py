@@ -27,6 +27,8 @@ MAX_CHUNK_BYTES = 256 * 1024
 MIN_CHUNK_BYTES = 16 * 1024
 MAX_CHUNKS = 1 << 16
 MAX_PROGRAMS = 256  # 64 levels of whole units with three each, and those of the full model
+MAX_MODEL_BYTES = 256 * 1024 * 1024  # of an inference model, or of a program of its head
+MAX_WITHDRAWN = 64
 DIGEST_BYTES = 16
 _FRAME = struct.Struct("<2sBBI")
 
@@ -211,6 +213,47 @@ class Telemetry(Message, frozen=True, kw_only=True, omit_defaults=True):
     pending: Pending | None = None
 
 
+class Head(msgspec.Struct, frozen=True, array_like=True):
+    """How a device may train the last layer of a promoted model on its own data: its programs, and the steps of SGD to take."""
+
+    programs: Annotated[list[Blob], msgspec.Meta(min_length=1, max_length=8)]
+    steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    batch: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1000)]
+
+
+class Promotion(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator, retained: the inference model of a task that is signed off for use; without `model` there is none (any more)."""
+
+    number: Positive
+    run: Name
+    version: Count = 0
+    model: Blob | None = None
+    step: Text = ""
+    withdrawn: Annotated[list[Digest], msgspec.Meta(max_length=MAX_WITHDRAWN)] = []
+    head: Head | None = None
+
+
+class ModelScore(msgspec.Struct, frozen=True, array_like=True):
+    """What a device found for an inference model on its own validation data."""
+
+    loss: float
+    accuracy: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    examples: Positive
+
+
+class PromotionReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: what became of a promotion. Said again whenever its announcement is heard again."""
+
+    number: Positive
+    outcome: Annotated[str, msgspec.Meta(pattern=r"^(placed|kept|failed|removed)\Z")]
+    reason: Text = ""
+    current: Digest | None = None
+    new: ModelScore | None = None
+    old: ModelScore | None = None
+    tuned: ModelScore | None = None
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -221,11 +264,15 @@ KINDS: dict[int, type[Message]] = {
     7: UpdateChunk,
     8: Receipt,
     9: Telemetry,
+    10: Promotion,
+    11: PromotionReport,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
 _ENCODER = msgspec.msgpack.Encoder()
-AnyMessage = Union[Hello, Status, Tasks, Claim, Manifest, Assignment, UpdateChunk, Receipt, Telemetry]  # noqa: UP007 (3.10 evaluates it)
+AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
+    Hello, Status, Tasks, Claim, Manifest, Assignment, UpdateChunk, Receipt, Telemetry, Promotion, PromotionReport
+]
 M = TypeVar("M", bound=Message)
 
 
@@ -281,6 +328,11 @@ def assert_finite(message: Message) -> None:
         head = message.head
         numbers = [("seconds", head.seconds), ("loss", head.loss)]
         numbers += [("scores", number) for score in head.scores for number in (score.loss, score.accuracy)]
+    elif isinstance(message, Promotion) and message.head is not None:
+        numbers = [("head", message.head.learning_rate)]
+    elif isinstance(message, PromotionReport):
+        found = (message.new, message.old, message.tuned)
+        numbers = [("score", number) for score in found if score is not None for number in (score.loss, score.accuracy)]
     for name, number in numbers:
         if number is not None and not abs(number) < float("inf"):
             raise PeerError(f"{type(message).__name__}: {name} is {number}, a finite number is needed")

@@ -344,7 +344,7 @@ def _code_digest(engine: str, programs: Mapping[str, bytes]) -> bytes:
     """What results depend on beside data and job: the programs, the code that trains, and what computes them."""
     rooms = Path(__file__).parent.parent
     torch = (
-        ("testbed/torch_training.py", "testbed/torch_steps.py", "export/torch_graph.py", "export/torch_ops.py")
+        ("testbed/torch_engine.py", "export/torch_trainer.py", "export/torch_steps.py", "export/torch_graph.py", "export/torch_ops.py")
         if engine != "onnxruntime"
         else ()
     )

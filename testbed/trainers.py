@@ -55,7 +55,7 @@ def check_trainer(name: str) -> None:
     if find_spec("torch") is None:
         raise LocalError(f"trainer {name}: torch is not installed here; pip install 'regrow[sim,torch]'")
     if name == "torch-cuda":
-        from testbed.torch_training import check_cuda
+        from export.torch_trainer import check_cuda
 
         check_cuda()
 
@@ -70,6 +70,6 @@ def engine_of(name: str, programs: Mapping[str, bytes]) -> Engine:
     check_trainer(name)
     if name == "onnxruntime":
         return OnnxEngine(programs)
-    from testbed.torch_training import TorchEngine
+    from testbed.torch_engine import TorchEngine
 
     return TorchEngine(programs, device="cuda" if name == "torch-cuda" else "cpu", together=True)

@@ -17,6 +17,7 @@ from broker_server.credentials import (
     may_write,
     write_private,
 )
+from regrow import topics
 from regrow.errors import LocalError
 
 
@@ -150,3 +151,14 @@ def test_a_device_writes_below_itself() -> None:
         assert may_write("me", f"regrow/v1/{topic}"), topic
     for topic in ("device/you/hello", "t/r/device/me/assignment", "t/r/device/me/updates/1", "t/r/manifest", "t/claim"):
         assert not may_write("me", f"regrow/v1/{topic}"), topic
+
+
+def test_a_device_reads_promotions_and_reports_on_them_as_itself_only() -> None:
+    read = (topics.promotion("+"), topics.promotion("toy"), topics.promoted_file("toy", bytes(16), 3))
+    assert all(may_read("d1", topic) for topic in read)
+    assert not any(may_write("d1", topic) for topic in read)
+    assert may_write("d1", topics.promotion_report("d1", "toy"))
+    assert not may_write("d1", topics.promotion_report("d2", "toy"))
+    assert not may_read("d1", topics.promotion_report("+", "toy"))
+    # A run that is called "promotion" opens nothing.
+    assert not may_read("d1", topics.Run("toy", "promotion").telemetry("d2"))

@@ -30,3 +30,9 @@ def test_declined_devices_are_counted_until_they_take_part() -> None:
     picture = shown(view)
     assert "1 declined for memory" in picture.splitlines()[0]
     assert picture.count("too little memory") == 1
+
+
+def test_what_became_of_a_promoted_model_is_an_event() -> None:
+    view = FleetView("watch")
+    view.note(Note("promotion", {"device": "d1", "promotion": 3, "outcome": "kept", "said": "kept; accuracy 0.750", "accuracy": 0.75}))
+    assert "d1: model 3 kept; accuracy 0.750" in shown(view)

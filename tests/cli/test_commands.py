@@ -19,7 +19,7 @@ import pytest
 from broker_server.credentials import Credentials
 from broker_server.runs import create_run, load_task
 from broker_server.store import Store
-from cli.gateway import _link as broker_link
+from cli.gateway import link_of as broker_link
 from cli.main import main, parser
 from export.models import digits_mlp
 from export.task import build_task, save_model

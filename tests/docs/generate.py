@@ -29,12 +29,8 @@ from regrow.task import Task
 from tests.docs import words
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (
-    *(
-        Path("docs") / name
-        for name in ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "models.md", "protocol.md", "task.md")
-    ),
-)
+NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md", "zoo.md")
+PAGES = tuple(Path("docs") / name for name in NAMES)
 ZOO = ROOT / "bench" / "results" / "zoo.json"
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -225,6 +221,9 @@ def _topics(_: str) -> str:
         "receipt": run.receipt("{id}"),
         "telemetry": run.telemetry("{id}"),
         "probe": run.probe("{id}"),
+        "promotion": topics.promotion("{task}"),
+        "promoted_file": topics.promoted_file("{task}", _Shown(), "{i}"),  # type: ignore[arg-type]  # a place for the number
+        "promotion_report": topics.promotion_report("{id}", "{task}"),
     }
     rows = ((f"`{topic}`", *words.TOPICS[name]) for name, topic in shown.items())
     return table(("topic", "publisher", "retained", "payload"), rows)

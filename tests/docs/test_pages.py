@@ -11,7 +11,15 @@ from tests.docs.blocks import blocks
 from tests.docs.generate import PAGES, ROOT, commands, regenerated
 from tests.docs.terminals import Reader
 
-HAND_WRITTEN = ("README.md", "docs/bring-your-own.md", "docs/deploy.md", "docs/simulate.md")
+HAND_WRITTEN = (
+    "README.md",
+    "docs/bring-your-own.md",
+    "docs/deploy.md",
+    "docs/models.md",
+    "docs/simulate.md",
+    "docs/using-the-model.md",
+    "docs/zoo.md",
+)
 ALL = sorted(page.relative_to(ROOT) for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 RUN_BY_A_TEST = ("README.md", "docs/bring-your-own.md")
 

@@ -82,7 +82,7 @@ def test_every_kind_has_its_number_and_table(number: int, kind: type[wire.Messag
     assert f"<!-- generated: wire:{kind.__name__} -->" in PAGE
 
 
-@pytest.mark.parametrize("name", ["Chunk", "Blob", "Score", "UpdateHead", "Range", "Pending", "TaskRef"])
+@pytest.mark.parametrize("name", ["Chunk", "Blob", "Score", "UpdateHead", "Range", "Pending", "TaskRef", "Head", "ModelScore"])
 def test_every_part_of_a_header_has_its_table(name: str) -> None:
     assert f"<!-- generated: wire:{name} -->" in PAGE
 

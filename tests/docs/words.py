@@ -93,6 +93,27 @@ WIRE = {
     "Telemetry.step_s": "Seconds of one training step, last measured.",
     "Telemetry.failed": "Why the assignment at hand is given up; ends its lease. Without one: why the last could not be done.",
     "Telemetry.pending": "Asks for this update's receipt.",
+    "Head.programs": "`layout` (JSON) and `train`, as in a manifest but of the last layer alone, and `initial`: its values, float32.",
+    "Head.steps": "Steps to take.",
+    "Head.batch": "Examples per step.",
+    "Head.learning_rate": "Finite.",
+    "Promotion.number": "Grows with every decision about the task's model.",
+    "Promotion.run": "Run that the model comes from.",
+    "Promotion.version": "Version of that run's global model.",
+    "Promotion.model": "The ONNX file, at most 256 MiB. Without it no model is to be used.",
+    "Promotion.step": "What the model is scored by: JSON as in a program's `regrow.step`; empty: cross-entropy.",
+    "Promotion.withdrawn": "Digests of models that no device may keep in use.",
+    "Promotion.head": "What a device may train the last layer with. A device that does not want to leaves it alone.",
+    "ModelScore.loss": "Mean loss; finite.",
+    "ModelScore.accuracy": "Share of correct answers; with mse and huber R^2, 0 to 1.",
+    "ModelScore.examples": "Validation examples.",
+    "PromotionReport.number": "The promotion that it answers.",
+    "PromotionReport.outcome": "`placed`: in use; `kept`: another one is; `removed`: none is; `failed`: it could not be tried or placed.",
+    "PromotionReport.reason": "Why it was kept or failed.",
+    "PromotionReport.current": "Digest of the model that is in use now.",
+    "PromotionReport.new": "The promoted model on this device's validation data; absent without such data.",
+    "PromotionReport.old": "What was in use before, on the same examples.",
+    "PromotionReport.tuned": "The promoted model with the last layer trained here; used only where its accuracy is higher.",
 }
 
 _DEVICE, _COORDINATOR = "device", "coordinator"
@@ -110,6 +131,9 @@ TOPICS = {
     "receipt": (_COORDINATOR, "no", "`Receipt`"),
     "telemetry": (_DEVICE, "no", "`Telemetry`"),
     "probe": (_DEVICE, "no", "16 KiB of noise; nobody subscribes"),
+    "promotion": (_COORDINATOR, "yes", "`Promotion`"),
+    "promoted_file": (_COORDINATOR, "yes", "piece i of the promotion's file with this digest (hexadecimal)"),
+    "promotion_report": (_DEVICE, "no", "`PromotionReport`"),
 }
 
 _G, _P, _OURS = "FedGMR", "PR-FL", "ours"

@@ -127,5 +127,31 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         ),
         bytes.fromhex("0000c03f003c7e0f"),
     ),
+    "promotion": (
+        wire.Promotion(
+            number=3,
+            run="r1",
+            version=12,
+            model=wire.Blob("model", 70_000, DIGEST, [BOOT, INSTALL]),
+            withdrawn=[INSTALL],
+            head=wire.Head([wire.Blob("layout", 90, BOOT, [BOOT])], 200, 20, 0.05),
+        ),
+        b"",
+    ),
+    "promotion-step": (wire.Promotion(number=5, run="r1", model=wire.Blob("model", 9, DIGEST, [BOOT]), step='{"loss":"mse"}'), b""),
+    "promotion-none": (wire.Promotion(number=4, run="r1"), b""),
+    "promotion-report": (
+        wire.PromotionReport(
+            number=3,
+            outcome="kept",
+            reason="worse",
+            current=DIGEST,
+            new=wire.ModelScore(0.5, 0.75, 40),
+            old=wire.ModelScore(0.25, 0.875, 40),
+            tuned=wire.ModelScore(0.5, 0.8125, 40),
+        ),
+        b"",
+    ),
+    "promotion-report-sparse": (wire.PromotionReport(number=4, outcome="removed"), b""),
     "signed": (wire.Claim(run="r1", term=1, signature=b"\x01" * 64, key_id="k1"), b""),
 }

@@ -441,3 +441,15 @@ def test_a_machine_offline_from_the_start_says_nothing() -> None:
     for at in range(20):
         effects = device.step(Woken(), float(at))
         assert not [effect for effect in effects if isinstance(effect, Publish)]
+
+
+def test_the_link_is_needed_while_something_is_on_its_way_and_not_while_it_waits() -> None:
+    needs = {phase: until(phase).device("d1").needs_link for phase in (Phase.WAITING, Phase.FETCHING, Phase.TRAINING, Phase.SENDING)}
+    assert needs == {Phase.WAITING: False, Phase.FETCHING: True, Phase.TRAINING: False, Phase.SENDING: True}
+    world = until(Phase.SENDING)
+    device = world.device("d1")
+    for token in list(device._sending.in_flight):
+        device.step(Acknowledged(token, 0.0, 0.1, 10), world.now)
+    while device._sending.in_flight:
+        device.step(Acknowledged(next(iter(device._sending.in_flight)), 0.0, 0.1, 10), world.now)
+    assert (device.phase, device.needs_link) == (Phase.SENDING, False)

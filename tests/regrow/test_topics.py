@@ -60,10 +60,26 @@ def test_other_topics_are_nobodys(topic: str) -> None:
 
 
 @COMMON
+@given(name, name)
+def test_topics_of_promotions_are_parsed_back_and_are_no_others(device: str, task: str) -> None:
+    report = topics.promotion_report(device, task)
+    assert topics.parse_promotion_report(report) == (device, task)
+    assert topics.parse_promotion(topics.promotion(task)) == (task if task != "device" else None)
+    for topic in (report, topics.promotion(task), topics.promoted_file(task, bytes(16), 3)):
+        assert parse_from_device(topic, RUN) is None
+        assert matches(topics.promotion("+"), topic) == (topic == topics.promotion(task))
+        assert matches(topics.promotion_report("+", "+"), topic) == (topic == report)
+    assert topics.parse_promotion_report(RUN.telemetry(device)) is None
+    assert topics.parse_promotion(topics.claim(task)) is None
+
+
+@COMMON
 @given(st.text(max_size=60))
 def test_parsing_any_text_never_raises(text: str) -> None:
     parse_from_device(text, RUN)
     parse_from_device(f"{RUN.root}/device/{text}", RUN)
+    assert topics.parse_promotion(f"regrow/v1/{text}/more/promotion") is None
+    topics.parse_promotion_report(f"regrow/v1/device/{text}/promotion/{text}")
 
 
 @pytest.mark.parametrize("bad", ["", "A", "-a", "a" * 64, "a/b", "a\n", "+", "#", "ä"])

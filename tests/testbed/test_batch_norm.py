@@ -18,11 +18,11 @@ from export.unit_programs import build_unit_programs
 from regrow.local_training import statistics_from
 from regrow.task import task_from_tables
 from testbed.simulate import Simulation, task_of
-from testbed.torch_training import TorchEngine
+from testbed.torch_engine import TorchEngine
 from testbed.trainers import OnnxEngine
 from tests.export.unit_models import batch_norm_net, batch_norm_perceptron
 from tests.testbed.bars import spec
-from tests.testbed.test_torch_training import DENSITIES, jobs_of
+from tests.testbed.test_torch_engine import DENSITIES, jobs_of
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from edge_agent.trainer import Trainer
 from export.models import digits_mlp, reduced_cnn
 from export.programs import build_programs, initial_vector
 from export.task import save_model, write_trained
+from export.torch_trainer import Share, TorchTrainer
 from regrow.errors import LocalError
 from regrow.machine import Evaluate
 from regrow.task import Training
 from testbed.outcome import Outcome, Spec
 from testbed.simulate import Simulation, task_of
-from testbed.torch_training import Share, TorchTrainer
 from tests.export.test_steps import BATCH, EXTRAS, FEATURES, LOSSES, OPTIMIZERS, examples, network
 
 # ---- torch as onnxruntime ------------------------------------------------------------------------------------------------------------

@@ -7,30 +7,33 @@ of each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge_agent.data.source import DataSource
-from edge_agent.worker import LevelTrainers, train_job
 from export.torch_graph import graph_of_program
-from regrow.errors import LocalError
+from export.torch_steps import FlatOptimizer, client_losses, score_sums
+from regrow.errors import LocalError, PeerError
 from regrow.examples import described, r_squared
 from regrow.local_training import Batch, Score, Statistics, TrainResult, average_statistics
-from regrow.machine import Train, Trained
 from regrow.parameters import Layout
-from testbed.torch_steps import FlatOptimizer, client_losses, score_sums
 
-WAVE_CLIENTS = 64  # trained in one call; more only take more memory
-# On the CPU a wave pays for small models only: bench/results/trainers.json has one of 52 266 parameters, trainers-leaf.json one of 6.6 M,
-# which is faster one client after the other. The bound between them is a guess.
-CPU_WAVE_PARAMETERS = 2**20
+# What torch raises (its own exceptions, out of memory too, are RuntimeErrors), and what a graph that contradicts itself leads to.
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Failures of the program are told as the device's trainer tells onnxruntime's, so that they end a job and not the training thread."""
+    try:
+        yield
+    except _FAILURES as error:
+        raise PeerError(f"program 'evaluate' failed on torch: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class TorchTrainer:
         device: "cpu" or "cuda".
 
     Raises:
-        PeerError: the layout is malformed.
+        PeerError: the layout is malformed, or the program fails.
         LocalError: a program is missing or has an op that torch does not run here, or there is no CUDA.
     """
 
@@ -65,7 +68,8 @@ class TorchTrainer:
             raise LocalError(f"there is no program {missing[0]!r}; this trainer was given {sorted(programs)}")
         self._device = _device(device, threads)
         self.layout = Layout.from_json(programs["layout"])
-        self._graph = graph_of_program(programs["evaluate"])
+        with _telling():
+            self._graph = graph_of_program(programs["evaluate"])
         if dict(self._graph.parameters) != {tensor.name: tensor.shape for tensor in self.layout.tensors}:
             raise LocalError("the layout is not that of the evaluation program; build the task again with `regrow task build`")
 
@@ -81,6 +85,7 @@ class TorchTrainer:
 
         Raises:
             LocalError: an argument does not fit the program.
+            PeerError: the program fails.
         """
         return self.train_together([Share(vector, kept, batches, learning_rate)])[0]
 
@@ -93,6 +98,7 @@ class TorchTrainer:
 
         Raises:
             LocalError: an argument does not fit the program.
+            PeerError: the program fails.
         """
         if self._graph.statistics and len(shares) > 1:
             return [self.train_together([share])[0] for share in shares]
@@ -102,11 +108,12 @@ class TorchTrainer:
         optimizer = FlatOptimizer(self._graph.step, flat, dropped, rates)
         losses, counts = list[torch.Tensor](), list[list[int]]()
         for batches in _in_step(shares):
-            x, y, weight = self._stacked(batches)
-            flat.requires_grad_(True)
-            loss = client_losses(self._graph.step, self._outputs(flat, x), y, weight)
-            (gradient,) = torch.autograd.grad(loss.sum(), flat)
-            flat = optimizer.moved(flat.detach(), gradient)
+            with _telling():
+                x, y, weight = self._stacked(batches)
+                flat.requires_grad_(True)
+                loss = client_losses(self._graph.step, self._outputs(flat, x), y, weight)
+                (gradient,) = torch.autograd.grad(loss.sum(), flat)
+                flat = optimizer.moved(flat.detach(), gradient)
             losses.append(loss.detach())
             counts.append([len(features) for features, _ in batches])
         if not losses:
@@ -132,6 +139,7 @@ class TorchTrainer:
 
         Raises:
             LocalError: an argument does not fit the program.
+            PeerError: the program fails.
         """
         return self.evaluate_together([vector], [(x, y)], batch, [statistics or {}])[0]
 
@@ -140,6 +148,7 @@ class TorchTrainer:
 
         Raises:
             LocalError: an argument does not fit the program.
+            PeerError: the program fails.
         """
         if not self._graph.statistics:
             return {}
@@ -152,9 +161,9 @@ class TorchTrainer:
     def _batch_statistics(self, parameters: Mapping[str, torch.Tensor], x: NDArray[Any]) -> Statistics:
         replace(self._graph.examples, y_dtype=None).check(x, x)
         found: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
+        with torch.no_grad(), _telling():
             self._graph.forward(parameters, torch.from_numpy(x).to(self._device), found=found)
-        return {name: tensor.cpu().numpy() for name, tensor in found.items()}
+            return {name: tensor.cpu().numpy() for name, tensor in found.items()}
 
     def evaluate_together(
         self,
@@ -172,13 +181,14 @@ class TorchTrainer:
 
         Raises:
             LocalError: an argument does not fit the program.
+            PeerError: the program fails.
         """
         if batch < 1:
             raise LocalError(f"batch is {batch}, but evaluation needs at least 1")
         running = self._running([{}] * len(data) if statistics is None else statistics)
         flat = self._vectors(vectors)
         sums = np.zeros((2, len(data)))
-        with torch.no_grad():
+        with torch.no_grad(), _telling():
             for start in range(0, max(len(x) for x, _ in data), batch):
                 parts = [(x[start : start + batch], y[start : start + batch]) for x, y in data]
                 inputs, targets, weight = self._stacked(parts, may_be_empty=start > 0)
@@ -245,90 +255,6 @@ class TorchTrainer:
         names = ("x", "x" if examples.y_dtype is None else "y", "sample_weight")
         tensors = (torch.from_numpy(np.stack([feed[name] for feed in feeds])).to(self._device) for name in names)
         return next(tensors), next(tensors), next(tensors)
-
-
-class TorchEngine:
-    """Trains whole jobs on torch, those of one model and as many steps together where `together` says so.
-
-    Args:
-        programs: as the gateway publishes them, levels included.
-        device: "cpu" or "cuda".
-
-    Raises:
-        PeerError, LocalError: as TorchTrainer.
-    """
-
-    def __init__(self, programs: Mapping[str, bytes], *, device: str = "cpu", together: bool = True) -> None:
-        make = partial(TorchTrainer, device=device)
-        self.together = together
-        self._most_parameters = CPU_WAVE_PARAMETERS if device == "cpu" else math.inf
-        self.whole = make(programs)
-        self._trainers = LevelTrainers(programs, make=make)
-
-    def train(self, jobs: Sequence[tuple[DataSource, Train]]) -> list[Trained]:
-        """The jobs' results in their order; see edge_agent.worker.train_job.
-
-        Raises:
-            PeerError, LocalError: as train_job.
-        """
-        groups: dict[tuple[TorchTrainer, int], list[int]] = {}
-        for index, (_, job) in enumerate(jobs):
-            groups.setdefault((self._at(job.level), job.steps), []).append(index)
-        results: dict[int, Trained] = {}
-        for (trainer, _), members in groups.items():
-            for start in range(0, len(members), WAVE_CLIENTS):
-                part = members[start : start + WAVE_CLIENTS]
-                mine = [jobs[index] for index in part]
-                results.update(zip(part, self._train_group(trainer, mine), strict=True))
-        return [results[index] for index in range(len(jobs))]
-
-    def _train_group(self, trainer: TorchTrainer, jobs: Sequence[tuple[DataSource, Train]]) -> list[Trained]:
-        alone = trainer.has_statistics or any(job.widths or job.kept is not None for _, job in jobs)
-        if alone or not self.together or len(jobs) == 1 or trainer.layout.size > self._most_parameters:
-            return [train_job(self._trainers, source, job) for source, job in jobs]
-        scores = self._scores(jobs)
-        places = [self._trainers.place(job, job.level, job.length) for _, job in jobs]
-        shares = [
-            Share(
-                place.vector(job.values),
-                place.mask(None),
-                source.batches(np.random.default_rng(job.seed), job.batch, job.steps),
-                job.learning_rate,
-            )
-            for place, (source, job) in zip(places, jobs, strict=True)
-        ]
-        results = zip(jobs, places, trainer.train_together(shares), scores, strict=True)
-        return [
-            Trained(job.number, result.vector[place.slots], result.examples, result.loss, 0.0, tuple(found))
-            for (_, job), place, result, found in results
-        ]
-
-    def _scores(self, jobs: Sequence[tuple[DataSource, Train]]) -> list[list[tuple[int, float, float, int]]]:
-        """(level, loss, accuracy, examples) of every level that a job asks for, one list for each job."""
-        validation = [source.validation() for source, _ in jobs]
-        asked: dict[TorchTrainer, list[tuple[int, int, int]]] = {}
-        for index, (_, job) in enumerate(jobs):
-            for level, length in job.evaluate.items() if len(validation[index][1]) else ():
-                asked.setdefault(self._at(level), []).append((index, level, length))
-        found: dict[tuple[int, int], Score] = {}
-        for trainer, wanted in asked.items():
-            vectors = [self._placed(jobs[index][1], level, length) for index, level, length in wanted]
-            scores = trainer.evaluate_together(vectors, [validation[index] for index, _, _ in wanted])
-            found.update(((index, level), score) for (index, level, _), score in zip(wanted, scores, strict=True))
-        told: list[list[tuple[int, float, float, int]]] = []
-        for index, (_, job) in enumerate(jobs):
-            mine = [(level, found[index, level]) for level in job.evaluate if (index, level) in found]
-            told.append([(level, score.loss, score.accuracy, score.examples) for level, score in mine])
-        return told
-
-    def _placed(self, job: Train, level: int, length: int) -> NDArray[np.float32]:
-        return self._trainers.place(job, level, length).vector(job.values)
-
-    def _at(self, level: int) -> TorchTrainer:
-        trainer = self._trainers.at(level)
-        if not isinstance(trainer, TorchTrainer):
-            raise TypeError(f"level {level} has a {type(trainer).__name__}")
-        return trainer
 
 
 def _in_step(shares: Sequence[Share]) -> Iterator[list[Batch]]:

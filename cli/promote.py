@@ -1,0 +1,242 @@
+"""`regrow promote`: signs a model off for the fleet, publishes it, and says what the devices made of it."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import queue
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from broker_server.credentials import Credentials
+from broker_server.herald import Herald, herald_of
+from broker_server.promotions import HeadPlan, Promotions, SignOff, in_words
+from broker_server.runs import TaskFolder, joined_devices, load_task, recover
+from broker_server.stopping import stop_at_signals
+from broker_server.store import Store
+from broker_server.transport import Event, MqttBus
+from cli.gateway import GATEWAY_HOME, Link, check_run, link_of, write_deployable
+from edge_agent.inference import Inference
+from export.head import with_head
+from regrow.errors import LocalError, PeerError
+from regrow.ledger import Ledger
+from regrow.local_step import METADATA, Step
+from regrow.machine import Disconnected, Publish, Subscribe, Unsubscribe
+from regrow.task import Training
+
+POLL_S = 0.25
+HEAD_STEPS = 200
+
+
+def promote(options: argparse.Namespace) -> int:
+    """Sign off a model, or withdraw one, and wait for the devices."""
+    run: Path = options.run
+    check_run(run)
+    if options.withdraw and (options.model or options.local_head):
+        raise LocalError("--withdraw takes back the newest model; it goes with neither --model nor --local-head")
+    folder = load_task(run / "task")
+    promotions = Promotions(run.parent, folder.task.name)
+    decision = promotions.withdraw(_who(options)) if options.withdraw else _sign_off(options, folder, promotions)
+    print(_said(decision, promotions), flush=True)
+    if options.no_wait:
+        print(f"`regrow serve` publishes it to devices, now or when it next runs; so does `regrow promote {run}`")
+        return 0
+    home = run.parent / GATEWAY_HOME
+    known = _known_devices(run, home)
+    with herald_of(promotions) as herald:
+        watch = _Watch(promotions, decision, known, stay=options.stay)
+        stop_at_signals(watch.stop, "stopping; the model stays signed off, and the same command goes on")
+        if herald is None:
+            print(f"a running `regrow serve` publishes it; waiting for {len(known)} devices (Ctrl-C ends the waiting only)", flush=True)
+            _follow(watch, promotions)
+        else:
+            _publish(options, herald, watch, home)
+    watch.show()
+    return 0
+
+
+# ---- signing off -------------------------------------------------------------------------------------------------------------------
+
+
+def _sign_off(options: argparse.Namespace, folder: TaskFolder, promotions: Promotions) -> SignOff:
+    run: Path = options.run
+    with Store.open(run, read_only=True) as store:
+        ledger = recover(store, folder)
+    head: dict[str, bytes] | None = None
+    plan = None
+    if options.model is not None:
+        if options.local_head:
+            raise LocalError("--local-head needs the run's own model: with --model the file goes out as it is")
+        try:
+            model, name = options.model.read_bytes(), options.model.name
+        except OSError as error:
+            raise LocalError(f"--model {options.model}: {error.strerror or error}") from error
+    else:
+        model, head = _own_model(folder, ledger, options.local_head)
+        name = f"{run.name}, version {ledger.version}"
+        if head is not None:
+            training = folder.task.training
+            plan = HeadPlan(programs=list(head), steps=HEAD_STEPS, batch=training.batch, learning_rate=training.learning_rate)
+    check_inference(model, folder.model_path.read_bytes(), name)
+    told = {"run": run.name, "version": ledger.version, "who": _who(options), "file": name, "step": _scored_by(folder.task.training)}
+    return promotions.sign_off(model, **told, head=head, plan=plan)
+
+
+def _scored_by(training: Training) -> str:
+    """What of a step devices need in order to score by it, as in a program's metadata; "" for the default."""
+    step = Step(loss=training.loss, target=training.target, huber_delta=training.huber_delta)
+    return step.metadata().get(METADATA, "")
+
+
+def _own_model(folder: TaskFolder, ledger: Ledger, local_head: bool) -> tuple[bytes, dict[str, bytes] | None]:
+    """(the file that `serve` leaves as model.onnx, what trains its last layer), from the durable log, so also while `serve` runs."""
+    with tempfile.TemporaryDirectory() as aside:
+        file = Path(aside) / "model.onnx"
+        write_deployable(folder, ledger, file)
+        return with_head(file, folder.task.training) if local_head else (file.read_bytes(), None)
+
+
+def check_inference(model: bytes, forward: bytes, name: str) -> None:
+    """Return if devices can use the model in place of the task's.
+
+    Args:
+        model, forward: ONNX files; of the second only the names and shapes of its input and output count.
+
+    Raises:
+        LocalError: it holds what devices refuse, cannot be run, or takes or gives something else.
+    """
+    try:
+        ours, theirs = Inference(model), Inference(forward)
+        for found, wanted in zip(_ends(ours), _ends(theirs), strict=True):
+            if found != wanted:
+                raise LocalError(f"{name}: {found}, but the task's model has {wanted}")
+        shape = [size if isinstance(size, int) else 1 for size in theirs.input_shape[1:]]
+        ours.run(np.zeros((2, *shape), ours.input_kind))
+    except PeerError as error:
+        raise LocalError(f"{name} cannot be used on devices: {error}") from error
+
+
+def _ends(model: Inference) -> tuple[str, str]:
+    """What a model takes and gives, in words."""
+    taken = f"input {model.input} of {model.input_kind} {model.input_shape[1:]} each"
+    return taken, f"output {model.output} of {model.output_shape[1:]} each"
+
+
+def _who(options: argparse.Namespace) -> str:
+    return options.by or f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def _said(decision: SignOff, promotions: Promotions) -> str:
+    head = f"{promotions.task} model {decision.number}: {decision.action} by {decision.who} at {decision.when}"
+    if decision.digest is None:
+        return f"{head}; none was promoted before, so devices use none"
+    return f"{head}; {decision.file}, {decision.bytes} bytes, SHA-256 {decision.sha256}"
+
+
+# ---- waiting -----------------------------------------------------------------------------------------------------------------------
+
+
+def _known_devices(run: Path, home: Path) -> set[str]:
+    """Who has taken part in the run and may still connect, as far as this gateway knows who may."""
+    joined = joined_devices(run)
+    allowed = Credentials(home).devices() if (home / "credentials.json").exists() else ()
+    return joined & set(allowed) if allowed else joined
+
+
+class _Watch:
+    """What is waited for: the answers of the known devices to one decision. A line each as they come, and a table at the end."""
+
+    def __init__(self, promotions: Promotions, decision: SignOff, known: Collection[str], *, stay: bool) -> None:
+        self._promotions, self._decision, self._known = promotions, decision, set(known)
+        self._stay = stay or not self._known  # without anybody to wait for, whoever connects is waited for
+        self._told: dict[str, str] = {}
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def over(self) -> bool:
+        """Whether to wait no longer; tells what is new."""
+        answers = {device: report for device, report in self._promotions.reports().items() if report.number == self._decision.number}
+        for device, report in answers.items():
+            said = in_words(report)
+            if self._told.get(device) != said:
+                self._told[device] = said
+                print(f"{device}: {said}", flush=True)
+        return self._stopped.is_set() or (not self._stay and self._known <= answers.keys())
+
+    def show(self) -> None:
+        """The table of all devices."""
+        reports = self._promotions.reports()
+        table = Table("device", "model", "examples", "accuracy", "before", "local head", "loss", "what became of it", pad_edge=False)
+        for device in sorted(self._known | reports.keys()):
+            report = reports.get(device)
+            if report is None:
+                table.add_row(device, *["-"] * 6, "no answer yet")
+                continue
+            new, old, tuned = report.new, report.old, report.tuned
+            table.add_row(
+                device,
+                str(report.number),
+                "-" if new is None else str(new.examples),
+                *("-" if score is None else f"{score.accuracy:.3f}" for score in (new, old, tuned)),
+                "-" if new is None else f"{new.loss:.3f}",
+                f"{report.outcome} {report.reason}".strip(),
+            )
+        console = Console() if sys.stdout.isatty() else Console(width=160)
+        console.print(table)
+        missing = sorted(device for device in self._known if device not in reports or reports[device].number != self._decision.number)
+        if missing:
+            print(f"no answer to model {self._decision.number} yet from {', '.join(missing)}")
+
+
+def _follow(watch: _Watch, promotions: Promotions) -> None:
+    """Wait while another process publishes."""
+    while not watch.over():
+        lock = promotions.lock()
+        if lock is not None:
+            lock.close()
+            print("`regrow serve` has ended; the same command goes on without it", flush=True)
+            return
+        time.sleep(POLL_S)
+
+
+def _publish(options: argparse.Namespace, herald: Herald, watch: _Watch, home: Path) -> None:
+    """Publish from here, on the broker that is named or on one of our own, until everybody has answered."""
+    link = link_of(options, home, resuming=False)
+    try:
+        print("publishing; devices that are away take it when they connect (Ctrl-C ends)", flush=True)
+        _turn(link, herald, watch.over)
+    finally:
+        link.stop()
+
+
+def _turn(link: Link, herald: Herald, over: Callable[[], bool]) -> None:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    bus = MqttBus(link.url, client_id=link.user, username=link.user, password=link.password, on_event=events.put)
+    bus.start()
+    try:
+        while not over():
+            said = link.keep()
+            if said:
+                print(said, file=sys.stderr, flush=True)
+            try:
+                event: Event | None = events.get(timeout=POLL_S)
+            except queue.Empty:
+                event = None
+            if isinstance(event, Disconnected):
+                print(f"{event.reason}; trying again", file=sys.stderr, flush=True)
+            for effect in herald.step(event, time.monotonic()):
+                if isinstance(effect, (Publish, Subscribe, Unsubscribe)):
+                    bus.perform(effect)
+    finally:
+        bus.close()
