@@ -242,11 +242,12 @@ class Follower(TorchFunctionMode):
         differs = decided != wanted
         if bool(differs.any()):
             self.otherwise += int(differs.sum())
-            move = theirs - x.detach()
-            if differs.shape == x.shape and "pool" not in func.__name__:
-                move = torch.where(differs, move, 0)
+            if "pool" in func.__name__:
+                differs = torch.ones_like(x, dtype=torch.bool)
+            move = torch.where(differs, theirs - x.detach(), 0)
             self.moved = max(self.moved, float(move.abs().max() / x.detach().square().mean().sqrt()))
-            x = x + move
+            # Their very number, with the gradient of ours: a sum with the move would round the smallest away.
+            x = torch.where(differs, theirs + (x - x.detach()), x)
         return func(x, *others, **kwargs)
 
 
