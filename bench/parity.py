@@ -76,7 +76,7 @@ def compare(model: Model, variant: Variant, *, batch: int, steps: int, seed: int
     module = _stirred(model.module(variant, seed), seed)
     program = build_programs(from_torch(module, torch.zeros(1, *variant.shape)), training=training_of(model))["train"]
     teacher = copy.deepcopy(module).double().train()
-    contest = _Contest(session_of(program), Decisions(program), teacher)
+    contest = _Contest(Watched(program), teacher)
     draws = _draws(model, variant, batch, np.random.default_rng(seed))
     found = []
     for _ in range(steps):
@@ -117,23 +117,22 @@ class _Found:
 class _Contest:
     """The teacher, whose weights are float64 numbers that float32 can hold, and the program that is asked about each of them."""
 
-    def __init__(self, session: ort.InferenceSession, decisions: Decisions, teacher: torch.nn.Module) -> None:
-        self._session, self._decisions, self._teacher = session, decisions, teacher
+    def __init__(self, program: Watched, teacher: torch.nn.Module) -> None:
+        self._program, self._teacher = program, teacher
         self._single = copy.deepcopy(teacher).float()
 
     def step(self, x: NDArray[np.float32], y: NDArray[np.int64] | None) -> _Found:
         weights = {name: tensor.detach().numpy().astype(np.float32) for name, tensor in self._teacher.named_parameters()}
         feed = {"x": x, "sample_weight": np.ones(len(x), np.float32), "learning_rate": np.array(RATE, np.float32), **weights}
         feed |= {} if y is None else {"y": y}
-        ours, *new = self._session.run(["loss", *(f"new:{name}" for name in weights)], feed)
-        followed = self._decisions.of(feed)
+        outputs, followed = self._program.run(feed)
         self._teacher.zero_grad()
         with Follower(followed) as follower:
             loss = _loss(self._teacher(torch.tensor(x, dtype=torch.float64)), x, y)
         loss.backward()
-        gradients = {name: (weights[name].astype(np.float64) - np.asarray(value)) / RATE for name, value in zip(weights, new, strict=True)}
+        gradients = {name: (array.astype(np.float64) - outputs[f"new:{name}"]) / RATE for name, array in weights.items()}
         of_torch = max(self._errors(self._single_gradients(x, y, followed)).values())
-        loss_error = abs(float(ours) - loss.item()) / abs(loss.item())
+        loss_error = abs(float(outputs["loss"]) - loss.item()) / abs(loss.item())
         return _Found(self._errors(gradients), of_torch, loss_error, follower.otherwise, follower.moved)
 
     def _single_gradients(
@@ -191,25 +190,23 @@ def session_of(program: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
-class Decisions:
-    """The program with the inputs of its deciding ops as further outputs; it runs beside the program itself, which stays as it is."""
+class Watched:
+    """A program with the inputs of its deciding ops as further outputs: what it decides and its gradients are of one run."""
 
     def __init__(self, program: bytes) -> None:
         model = onnx.load_model_from_string(program)
         self._names = [
             node.input[0] for node in model.graph.node if node.op_type in _DECIDING_OPS and node.output[0].startswith("forward:")
         ]
-        self._outputs = list(dict.fromkeys(self._names))
-        del model.graph.output[1:]
-        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._outputs)
+        inputs = dict.fromkeys(self._names)
+        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs)
         self._session = session_of(model.SerializeToString())
 
-    def of(self, feed: Mapping[str, Any]) -> list[NDArray[np.float32]]:
-        """What the program decides on, in the order of the model."""
-        wanted = {item.name for item in self._session.get_inputs()}
-        found = self._session.run(["loss", *self._outputs], {name: value for name, value in feed.items() if name in wanted})
-        values = dict(zip(self._outputs, found[1:], strict=True))
-        return [values[name] for name in self._names]
+    def run(self, feed: Mapping[str, Any]) -> tuple[dict[str, Any], list[NDArray[np.float32]]]:
+        """(outputs by name, what the program decided on in the order of the model)."""
+        names = [item.name for item in self._session.get_outputs()]
+        values = dict(zip(names, self._session.run(names, dict(feed)), strict=True))
+        return values, [values[name] for name in self._names]
 
 
 class Follower(TorchFunctionMode):
@@ -236,15 +233,21 @@ class Follower(TorchFunctionMode):
             return func(*args, **kwargs)
         x, *others = args
         theirs = torch.tensor(self._followed.pop(0)).to(x.dtype).reshape(x.shape)
+        if func.__name__ == "hardtanh":
+            # The rule of Clip lets gradients pass at the very bounds, as torch.clamp and not as torch's relu6.
+            low, high = (torch.tensor(float(kwargs[key]), dtype=x.dtype) for key in ("min_val", "max_val"))
+            theirs = torch.where(theirs == low, torch.nextafter(low, high), theirs)
+            theirs = torch.where(theirs == high, torch.nextafter(high, low), theirs)
         decided, wanted = (_decided(func, value, others, kwargs) for value in (x.detach(), theirs))
         differs = decided != wanted
         if bool(differs.any()):
             self.otherwise += int(differs.sum())
-            move = theirs - x.detach()
-            if differs.shape == x.shape and "pool" not in func.__name__:
-                move = torch.where(differs, move, 0)
+            if "pool" in func.__name__:
+                differs = torch.ones_like(x, dtype=torch.bool)
+            move = torch.where(differs, theirs - x.detach(), 0)
             self.moved = max(self.moved, float(move.abs().max() / x.detach().square().mean().sqrt()))
-            x = x + move
+            # Their very number, with the gradient of ours: a sum with the move would round the smallest away.
+            x = torch.where(differs, theirs + (x - x.detach()), x)
         return func(x, *others, **kwargs)
 
 

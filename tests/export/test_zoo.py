@@ -49,17 +49,17 @@ def test_torch_follows_decisions_and_says_how_far_it_was_moved() -> None:
     """The same batch decides the same; with one number of it changed, units have other signs, and following them moves torch visibly."""
     model = ZOO["watch_cnn"]
     module = model.module(model.small, 0)
-    decisions = parity.Decisions(build_programs(from_torch(module, torch.zeros(1, *model.small.shape)))["train"])
+    program = parity.Watched(build_programs(from_torch(module, torch.zeros(1, *model.small.shape)))["train"])
     x = np.random.default_rng(0).standard_normal((4, *model.small.shape)).astype(np.float32)
     feed = {name: parameter.detach().numpy().astype(np.float32) for name, parameter in module.named_parameters()}
     feed |= {"y": np.zeros(4, np.int64), "sample_weight": np.ones(4, np.float32), "learning_rate": np.array(1, np.float32)}
     exact = torch.tensor(x, dtype=torch.float64)
-    with parity.Follower(decisions.of({**feed, "x": x})) as same:
+    with parity.Follower(program.run({**feed, "x": x})[1]) as same:
         output = module.double()(exact)
     assert same.moved <= 1e-5
     torch.testing.assert_close(output, module(exact), rtol=1e-5, atol=1e-5)
     x[0, 0, 0] += 1
-    with parity.Follower(decisions.of({**feed, "x": x})) as other:
+    with parity.Follower(program.run({**feed, "x": x})[1]) as other:
         module(exact)
     assert other.otherwise >= 1
     assert other.moved > 1e-3
