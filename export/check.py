@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,24 @@ def _foreign(model: onnx.ModelProto) -> Iterator[Problem]:
 
 def _op(node: onnx.NodeProto) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+
+
+def held_by(programs: Mapping[str, bytes]) -> dict[str, int]:
+    """Numbers that a device holds beside the full model's parameters: the optimizer's `state`, FedProx' `anchors`, batch normalisation's
+    `statistics`, and the program's float32 `constants` (of layers that are not trained, above all)."""
+    train = onnx.ModelProto.FromString(programs["train"])
+    scored = onnx.ModelProto.FromString(programs["evaluate"])
+    return {
+        "state": _numbers(train, "state:"),
+        "anchors": _numbers(train, "anchor:"),
+        "statistics": _numbers(scored, "stat:"),
+        "constants": sum(math.prod(t.dims) for t in train.graph.initializer if t.data_type == onnx.TensorProto.FLOAT),
+    }
+
+
+def _numbers(program: onnx.ModelProto, prefix: str) -> int:
+    shapes = [value.type.tensor_type.shape.dim for value in program.graph.input if value.name.startswith(prefix)]
+    return sum(math.prod(dim.dim_value for dim in shape) for shape in shapes)
 
 
 # ---- the wire ------------------------------------------------------------------------------------------------------------------------

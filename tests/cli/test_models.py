@@ -124,9 +124,9 @@ def test_export_of_every_level(place: Path, tmp_path: Path, capsys: pytest.Captu
     for name, row in rows.items():
         session = onnxruntime.InferenceSession(tmp_path / "out" / name)
         answers = session.run(None, {"x": arrays["x"]})[0].argmax(axis=1)
-        assert row["accuracy"] == pytest.approx(float((answers == arrays["y"]).mean()))
+        assert row["score"] == pytest.approx(float((answers == arrays["y"]).mean()))
         assert row["latency_ms"] > 0
-    assert rows["global.onnx"]["accuracy"] > 0.9
+    assert rows["global.onnx"]["score"] > 0.9
     assert [rows[f"density-{d}.onnx"]["nonzero"] for d in ("0.1", "0.5")] == [241, 1205]
     assert rows["density-0.1.onnx"]["zlib_bytes"] < rows["global.onnx"]["zlib_bytes"] / 3
     said = capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_the_global_model_is_the_runs_own(place: Path, tmp_path: Path) -> None:
 
 def test_without_data_the_accuracy_stays_empty_and_it_says_so(place: Path, tmp_path: Path) -> None:
     found = export(place / "runs" / "one", tmp_path / "out", "--density", "0.5", "--format", "ort")
-    assert [(row["file"], row["accuracy"], row["accuracy_drop"]) for row in found["models"]] == [
+    assert [(row["file"], row["score"], row["drop"]) for row in found["models"]] == [
         ("density-0.5.ort", None, None),
         ("global.ort", None, None),
     ]
@@ -163,7 +163,7 @@ def test_units_leave_as_smaller_graphs_and_the_runs_own_data_scores_them(tmp_pat
     assert counts == list(ledger.order.lengths)
     sizes = [row["size_bytes"] for row in found["models"]]
     assert sizes == sorted(sizes)
-    assert found["models"][-1]["accuracy"] > 0.9
+    assert found["models"][-1]["score"] > 0.9
     assert any("200 examples of" in note for note in found["notes"])
     assert not any("hold zeros" in note for note in found["notes"])
 
@@ -189,7 +189,7 @@ def test_what_export_refuses(fails: Fails, place: Path, tmp_path: Path) -> None:
     for option in ("--data", "--calibrate"):
         for name in ("wide.npz", "text.npz", "none.npz"):
             assert name in fails("export", run, option, tmp_path / name, "--out", out)
-    assert "the model knows 0 to 9" in fails("export", run, "--data", tmp_path / "label.npz", "--out", out)
+    assert "the model knows classes 0 to 9" in fails("export", run, "--data", tmp_path / "label.npz", "--out", out)
     assert not out.exists(), "what fails leaves nothing"
     (tmp_path / "file").write_text("in the way")
     assert "file" in fails("export", run, "--out", tmp_path / "file")
@@ -287,7 +287,7 @@ def test_check_of_a_model_that_cannot_be_trained(tmp_path: Path, capsys: pytest.
 
 
 def test_what_check_refuses(fails: Fails, tmp_path: Path) -> None:
-    assert "neither a file nor one of digits_mlp" in fails("model", "check", "none.onnx")
+    assert "neither a file, nor FILE.py:FUNCTION, nor one of digits_mlp" in fails("model", "check", "none.onnx")
     (tmp_path / "text.onnx").write_text("no model")
     assert "cannot read the model" in fails("model", "check", tmp_path / "text.onnx")
     for words in (("--batch", "0"), ("--batch", "1.5"), ("--batch", ""), ("--uplink", "0"), ("--uplink", "3X"), ("--density", "1.5")):
