@@ -44,9 +44,7 @@ def training_lines(report: dict[str, Any]) -> list[str]:
     step = msgspec.convert({key: value for key, value in training.items() if key != "train_last"}, Step)
     lines = [f"trained with {step.optimizer}, loss {step.loss}{' of the input itself' if step.target == 'input' else ''}"]
     if training["train_last"] is not None:
-        lines.append(
-            f"train_last = {training['train_last']}: {report['constants']} numbers stay as they are; devices get them with the program"
-        )
+        lines.append(f"train_last = {training['train_last']}: {report['constants']} numbers stay as they are, within the program")
     if report["state"]:
         lines.append(f"the optimizer remembers {report['state']} numbers during a round, on the device")
     if report["anchors"]:

@@ -14,70 +14,16 @@ import onnx
 import onnxruntime
 import pytest
 
-from broker_server.runs import create_run, load_task, recover
+from broker_server.runs import load_task, recover
 from broker_server.store import Store
 from cli.main import main
 from cli.models import fresh_folder
-from edge_agent.trainer import Trainer
 from export.models import digits_mlp
-from export.task import build_task, save_model, write_trained
-from regrow import records, values
-from regrow.ledger import Ledger
-from regrow.levels import unit_densities_of
-from regrow.records import Entry, to_record
-from regrow.task import parse_task
+from export.task import save_model
+from tests.cli.made_runs import make_run
 from tests.testbed.processes import write_digits
 
-TASK = 'name = "digits"\n\n[method]\nladder = [0.1, 0.5, 1.0]\n{method}\n\n[store]\nkeep_updates = true\n{more}'
 Fails = Callable[..., str]
-
-
-def make_run(folder: Path, *, method: str = "", more: str = "", density: float = 1.0) -> Path:
-    """A run in which one device has really trained one round, at this density."""
-    task = folder / "task"
-    task.mkdir(parents=True)
-    text = TASK.format(method=method, more=more)
-    (task / "task.toml").write_text(text)
-    save_model(digits_mlp(1), task / "model.onnx")
-    write_digits(task / "test.npz", seed=50)
-    build_task(task, task / "model.onnx", unit_densities_of(parse_task(text)))
-    run = create_run(folder / "runs", load_task(task), "one")
-    write_digits(folder / "device.npz", seed=1, rows=400)
-    with Store.open(run) as store:
-        loaded = load_task(run / "task")
-        ledger = recover(store, loaded)
-
-        def take(entry: Entry, payload: bytes = b"") -> None:
-            ledger.apply(entry, payload)
-            store.append([to_record(entry, payload)])
-
-        take(records.Joined(device="d1", install="00" * 16, uplink_bps=1e6, density=density))
-        level = ledger.level_of(density)
-        take(records.Published(version=0, chunk_bytes=16384))
-        take(records.Assigned(device="d1", number=1, version=0, epoch=0, level=level, dtype="float32", deadline_s=30.0))
-        take(*_update(ledger, level, folder / "device.npz", loaded.programs))
-        take(records.Aggregated(version=1, elapsed_s=1.0))
-        write_trained(loaded.model_path, ledger.trained_weights, run / "model.onnx")
-    return run
-
-
-def _update(ledger: Ledger, level: int, data: Path, programs: dict[str, bytes]) -> tuple[records.Accepted, bytes]:
-    """A round of SGD on the whole of this level, in the full graph."""
-    arrays, order = np.load(data), ledger.order
-    length = order.lengths[level]
-    flat = np.zeros(order.size, np.float32)
-    flat[order.coordinates[:length]] = ledger.published[0].base(length)
-    batches = [(arrays["x"][start : start + 20], arrays["y"][start : start + 20].astype(np.int64)) for start in range(0, 400, 20)] * 10
-    kept = None
-    if length < order.size:
-        kept = np.zeros(order.size, np.bool_)
-        kept[order.coordinates[:length]] = True
-    trained = Trainer(programs).train(flat, kept, batches, 0.1).vector[order.coordinates[:length]]
-    entry = records.Accepted(
-        device="d1", install="00" * 16, sequence=0, version=0, epoch=0, level=level, dtype="float32", examples=400, norm=0.1, loss=1.0,
-        seconds=0.1, round_s=1.0, uplink_bps=1e6, scores=[],
-    )  # fmt: skip
-    return entry, values.encode(trained, "float32", order.always_kept)
 
 
 @pytest.fixture(scope="module")
