@@ -31,7 +31,7 @@ def export_table(rows: Sequence[Exported], score: str) -> Table:
             bytes_text(row.size_bytes),
             bytes_text(row.zlib_bytes),
             "" if row.score is None else f"{row.score:.4f}",
-            "" if row.drop is None else f"{row.drop:.4f}",
+            "" if row.drop is None else f"{round(row.drop, 4) + 0.0:.4f}",
             "" if row.latency_ms is None else f"{row.latency_ms:.3f} ms",
         )
         for row in rows

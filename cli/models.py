@@ -70,6 +70,8 @@ class _Data:
     held_out: Examples | None
     calibration: Examples | None
     sample: Sample | None
+    own: bool
+    """Whether the run has data itself."""
 
 
 def _data(options: argparse.Namespace, step: Step, own: Examples | None) -> _Data:
@@ -79,7 +81,7 @@ def _data(options: argparse.Namespace, step: Step, own: Examples | None) -> _Dat
     if named is not None and named.y is None and step.target == "y":
         raise LocalError(f"--data {options.data}: it has no targets to score with; give x and y, or leave --data out")
     first = calibration or own or named
-    return _Data(named or own, calibration, None if first is None else Sample(first.name, first.x))
+    return _Data(named or own, calibration, None if first is None else Sample(first.name, first.x), own is not None)
 
 
 def _write(
@@ -110,11 +112,13 @@ def _notes(options: argparse.Namespace, folder: TaskFolder, ledger: Ledger, data
         said = [f"{score}: {len(held_out.x)} examples of {held_out.name}; the drop is that of float32 less the file's own"]
     if has_statistics(folder):
         said.append(_whose_statistics(data))
+    if (count := folder.task.training.train_last) is not None:
+        said.append(f"train_last = {count}: densities are of the {folder.layout.size} trained parameters; the others are all there")
     if any(row.quantize == "int8" for row in rows) and held_out is not None and options.calibrate == held_out.name:
         said.append(f"int8 was calibrated on the held-out data itself, which flatters its {score}: give --calibrate other data")
     if left := {op: count for row in rows for op, count in row.left_float32.items()}:
         named = ", ".join(f"{op} ({count} numbers)" for op, count in left.items())
-        said.append(f"int8 files hold these weights as float32, for which onnxruntime has no int8 form: {named}")
+        said.append(f"int8 files hold some weights as float32, which onnxruntime quantizes in no such place: {named}")
     said.append(f"latency: one example, one thread, median of {options.latency_runs}, on this machine; the files took turns")
     if folder.units is None and len(rows) > 1:
         said.append("levels of single weights hold zeros where they have nothing: their size shows when they are packed")
@@ -136,7 +140,8 @@ def _whose_statistics(data: _Data) -> str:
     if data.sample is None:
         return f"the files have {WITHOUT_DATA}: give --calibrate DATA from a device, or their answers are worth little"
     used = data.sample.name
-    return f"running means and variances of every level: computed with its weights from {used}, whose labels are not looked at"
+    said = f"running means and variances of every level: computed with its weights from {used}, whose labels are not looked at"
+    return f"{said}; those of the run's model.onnx are of its [evaluation] data" if data.calibration is not None and data.own else said
 
 
 def _levels(text: str | None, densities: Sequence[float]) -> list[int]:

@@ -21,6 +21,7 @@ from cli.models import fresh_folder
 from export.models import digits_mlp
 from export.task import save_model
 from tests.cli.made_runs import make_run
+from tests.export.unit_models import batch_norm_net
 from tests.testbed.processes import write_digits
 
 Fails = Callable[..., str]
@@ -230,6 +231,42 @@ def test_check_of_a_model_that_cannot_be_trained(tmp_path: Path, capsys: pytest.
     assert main(["model", "check", str(tmp_path / "softsign.onnx"), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["trainable"], [problem["op"] for problem in found["problems"]]) == (False, ["Softsign"])
+
+
+def test_check_of_a_training_and_of_a_task(capsys: pytest.CaptureFixture[str], fails: Fails, tmp_path: Path) -> None:
+    plain = check(capsys, "digits_mlp", "--batch", "20", "--steps", "1", "--density", "1")
+    assert (plain["state"], plain["anchors"], plain["statistics"]) == (0, 0, 0)
+    words = ("--optimizer", "adam", "--proximal-mu", "0.1", "--clip-norm", "1")
+    adam = check(capsys, "digits_mlp", *words, "--batch", "20", "--steps", "1", "--density", "1")
+    assert (adam["state"], adam["anchors"]) == (2 * 2410 + 1, 2410)
+    assert adam["training"]["optimizer"] == "adam"
+    assert adam["steps"][0]["memory_bytes"] > plain["steps"][0]["memory_bytes"]
+    last = check(capsys, "digits_mlp", "--train-last", "1", "--loss", "mse", "--steps", "1", "--batch", "2")
+    assert (last["parameters"], last["levels"][-1]["update_bytes"]["float32"]) == (330, 4 * 330)
+    (tmp_path / "task.toml").write_text(
+        'name = "t"\nmodel = "m.onnx"\n[method]\nladder = [0.25, 1.0]\n[training]\nloss = "huber"\noptimizer = "nesterov"\n'
+    )
+    save_model(digits_mlp(1), tmp_path / "m.onnx")
+    task = check(capsys, "--task", tmp_path, "--steps", "1", "--batch", "2")
+    assert (task["model"], task["state"], [level["density"] for level in task["levels"]]) == (str(tmp_path / "m.onnx"), 2410, [0.25, 1.0])
+    assert "leave --loss, --train-last out" in fails("model", "check", "--task", tmp_path, "--loss", "mse", "--train-last", "1")
+    assert "say which model" in fails("model", "check")
+    assert 'set loss = "mse"' in fails("model", "check", "digits_mlp", "--target", "input")
+    assert main(["model", "check", "digits_mlp", "--loss", "mse", "--target", "input"]) == 1
+    assert '"input" needs a float32 input and an output of its shape' in capsys.readouterr().out
+
+
+def test_check_of_a_model_with_batch_normalisation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(batch_norm_net((1, 8, 8), 10), tmp_path / "model.onnx")
+    for granularity in ("weight", "unit"):
+        found = check(capsys, tmp_path / "model.onnx", "--granularity", granularity, "--batch", "4", "--steps", "1")
+        assert (found["statistics"], found["trainable"]) == (2 * (8 + 8 + 6), True)
+
+
+def test_check_of_a_torch_module(tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
+    (tmp_path / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(4, 3), torch.zeros(1, 4)\n")
+    assert check(capsys, f"{tmp_path / 'net.py'}:make", "--steps", "1", "--batch", "2")["parameters"] == 15
+    assert "defines no function 'other'" in fails("model", "check", f"{tmp_path / 'net.py'}:other")
 
 
 def test_what_check_refuses(fails: Fails, tmp_path: Path) -> None:
