@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -16,6 +17,8 @@ from broker_server.store import Store
 from cli.main import main
 from edge_agent.trainer import Trainer
 from export.forward import read_forward
+from export.from_torch import from_torch
+from export.zoo import ZOO
 from regrow.examples import r_squared
 from regrow.levels import only_prefix
 from regrow.local_training import statistics_from
@@ -98,12 +101,20 @@ def test_statistics_come_from_calibration_before_the_runs_own_and_from_there_bef
 
 
 def test_int8_takes_batch_normalisation_into_the_layer_before_and_costs_little(tmp_path: Path) -> None:
-    run = make_run(tmp_path, model=normal_net(), arrays=pictures(), more=OWN, rate=0.3)
+    """A keyword spotter of depthwise convolutions, from torch."""
+    spotter = ZOO["ds_cnn"]
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 12, 400)
+    words = rng.standard_normal((12, *spotter.small.shape))
+    arrays = {"x": (words[y] + rng.standard_normal((400, *spotter.small.shape))).astype(np.float32), "y": y}
+    model = from_torch(spotter.module(spotter.small, 0), torch.zeros(1, *spotter.small.shape))
+    run = make_run(tmp_path, model=model, arrays=arrays, more=OWN, rate=0.3)
     found = export(run, tmp_path / "out", "--density", "1", "--quantize", "none,int8,fp16", "--calibrate", tmp_path / "device.npz")
     plain, int8, fp16 = found["models"]
-    assert plain["score"] > 0.5
+    assert plain["score"] > 0.6
     assert abs(int8["drop"]) <= 0.05
     assert abs(fp16["drop"]) <= 0.01
+    assert int8["left_float32"] == {}
     ops = [each.op_type for each in onnx.load(tmp_path / "out" / "global.int8.onnx").graph.node]
     assert "BatchNormalization" not in ops
     assert "QuantizeLinear" in ops
