@@ -28,6 +28,8 @@ from regrow.local_step import Step, step_of
 from regrow.scoring import score_name
 
 MOST_LEVELS_UNASKED = 10
+FEW = 64
+"""Fewer examples than one batch of statistics has (regrow.local_training)."""
 SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -139,8 +141,10 @@ def _notes(options: argparse.Namespace, folder: TaskFolder, ledger: Ledger, data
 def _whose_statistics(data: _Data) -> str:
     if data.sample is None:
         return f"the files have {WITHOUT_DATA}: give --calibrate DATA from a device, or their answers are worth little"
-    used = data.sample.name
+    used, count = data.sample.name, len(data.sample.x)
     said = f"running means and variances of every level: computed with its weights from {used}, whose labels are not looked at"
+    if count < FEW:
+        said += f"; {count} examples are few for that, give some hundred"
     return f"{said}; those of the run's model.onnx are of its [evaluation] data" if data.calibration is not None and data.own else said
 
 

@@ -77,7 +77,10 @@ def samples(spec: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
     if not len(x):
         raise LocalError(f"{spec} holds no samples")
     source = DataSource(len(x), 0.0)
-    source.append(x, np.zeros(len(x), np.int64))
+    try:
+        source.append(x, np.zeros(len(x), np.int64))
+    except LocalError as error:
+        raise LocalError(f"{spec}: {error}") from error
     return source.everything()[0], None
 
 

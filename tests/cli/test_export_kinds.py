@@ -94,10 +94,21 @@ def test_statistics_come_from_calibration_before_the_runs_own_and_from_there_bef
     assert "those of the run's model.onnx are of its" in used(run, "--calibrate", tmp_path / "device.npz")
     assert "test.npz, whose" in used(run, "--data", tmp_path / "other.npz")
     assert "other.npz, whose" in used(plain, "--data", tmp_path / "other.npz")
+    np.savez(tmp_path / "one.npz", x=device["x"][:1])
+    assert "1 examples are few" in used(plain, "--calibrate", tmp_path / "one.npz")
     assert "--calibrate DATA" in used(plain)
     before, after = (initializers(file) for file in (plain / "task" / "model.onnx", tmp_path / "out" / "global.onnx"))
     assert np.array_equal(before["norm1.mean"], after["norm1.mean"])
     assert not np.array_equal(before["conv1"], after["conv1"])
+
+
+def test_calibration_data_that_do_not_fit_are_named(tmp_path: Path, fails: Fails) -> None:
+    run = make_run(tmp_path / "plain", model=normal_net(), arrays=pictures())
+    wrong = {"wide": np.zeros((5, 1, 9, 9)), "nan": np.full((5, 1, 8, 8), np.nan), "empty": np.zeros((0, 1, 8, 8))}
+    for name, x in wrong.items():
+        np.savez(tmp_path / f"{name}.npz", x=x.astype(np.float32))
+        assert f"{name}.npz" in fails("export", run, "--calibrate", tmp_path / f"{name}.npz", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_int8_takes_batch_normalisation_into_the_layer_before_and_costs_little(tmp_path: Path) -> None:
