@@ -41,7 +41,7 @@ def session_of(model: bytes | Path, threads: int = 1) -> ort.InferenceSession:
 
 
 def random_feed(session: ort.InferenceSession, batch: int, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
-    """Every input of a training program: normal features or the token 0, targets in range, masks and weights 1, state 0.
+    """Every input of a program: normal features or the token 0, targets in range, masks, weights and statistics 1, state 0.
 
     Args:
         parameters: by name; a program that wants a step's anchors gets them too.
@@ -64,7 +64,7 @@ def random_feed(session: ort.InferenceSession, batch: int, parameters: Mapping[s
             feed[name] = rng.standard_normal(shape, np.float32)
         elif name == "learning_rate":
             feed[name] = np.array(0.01, np.float32)
-        elif name == "sample_weight" or name.startswith("mask:"):
+        elif name == "sample_weight" or name.startswith(("mask:", "stat:")):
             feed[name] = np.ones(shape, dtype)
         else:
             feed[name] = np.zeros(shape, dtype)
