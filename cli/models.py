@@ -134,7 +134,7 @@ def _notes(options: argparse.Namespace, folder: TaskFolder, ledger: Ledger, data
             f".ort files are those of onnxruntime {onnxruntime.__version__}; another version may refuse them, so keep the ONNX files"
         )
     if any(row.quantize == "fp16" for row in rows):
-        said.append("fp16 halves the file; a CPU without float16 arithmetic converts back and is not faster")
+        said.append("fp16 halves an ONNX file, an .ort file less; a CPU without float16 arithmetic converts back and is not faster")
     return said
 
 

@@ -76,8 +76,9 @@ def as_int8(model: onnx.ModelProto, x: NDArray[Any]) -> onnx.ModelProto:
 
 
 def left_float32(model: onnx.ModelProto) -> dict[str, int]:
-    """How many numbers of weights (of two axes or more) an int8 model still holds as float32, by the operator that takes them."""
-    sizes = {t.name: math.prod(t.dims) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1}
+    """How many numbers of weights an int8 model still holds as float32, by the operator that takes them; vectors do not count."""
+    real = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in real if sum(size > 1 for size in tensor.dims) > 1}
     found: Counter[str] = Counter()
     for node in model.graph.node:
         for name in node.input:
