@@ -202,8 +202,8 @@ def test_tokens_and_what_int8_leaves_float32(tmp_path: Path, capsys: pytest.Capt
     run = make_run(tmp_path, model=token_model(), arrays=arrays, training='optimizer = "adam"', rate=0.02, more=OWN)
     found = export(run, tmp_path / "out", "--quantize", "none,int8,fp16", "--calibrate", tmp_path / "device.npz", "--density", "1")
     assert [row["score"] > 0.9 for row in found["models"]] == [True] * 3
-    assert found["models"][1]["left_float32"] == {"LSTM": 512}
-    assert any("LSTM (512 numbers)" in note for note in found["notes"])
+    assert found["models"][1]["left_float32"] == {"LSTM": 448}
+    assert any("LSTM (448 numbers)" in note for note in found["notes"])
     capsys.readouterr()
     assert main(["model", "check", "--task", str(run / "task"), "--batch", "8", "--steps", "1"]) == 0
     assert "the optimizer remembers 1337 numbers" in capsys.readouterr().out
