@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -31,17 +30,15 @@ from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
-from edge_agent.data.sources import open_source
+from cli.deployable import held_out, write_deployable
 from edge_agent.trainer import Trainer
-from export.from_torch import from_torch_file
-from export.models import MODELS
-from export.task import build_task, is_stale, save_model, write_trained
+from export.task import build_task, is_stale, model_from, save_model
 from regrow.broker_url import parse_broker_url
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
-from regrow.local_training import Statistics, statistics_from
+from regrow.local_training import statistics_from
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.task import Training
 from regrow.topics import check_name
@@ -84,12 +81,7 @@ def task_new(options: argparse.Namespace) -> int:
 
 def _made_model(name: str, folder: Path) -> Path:
     """Write one of the models that come with Regrow, or that of a torch module, as the folder's model."""
-    if ".py:" in name:
-        model = from_torch_file(name)
-    elif name in MODELS:
-        model = MODELS[name](1)
-    else:
-        raise LocalError(f"--model {name}: neither a file, nor FILE.py:FUNCTION, nor one of {', '.join(sorted(MODELS))}")
+    model = model_from(name)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "model.onnx")
     return folder / "model.onnx"
@@ -231,7 +223,10 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
 
 def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
     """Scores prefixes on the held-out data; a model with batch normalisation with running statistics from the same examples."""
-    x, y = _held_out(folder)
+    own = held_out(folder)
+    if own is None:
+        raise LocalError("data at $.evaluation: name held-out data to score the model with")
+    _, x, y = own
     trainer = Trainer(folder.programs)
     # Data that does not fit the model is refused before the run begins.
     trainer.evaluate(folder.initial, x, y, statistics=statistics_from(trainer, folder.initial, x))
@@ -245,27 +240,6 @@ def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
         return Evaluated(effect.version, accuracies)
 
     return evaluate
-
-
-def _held_out(folder: TaskFolder) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The evaluation data, which a run keeps beside its task.toml."""
-    named = folder.path / (folder.task.evaluation.data or "")
-    file = named if named.is_file() else folder.path / named.name
-    return open_source(str(file), validation_fraction=0.0).everything()
-
-
-def _final_statistics(folder: TaskFolder, weights: NDArray[np.float32]) -> Statistics:
-    """Running means and variances for model.onnx, from the held-out data; without such data none, and a line says so."""
-    if "statistics" not in folder.programs:
-        return {}
-    if folder.task.evaluation.data is None:
-        print(
-            "model.onnx has the trained weights, but the running means and variances of the model that the run began with: they come from "
-            "data, and the gateway has none. Name held-out data in [evaluation] of task.toml before the next run, or compute them before "
-            "the model is used: docs/bring-your-own.md"
-        )
-        return {}
-    return statistics_from(Trainer(folder.programs), weights, _held_out(folder)[0])
 
 
 def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
@@ -295,12 +269,6 @@ def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: Ta
 def _print_note(note: Note) -> None:
     if note.kind not in ("telemetry", "assigned"):
         print(time.strftime("%H:%M:%S"), note.kind, " ".join(f"{name}={value}" for name, value in note.fields.items()), flush=True)
-
-
-def write_deployable(folder: TaskFolder, ledger: Ledger, path: Path) -> None:
-    """The model that is there to deploy: what `serve` leaves and `promote` signs off."""
-    weights, train_last = ledger.trained_weights, folder.task.training.train_last
-    write_trained(folder.model_path, weights, path, train_last, statistics=_final_statistics(folder, weights))
 
 
 def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None:

@@ -274,9 +274,12 @@ def _export(commands: Commands) -> None:
     formats = "onnx, or ort: onnxruntime's own, which its small builds read and other versions of it may refuse"
     export.add_argument("--format", choices=["onnx", "ort"], default="onnx", help=formats)
     export.add_argument("--quantize", default="none", metavar="Q,...", help="none (float32), int8, fp16, or several")
-    data = "held-out data for the accuracy, as of `regrow agent` (default: that of the run's [evaluation])"
+    data = "held-out data for the score, as of `regrow agent` (default: that of the run's [evaluation])"
     export.add_argument("--data", metavar="SOURCE", help=data)
-    calibrate = "data from a device, for int8: 512 of its examples are looked at"
+    calibrate = (
+        "data from a device, labels are not looked at: for int8 (512 examples), and for the running means and variances of batch "
+        "normalisation (default for these: the run's [evaluation] data, or else --data)"
+    )
     export.add_argument("--calibrate", metavar="SOURCE", help=calibrate)
     export.add_argument("--latency-runs", type=_count, default=50, metavar="N", help="runs of which the median is the latency")
     export.add_argument("--out", type=Path, default=Path("exported"), metavar="DIR", help="where to write; files of the same name go")
@@ -292,7 +295,19 @@ def _model(commands: Commands) -> None:
         "say whether a device can train a model, and what it costs: memory, time of a step, bytes of an update",
         "Exit status 0 if it can be trained, 1 if not. Steps are really run, on random data, on this machine.",
     )
-    check.add_argument("file", metavar="FILE", help="forward ONNX model, or the name of one that comes with Regrow: leaf_cnn, ...")
+    file = (
+        "forward ONNX model; or FILE.py:FUNCTION, where the function returns a torch module and an example input (FILE.py is run); or one "
+        "that comes with Regrow: leaf_cnn, ... (default: that of --task or --run)"
+    )
+    check.add_argument("file", nargs="?", metavar="FILE", help=file)
+    task = "training, levels and granularity of this task folder (default: those of an empty task.toml, and the options below)"
+    check.add_argument("--task", type=Path, metavar="TASK", help=task)
+    check.add_argument("--loss", choices=("cross_entropy", "binary_cross_entropy", "mse", "huber"), help="default: cross_entropy")
+    check.add_argument("--target", choices=("y", "input"), help='what outputs are compared with; "input" for autoencoders (default: y)')
+    check.add_argument("--optimizer", choices=("sgd", "momentum", "nesterov", "adam", "adamw"), help="default: sgd")
+    check.add_argument("--proximal-mu", type=_positive, metavar="X", help="FedProx, which keeps the parameters of the round's beginning")
+    check.add_argument("--clip-norm", type=_positive, metavar="X", help="bound of the gradient's norm")
+    check.add_argument("--train-last", type=_count, metavar="K", help="train the last K layers only")
     check.add_argument("--batch", default="1,20,64", metavar="N,...", help="batch sizes")
     check.add_argument("--uplink", default="250k,1M,10M", metavar="R,...", help="uplinks in bit/s")
     check.add_argument("--density", metavar="D,...", help="levels, besides the full model (default: 0.05,0.1,0.2,0.5,1)")

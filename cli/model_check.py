@@ -11,26 +11,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 from rich.console import Console
 
-from broker_server.runs import load_task, recover
+from broker_server.runs import load_task, read_task, recover
 from broker_server.store import Store
-from cli.model_text import check_tables, show
+from cli.model_text import check_tables, show, training_lines
 from cli.models import find_run, parse_densities, parse_numbers
 from edge_agent.memory import spare_bytes
-from export.check import layers_kept, levels_of, operators, problems_of, step_costs, trainable_operators
-from export.models import MODELS
+from export.check import held_by, layers_kept, levels_of, operators, problems_of, step_costs, trainable_operators
 from export.programs import initial_vector
-from export.task import programs_of, read_model
+from export.task import model_from, programs_of
 from regrow.errors import LocalError
 from regrow.levels import densities_of, next_order, unit_densities_of
+from regrow.local_step import step_of
 from regrow.order import Order, importance
 from regrow.parameters import Layout
-from regrow.task import Method, Task
+from regrow.task import Method, Task, task_from_tables
 from regrow.units import Units
+
+STEP_OPTIONS = ("loss", "target", "optimizer", "proximal_mu", "clip_norm", "train_last")
+"""Keys of [training] that are options too; the others come with --task."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """What is looked at: an ONNX model, and the task (or run) whose training, levels and granularity it is looked at with."""
+
+    name: str
+    model: Any
+    task: Task
+    run: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +65,16 @@ def model_check(options: argparse.Namespace) -> int:
     uplinks_bps = parse_numbers(options.uplink, "--uplink", 1.0, 1e12)
     if options.steps < 0:
         raise LocalError(f"--steps {options.steps}: how many steps to run, 0 for none")
-    if options.run is not None and (options.density or options.granularity):
-        raise LocalError("--run says densities and granularity itself: leave --density and --granularity out")
-    model = MODELS[options.file](1) if options.file in MODELS and not Path(options.file).is_file() else _read(options.file)
-    report: dict[str, Any] = {"model": options.file, "operators": operators(model), "ir_version": model.ir_version}
+    subject = _subject(options)
+    model = subject.model
+    report: dict[str, Any] = {"model": subject.name, "operators": operators(model), "ir_version": model.ir_version}
     report["opset"] = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    found = problems_of(model, units=options.granularity == "unit")
+    report["training"] = json.loads(msgspec.json.encode(step_of(subject.task.training)))
+    report["training"]["train_last"] = subject.task.training.train_last
+    found = problems_of(model, subject.task.training, units=subject.task.method.granularity == "unit")
     report |= {"trainable": not found, "problems": [asdict(problem) for problem in found]}
     if not found:
-        setting = _of_run(options, model) if options.run is not None else _anew(options, model)
+        setting = _anew(subject) if subject.run is None else _of_run(subject, subject.run)
         report |= _about(setting)
         if options.picture is not None:
             from cli.model_picture import draw
@@ -81,6 +96,7 @@ def _about(setting: _Setting) -> dict[str, Any]:
     return {
         "parameters": setting.layout.size,
         "always_kept": int(setting.layout.always_kept_coordinates.size),
+        **held_by(setting.programs),
         "granularity": setting.task.method.granularity,
         "machine": platform.machine(),
         "onnxruntime": onnxruntime.__version__,
@@ -89,33 +105,52 @@ def _about(setting: _Setting) -> dict[str, Any]:
     }
 
 
-def _read(name: str) -> Any:
-    if not Path(name).is_file():
-        raise LocalError(f"{name}: neither a file nor one of {', '.join(sorted(MODELS))}")
-    return read_model(Path(name))
+def _subject(options: argparse.Namespace) -> _Subject:
+    """What the options name: a model with a training of its own, a task, or a run.
+
+    Raises:
+        LocalError: they do not go together, or what they name cannot be read.
+    """
+    asked = {key: value for key in STEP_OPTIONS if (value := getattr(options, key)) is not None}
+    if options.run is None and options.task is None:
+        if options.file is None:
+            raise LocalError("say which model: FILE, or --task TASK, or --run RUN")
+        densities = parse_densities(options.density) if options.density else list(Method().ladder)
+        ladder = tuple(densities) if densities[-1] == 1.0 else (*densities, 1.0)
+        tables = {"name": "check", "method": {"ladder": ladder, "granularity": options.granularity or "weight"}, "training": asked}
+        return _Subject(options.file, model_from(options.file), task_from_tables(tables, "options"))
+    if options.run is not None and options.task is not None:
+        raise LocalError("--run has a task of its own: leave --task out")
+    named = "--run" if options.run is not None else "--task"
+    if options.density or options.granularity or asked:
+        words = ["--" + key.replace("_", "-") for key in ("density", "granularity", *STEP_OPTIONS) if getattr(options, key) is not None]
+        raise LocalError(f"{named} says densities, granularity and training itself: leave {', '.join(words)} out")
+    run = None if options.run is None else find_run(options.run, options.runs)
+    folder = options.task if run is None else run / "task"
+    task = read_task(folder)
+    name = options.file or str(folder / task.model)
+    return _Subject(name, model_from(name), task, run)
 
 
-def _anew(options: argparse.Namespace, model: Any) -> _Setting:
+def _anew(subject: _Subject) -> _Setting:
     """A model without a past: levels by |w| of the weights that it came with, as a run's first order is."""
-    densities = parse_densities(options.density) if options.density else list(Method().ladder)
-    ladder = tuple(densities) if densities[-1] == 1.0 else (*densities, 1.0)
-    task = Task(name="check", method=Method(ladder=ladder, granularity=options.granularity or "weight"))
-    programs = programs_of(model, unit_densities_of(task))
+    task = subject.task
+    programs = programs_of(subject.model, unit_densities_of(task), task.training)
     layout = Layout.from_json(programs["layout"])
     units = Units.from_json(programs["units"], layout) if "units" in programs else None
-    flat_weights = initial_vector(model)
+    flat_weights = initial_vector(subject.model, task.training.train_last)
     order = next_order(task, layout, units, importance("w", flat_weights), flat_weights, 0)
     return _Setting(task, flat_weights, order, layout, programs)
 
 
-def _of_run(options: argparse.Namespace, model: Any) -> _Setting:
+def _of_run(subject: _Subject, run: Path) -> _Setting:
     """The levels as a run orders them now."""
-    folder = load_task(find_run(options.run, options.runs) / "task")
-    with Store.open(folder.path.parent, read_only=True) as store:
+    folder = load_task(run / "task")
+    with Store.open(run, read_only=True) as store:
         ledger = recover(store, folder)
-    programs = programs_of(model, unit_densities_of(folder.task))
+    programs = programs_of(subject.model, unit_densities_of(folder.task), folder.task.training)
     if Layout.from_json(programs["layout"]) != folder.layout:
-        raise LocalError(f"{options.file} is not the model of {folder.path.parent}: that one is {folder.model_path}")
+        raise LocalError(f"{subject.name} is not the model of {run}: that one is {folder.model_path}")
     return _Setting(folder.task, ledger.flat_weights, ledger.order, folder.layout, programs)
 
 
@@ -141,7 +176,7 @@ def _tell(options: argparse.Namespace, report: dict[str, Any]) -> None:
         print(json.dumps(report, indent=1))
         return
     ops = ", ".join(f"{count} {op}" for op, count in report["operators"].items())
-    print(f"{options.file}: opset {report['opset']}, IR version {report['ir_version']}; {ops}")
+    print(f"{report['model']}: opset {report['opset']}, IR version {report['ir_version']}; {ops}")
     if not report["trainable"]:
         print(f"cannot be trained on a device, for {len(report['problems'])} reason(s):")
         print("\n".join(f"- {problem['message']}" for problem in report["problems"]))
@@ -149,6 +184,7 @@ def _tell(options: argparse.Namespace, report: dict[str, Any]) -> None:
             print(f"operators that have a gradient rule: {', '.join(trainable_operators())}")
         return
     print(f"can be trained on a device: {report['parameters']} parameters, {report['always_kept']} of them in every sub-model")
+    print("\n".join(training_lines(report)))
     for title, head, rows in check_tables(report):
         print(f"\n{title}")
         show(head, rows)

@@ -6,18 +6,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 from rich import table
 from rich.console import Console
 
 from export.inference import Exported
+from regrow.local_step import Step
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Column heads and rows."""
 
 
-def export_table(rows: Sequence[Exported]) -> Table:
-    """A row for each file."""
-    head = ("file", "density", "parameters", "not 0", "opset", "IR", "size", "packed", "accuracy", "drop", "latency")
+def export_table(rows: Sequence[Exported], score: str) -> Table:
+    """A row for each file; `score` is what their score is."""
+    head = ("file", "density", "parameters", "not 0", "opset", "IR", "size", "packed", score, "drop", "latency")
     return head, [
         (
             row.file,
@@ -28,12 +30,31 @@ def export_table(rows: Sequence[Exported]) -> Table:
             str(row.ir_version),
             bytes_text(row.size_bytes),
             bytes_text(row.zlib_bytes),
-            "" if row.accuracy is None else f"{row.accuracy:.4f}",
-            "" if row.accuracy_drop is None else f"{row.accuracy_drop:.4f}",
+            "" if row.score is None else f"{row.score:.4f}",
+            "" if row.drop is None else f"{round(row.drop, 4) + 0.0:.4f}",
             "" if row.latency_ms is None else f"{row.latency_ms:.3f} ms",
         )
         for row in rows
     ]
+
+
+def training_lines(report: dict[str, Any]) -> list[str]:
+    """What is trained, and what a device holds beside the parameters, none of which travels."""
+    training = report["training"]
+    step = msgspec.convert({key: value for key, value in training.items() if key != "train_last"}, Step)
+    lines = [f"trained with {step.optimizer}, loss {step.loss}{' of the input itself' if step.target == 'input' else ''}"]
+    if training["train_last"] is not None:
+        lines.append(f"train_last = {training['train_last']}: {report['constants']} numbers stay as they are, within the program")
+    if report["state"]:
+        lines.append(f"the optimizer remembers {report['state']} numbers during a round, on the device")
+    if report["anchors"]:
+        lines.append(f"FedProx keeps the {report['anchors']} parameters that the round began with")
+    if report["statistics"]:
+        lines.append(
+            f"batch normalisation: {report['statistics']} running means and variances, which every device computes from its own data; "
+            "training pads no short batch"
+        )
+    return lines
 
 
 def check_tables(report: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:

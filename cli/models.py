@@ -8,7 +8,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ from rich.console import Console
 
 from broker_server.runs import TaskFolder, load_task, recover
 from broker_server.store import Store
+from cli.deployable import WITHOUT_DATA, Sample, has_statistics, held_out, network
 from cli.model_text import export_table, markdown, show
-from edge_agent.data.sources import open_source
-from export.inference import QUANTIZATIONS, Examples, Exported, Request, latencies_ms, level_model, write_forms
-from export.task import read_model
+from cli.predict import samples
+from export.inference import QUANTIZATIONS, Examples, Exported, Request, latencies_ms, write_forms
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
 from regrow.levels import densities_of
+from regrow.local_step import Step, step_of
+from regrow.scoring import score_name
 
 MOST_LEVELS_UNASKED = 10
+FEW = 64
+"""Fewer examples than one batch of statistics has (regrow.local_training)."""
 SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -40,18 +44,20 @@ def export_run(options: argparse.Namespace) -> int:
     with Store.open(run, read_only=True) as store:
         ledger = recover(store, folder)
     wanted = _levels(options.density, densities_of(folder.task))
-    held_out = _examples(options.data) if options.data else _own_data(folder)
-    request = Request(forms, options.format, held_out, _examples(options.calibrate) if options.calibrate else None)
+    step = step_of(folder.task.training)
+    own = held_out(folder)
+    data = _data(options, step, None if own is None else Examples(*own))
+    request = Request(forms, options.format, data.held_out, data.calibration, step)
     with fresh_folder(options.out) as fresh:
-        rows = list(_write(say, fresh, folder, ledger, run.name, wanted, request))
+        rows = list(_write(say, fresh, folder, ledger, run.name, wanted, request, data.sample))
         say.print(f"timing {len(rows)} files")
         times = latencies_ms([fresh / row.file for row in rows], options.latency_runs)
         rows = [Exported(**{**asdict(row), "latency_ms": took}) for row, took in zip(rows, times, strict=True)]
-        notes = _notes(options, folder, ledger, held_out, rows)
+        notes = _notes(options, folder, ledger, data, rows)
         about = {"run": str(run), "version": ledger.version, "onnxruntime": onnxruntime.__version__, "machine": platform.machine()}
-        summary = {**about, "notes": notes, "models": [asdict(row) for row in rows]}
+        summary = {**about, "score": score_name(step), "notes": notes, "models": [asdict(row) for row in rows]}
         (fresh / "export.json").write_text(json.dumps(summary, indent=1) + "\n")
-        table = export_table(rows)
+        table = export_table(rows, score_name(step))
         (fresh / "export.md").write_text(f"# Models of {run.name}, version {ledger.version}\n\n{markdown(*table)}\n\n{_list(notes)}\n")
     show(*table)
     print(_list(notes))
@@ -59,31 +65,62 @@ def export_run(options: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What files are scored with, calibrated with, and what running means and variances come from."""
+
+    held_out: Examples | None
+    calibration: Examples | None
+    sample: Sample | None
+    own: bool
+    """Whether the run has data itself."""
+
+
+def _data(options: argparse.Namespace, step: Step, own: Examples | None) -> _Data:
+    """What the options name, and the run's own data `own`."""
+    calibration = None if options.calibrate is None else Examples(options.calibrate, *samples(options.calibrate))
+    named = None if options.data is None else Examples(options.data, *samples(options.data))
+    if named is not None and named.y is None and step.target == "y":
+        raise LocalError(f"--data {options.data}: it has no targets to score with; give x and y, or leave --data out")
+    first = calibration or own or named
+    return _Data(named or own, calibration, None if first is None else Sample(first.name, first.x), own is not None)
+
+
 def _write(
-    say: Console, fresh: Path, folder: TaskFolder, ledger: Ledger, run: str, levels: Sequence[int], request: Request
+    say: Console,
+    fresh: Path,
+    folder: TaskFolder,
+    ledger: Ledger,
+    run: str,
+    levels: Sequence[int],
+    request: Request,
+    sample: Sample | None,
 ) -> Iterator[Exported]:
     """Write the files of these levels, one after the other."""
-    model, weights, densities = read_model(folder.model_path), ledger.trained_weights, densities_of(folder.task)
-    slicing = None if folder.units is None else (folder.layout, folder.units, densities)
     for level in levels:
-        density = densities[level]
+        density = densities_of(folder.task)[level]
         name = "global" if density == 1.0 else f"density-{density:g}"
         say.print(f"writing {name}")
-        made = level_model(model, weights, ledger.order, level, slicing)
         properties = {"regrow.run": run, "regrow.version": str(ledger.version), "regrow.density": f"{density:g}"}
-        yield from write_forms(made, fresh / name, density, request, properties)
+        yield from write_forms(network(folder, ledger, level, sample), fresh / name, density, request, properties)
 
 
-def _notes(
-    options: argparse.Namespace, folder: TaskFolder, ledger: Ledger, held_out: Examples | None, rows: Sequence[Exported]
-) -> list[str]:
+def _notes(options: argparse.Namespace, folder: TaskFolder, ledger: Ledger, data: _Data, rows: Sequence[Exported]) -> list[str]:
     """What must be known to read the table."""
+    score, held_out = score_name(folder.task.training), data.held_out
     if held_out is None:
-        said = ["no accuracy: the run has no held-out data of its own ([evaluation] in task.toml); give some with --data FILE.npz"]
+        said = [f"no {score}: the run has no held-out data of its own ([evaluation] in task.toml); give some with --data FILE.npz"]
     else:
-        said = [f"accuracy: {len(held_out.y)} examples of {held_out.name}; the drop is that of float32 less the file's own"]
-    if any(row.quantize == "int8" for row in rows) and held_out is not None and options.calibrate == options.data:
-        said.append("int8 was calibrated on the held-out data itself, which flatters its accuracy: give --calibrate other data")
+        said = [f"{score}: {len(held_out.x)} examples of {held_out.name}; the drop is that of float32 less the file's own"]
+    if has_statistics(folder):
+        said.append(_whose_statistics(data))
+    if (count := folder.task.training.train_last) is not None:
+        said.append(f"train_last = {count}: densities are of the {folder.layout.size} trained parameters; the others are all there")
+    if any(row.quantize == "int8" for row in rows) and held_out is not None and options.calibrate == held_out.name:
+        said.append(f"int8 was calibrated on the held-out data itself, which flatters its {score}: give --calibrate other data")
+    if left := {op: count for row in rows for op, count in row.left_float32.items()}:
+        named = ", ".join(f"{op} ({count} numbers)" for op, count in left.items())
+        said.append(f"int8 files hold some weights as float32, which onnxruntime quantizes in no such place: {named}")
     said.append(f"latency: one example, one thread, median of {options.latency_runs}, on this machine; the files took turns")
     if folder.units is None and len(rows) > 1:
         said.append("levels of single weights hold zeros where they have nothing: their size shows when they are packed")
@@ -97,8 +134,18 @@ def _notes(
             f".ort files are those of onnxruntime {onnxruntime.__version__}; another version may refuse them, so keep the ONNX files"
         )
     if any(row.quantize == "fp16" for row in rows):
-        said.append("fp16 halves the file; a CPU without float16 arithmetic converts back and is not faster")
+        said.append("fp16 halves an ONNX file, an .ort file less; a CPU without float16 arithmetic converts back and is not faster")
     return said
+
+
+def _whose_statistics(data: _Data) -> str:
+    if data.sample is None:
+        return f"the files have {WITHOUT_DATA}: give --calibrate DATA from a device, or their answers are worth little"
+    used, count = data.sample.name, len(data.sample.x)
+    said = f"running means and variances of every level: computed with its weights from {used}, whose labels are not looked at"
+    if count < FEW:
+        said += f"; {count} examples are few for that, give some hundred"
+    return f"{said}; those of the run's model.onnx are of its [evaluation] data" if data.calibration is not None and data.own else said
 
 
 def _levels(text: str | None, densities: Sequence[float]) -> list[int]:
@@ -111,18 +158,6 @@ def _levels(text: str | None, densities: Sequence[float]) -> list[int]:
         has = ", ".join(f"{density:g}" for density in densities)
         raise LocalError(f"--density {unknown[0]:g}: the run has no such level, its own are {has}")
     return [level for level, known in enumerate(densities) if known == 1.0 or any(abs(known - density) < 1e-9 for density in asked)]
-
-
-def _own_data(folder: TaskFolder) -> Examples | None:
-    """The held-out data that a run keeps beside its task.toml, if it has any."""
-    if folder.task.evaluation.data is None:
-        return None
-    named = folder.path / folder.task.evaluation.data
-    return _examples(str(named if named.is_file() else folder.path / named.name))
-
-
-def _examples(spec: str) -> Examples:
-    return Examples(spec, *open_source(spec, validation_fraction=0.0).everything())
 
 
 @contextmanager

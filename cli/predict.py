@@ -19,7 +19,7 @@ from edge_agent.inference import Inference
 from edge_agent.model_folder import ModelFolder, Placed
 from regrow.errors import LocalError
 from regrow.local_step import Step
-from regrow.scoring import score_outputs
+from regrow.scoring import score_name, score_outputs
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def predict(options: argparse.Namespace) -> int:
     step = Step.from_metadata(placed.about.step or None)
     if y is not None or step.target == "input":
         score = score_outputs(scores, x, x if y is None else y, step)
-        said = f"{said}: accuracy {score.accuracy:.3f}, loss {score.loss:.3f}"
+        said = f"{said}: {score_name(step)} {score.accuracy:.3f}, loss {score.loss:.3f}"
     print(said, file=sys.stderr)
     return 0
 
@@ -77,7 +77,10 @@ def samples(spec: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
     if not len(x):
         raise LocalError(f"{spec} holds no samples")
     source = DataSource(len(x), 0.0)
-    source.append(x, np.zeros(len(x), np.int64))
+    try:
+        source.append(x, np.zeros(len(x), np.int64))
+    except LocalError as error:
+        raise LocalError(f"{spec}: {error}") from error
     return source.everything()[0], None
 
 

@@ -24,13 +24,15 @@ from broker_server.runs import TaskFolder, joined_devices, load_task, recover
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import Event, MqttBus
-from cli.gateway import GATEWAY_HOME, Link, check_run, link_of, write_deployable
+from cli.deployable import write_deployable
+from cli.gateway import GATEWAY_HOME, Link, check_run, link_of
 from edge_agent.inference import Inference
 from export.head import with_head
 from regrow.errors import LocalError, PeerError
 from regrow.ledger import Ledger
 from regrow.local_step import METADATA, Step
 from regrow.machine import Disconnected, Publish, Subscribe, Unsubscribe
+from regrow.scoring import score_name
 from regrow.task import Training
 
 POLL_S = 0.25
@@ -53,7 +55,7 @@ def promote(options: argparse.Namespace) -> int:
     home = run.parent / GATEWAY_HOME
     known = _known_devices(run, home)
     with herald_of(promotions) as herald:
-        watch = _Watch(promotions, decision, known, stay=options.stay)
+        watch = _Watch(promotions, decision, known, stay=options.stay, score=score_name(folder.task.training))
         stop_at_signals(watch.stop, "stopping; the model stays signed off, and the same command goes on")
         if herald is None:
             print(f"a running `regrow serve` publishes it; waiting for {len(known)} devices (Ctrl-C ends the waiting only)", flush=True)
@@ -155,9 +157,10 @@ def _known_devices(run: Path, home: Path) -> set[str]:
 class _Watch:
     """What is waited for: the answers of the known devices to one decision. A line each as they come, and a table at the end."""
 
-    def __init__(self, promotions: Promotions, decision: SignOff, known: Collection[str], *, stay: bool) -> None:
+    def __init__(self, promotions: Promotions, decision: SignOff, known: Collection[str], *, stay: bool, score: str) -> None:
         self._promotions, self._decision, self._known = promotions, decision, set(known)
         self._stay = stay or not self._known  # without anybody to wait for, whoever connects is waited for
+        self._score = score
         self._told: dict[str, str] = {}
         self._stopped = threading.Event()
 
@@ -177,7 +180,7 @@ class _Watch:
     def show(self) -> None:
         """The table of all devices."""
         reports = self._promotions.reports()
-        table = Table("device", "model", "examples", "accuracy", "before", "local head", "loss", "what became of it", pad_edge=False)
+        table = Table("device", "model", "examples", self._score, "before", "local head", "loss", "what became of it", pad_edge=False)
         for device in sorted(self._known | reports.keys()):
             report = reports.get(device)
             if report is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +13,24 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from export.batch_norm import with_batch_statistics
 from export.emitter import Emitter
 from export.forward import Forward, read_forward
 from export.gradients import Gradient, Rule, Site, cannot_train, differentiate
+from export.losses import check_step
+from export.lowering import REPLACED
 from export.memory import step_memory
 from export.programs import initial_vector
-from export.rules import RULES
+from export.rules import CURES, RULES
 from export.timing import medians_s, random_feed, session_of
 from export.units import find_units
 from regrow import indexset, values
 from regrow.errors import LocalError
+from regrow.local_step import step_of
 from regrow.order import Order
 from regrow.parameters import Layout
 from regrow.step_memory import SCORED_AT_ONCE, JobBytes
+from regrow.task import DEFAULT_TRAINING, Training
 from regrow.values import WireDtype
 
 DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
@@ -73,33 +79,37 @@ def operators(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def trainable_operators() -> list[str]:
-    """Those that have a gradient rule, by name."""
-    return sorted(RULES)
+    """Those that have a gradient rule, or are rewritten into such, by name."""
+    return sorted(RULES.keys() | REPLACED)
 
 
-def problems_of(model: onnx.ModelProto, *, units: bool = False) -> list[Problem]:
+def problems_of(model: onnx.ModelProto, training: Training = DEFAULT_TRAINING, *, units: bool = False) -> list[Problem]:
     """All that speaks against training this model, [] if nothing does.
 
-    Where the model can be read at all, every node is tried that a gradient must pass, not only the first that has no rule.
+    Where the model can be read at all, every node is tried that a gradient must pass, not only the first that has no rule. What is tried
+    is what programs are made of: in the terms of their opset, with the statistics of the batch.
 
     Args:
+        training: of which the step and train_last count.
         units: whether it shall also be cut into sub-models of whole units.
     """
     try:
-        forward = read_forward(model)
+        forward = read_forward(model, training.train_last)
+        trained = with_batch_statistics(forward)
     except LocalError as error:
         return [*_foreign(model), Problem(str(error))]
     found: list[Problem] = []
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in forward.nodes]
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in trained.program_nodes]
     for node in nodes:
         node.domain = ""  # a foreign operator has no rule either, and then comes to _Rules like any other
-    graph = Emitter(nodes, dict(forward.constants), forward.shapes)
+    graph = Emitter(nodes, dict(trained.constants), trained.shapes)
     try:
-        differentiate(graph, _Rules(forward, found), list(forward.parameters), forward.logits, forward.logits)
+        differentiate(graph, _Rules(trained, found), list(trained.parameters), trained.logits, trained.logits)
     except LocalError as error:
         found.append(Problem(str(error)))
     try:
-        initial_vector(model)
+        check_step(step_of(training), forward)
+        initial_vector(model, training.train_last)
         if units and not found:
             find_units(model)
     except LocalError as error:
@@ -114,7 +124,7 @@ class _Rules(dict[str, Rule]):
     def __init__(self, forward: Forward, found: list[Problem]) -> None:
         super().__init__(RULES)
         self._shapes = forward.shapes
-        self._foreign = {node.output[0]: node for node in forward.nodes if node.domain not in ("", "ai.onnx")}
+        self._foreign = {node.output[0]: node for node in forward.program_nodes if node.domain not in ("", "ai.onnx")}
         self._found = found
 
     def __contains__(self, op: object) -> bool:
@@ -139,7 +149,7 @@ class _Rules(dict[str, Rule]):
 def _cure(node: onnx.NodeProto) -> str:
     if node.domain not in ("", "ai.onnx"):
         return "export the model before it is optimised for a runtime, in plain ai.onnx operators"
-    return "replace it by operators that have one or add a rule in export/rules.py"
+    return CURES.get(node.op_type) or "replace it by operators that have one or add a rule in export/rules.py"
 
 
 def _foreign(model: onnx.ModelProto) -> Iterator[Problem]:
@@ -149,12 +159,30 @@ def _foreign(model: onnx.ModelProto) -> Iterator[Problem]:
         if not active.intersection(node.input) or node.op_type in _NO_NUMBERS:
             continue
         active.update(node.output)
-        if node.domain not in ("", "ai.onnx") or node.op_type not in RULES:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in RULES.keys() | REPLACED:
             yield Problem(str(cannot_train(node, f"has no gradient rule; {_cure(node)}")), _op(node), node.name)
 
 
 def _op(node: onnx.NodeProto) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+
+
+def held_by(programs: Mapping[str, bytes]) -> dict[str, int]:
+    """Numbers that a device holds beside the full model's parameters: the optimizer's `state`, FedProx' `anchors`, batch normalisation's
+    `statistics`, and the program's float32 `constants` (of layers that are not trained, above all)."""
+    train = onnx.ModelProto.FromString(programs["train"])
+    scored = onnx.ModelProto.FromString(programs["evaluate"])
+    return {
+        "state": _numbers(train, "state:"),
+        "anchors": _numbers(train, "anchor:"),
+        "statistics": _numbers(scored, "stat:"),
+        "constants": sum(math.prod(t.dims) for t in train.graph.initializer if t.data_type == onnx.TensorProto.FLOAT),
+    }
+
+
+def _numbers(program: onnx.ModelProto, prefix: str) -> int:
+    shapes = [value.type.tensor_type.shape.dim for value in program.graph.input if value.name.startswith(prefix)]
+    return sum(math.prod(dim.dim_value for dim in shape) for shape in shapes)
 
 
 # ---- the wire ------------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from export.forward import read_forward
 from export.programs import build_programs, initial_vector
 from export.task import read_model
+from regrow.errors import LocalError
 from regrow.task import DEFAULT_TRAINING, Training
 
 
@@ -35,10 +36,17 @@ def open_head(model: onnx.ModelProto) -> onnx.ModelProto:
 def head_programs(model: onnx.ModelProto, training: Training = DEFAULT_TRAINING) -> dict[str, bytes]:
     """What trains the last layer alone, by this step: `layout` and `train` as build_programs makes them, and `initial`, float32 values.
 
+    What is before that layer, running means and variances included, is as it is in the model.
+
     Raises:
-        LocalError: the model cannot be trained.
+        LocalError: the model cannot be trained, or has batch normalisation behind its last layer.
     """
     programs = build_programs(model, training=msgspec.structs.replace(training, train_last=1))
+    if "statistics" in programs:
+        raise LocalError(
+            "the model has batch normalisation behind its last layer: its running means and variances would no longer be those of a layer "
+            "that a device trains for itself; promote it without --local-head"
+        )
     return {name: programs[name] for name in ("layout", "train")} | {"initial": initial_vector(model, 1).astype("<f4").tobytes()}
 
 

@@ -20,13 +20,16 @@ from numpy.typing import NDArray
 
 from export.forward import read_forward
 from export.programs import with_weights
-from export.quantize import as_float16, as_int8, write_ort
+from export.quantize import as_float16, as_int8, left_float32, write_ort
 from export.slicing import sliced_model
 from export.timing import ORT_ERRORS, medians_s, session_of
 from regrow.errors import LocalError
 from regrow.levels import only_prefix
+from regrow.local_step import Step
 from regrow.order import Order
 from regrow.parameters import Layout
+from regrow.scoring import score_outputs
+from regrow.task import DEFAULT_TRAINING
 from regrow.unit_order import level_sizes, level_units
 from regrow.units import Units
 
@@ -38,28 +41,31 @@ SCORED_AT_ONCE = 256
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Held-out data: x [m, ...] as the model takes it, y int64 [m] classes; `name` is the file, for errors."""
+    """Data: x [m, ...] as the model takes it, y as the loss takes it or None; `name` is the file, for errors."""
 
     name: str
     x: NDArray[Any]
-    y: NDArray[np.int64]
+    y: NDArray[Any] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked for: the forms, the format of their files, and data to score them with and (for int8) to calibrate with."""
+    """What is asked for: the forms, the format of their files, data to score them with and (for int8) to calibrate with, and the step
+    whose loss and target say what a score is."""
 
     forms: Sequence[Quantization] = ("none",)
     file_format: Format = "onnx"
     held_out: Examples | None = None
     calibration: Examples | None = None
+    step: Step = DEFAULT_TRAINING
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One written file and what it does. `accuracy` and `accuracy_drop` (that of float32 less this one's) are None without held-out data.
+    """One written file and what it does. `score` (regrow.scoring) and `drop` (that of float32 less this one's) are None without data.
 
-    `nonzero` are parameters of the float32 model that are not 0; `zlib_bytes` is the file packed by zlib's default.
+    `nonzero` are parameters of the float32 model that are not 0; `zlib_bytes` is the file packed by zlib's default; `left_float32` of an
+    int8 file are weights that onnxruntime has not quantized, by operator.
     """
 
     file: str
@@ -71,8 +77,9 @@ class Exported:
     ir_version: int
     size_bytes: int
     zlib_bytes: int
-    accuracy: float | None
-    accuracy_drop: float | None
+    score: float | None
+    drop: float | None
+    left_float32: Mapping[str, int]
     latency_ms: float | None = None
 
 
@@ -86,6 +93,9 @@ def level_model(
     order: Order,
     level: int,
     slicing: Slicing | None,
+    *,
+    train_last: int | None = None,
+    statistics: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> onnx.ModelProto:
     """The sub-model of a level.
 
@@ -94,16 +104,18 @@ def level_model(
         flat_weights: float32 [n] by flat coordinate.
         level: of the order.
         slicing: where levels are whole units; None for zeros in the full graph.
+        train_last: as the run trains.
+        statistics: running means and variances of this level, by initializer; None: those of the model stay.
 
     Raises:
         LocalError: these do not fit together.
     """
     length = order.lengths[level]
     if slicing is None or length == order.size:
-        return with_weights(model, only_prefix(order, flat_weights, length))
+        return with_weights(model, only_prefix(order, flat_weights, length), train_last, statistics=statistics)
     layout, units, densities = slicing
     small = sliced_model(model, units, level_units(level_sizes(layout, units, densities)[level]))
-    return with_weights(small, flat_weights[np.sort(order.coordinates[:length])])
+    return with_weights(small, flat_weights[np.sort(order.coordinates[:length])], statistics=statistics)
 
 
 def write_forms(
@@ -117,11 +129,9 @@ def write_forms(
         properties: more metadata for the files, such as which run they come from.
 
     Raises:
-        LocalError: int8 without calibration data; data that does not fit the model; a model that cannot be converted, or gives numbers that
-            are not finite.
+        LocalError: int8 without calibration data; data that do not fit the model or the loss; a model that cannot be converted, or
+            gives numbers that are not finite.
     """
-    # Running statistics of normalisations belong to a level, not to the run: once read_forward tells them (Forward.statistics), this is
-    # where those of this level are recomputed from request.calibration, before anything is run, written or quantized.
     stated = onnx.ModelProto()
     stated.CopyFrom(model)
     onnx.helper.set_model_props(stated, {entry.key: entry.value for entry in model.metadata_props} | dict(properties or {}))
@@ -130,32 +140,32 @@ def write_forms(
         plain.check_x(request.calibration)
     if request.held_out is not None:
         plain.check_x(request.held_out)
-        plain.check_y(request.held_out)
     weights = list(read_forward(stated).parameters.values())
     counts = sum(array.size for array in weights), sum(int(np.count_nonzero(array)) for array in weights)
-    whole = None if request.held_out is None else plain.accuracy(request.held_out)
+    whole = None if request.held_out is None else plain.score(request.held_out, request.step)
     written = []
     for form in request.forms:
         made = _converted(stated, form, request.calibration)
         path = stem.with_name(f"{stem.name}{'' if form == 'none' else f'.{form}'}.{request.file_format}")
-        accuracy = _write(made, path, request)
-        drop = None if whole is None or accuracy is None else whole - accuracy
+        score = _write(made, path, request)
+        drop = None if whole is None or score is None else whole - score
         opset = next(entry.version for entry in made.opset_import if entry.domain in ("", "ai.onnx"))
         content = path.read_bytes()
+        left = left_float32(made) if form == "int8" else {}
         sizes = len(content), len(zlib.compress(content))
-        written.append(Exported(path.name, density, form, *counts, opset, made.ir_version, *sizes, accuracy, drop))
+        written.append(Exported(path.name, density, form, *counts, opset, made.ir_version, *sizes, score, drop, left))
     return written
 
 
 def _write(model: onnx.ModelProto, path: Path, request: Request) -> float | None:
-    """Write a file, try it out, and return its accuracy; None without held-out data."""
+    """Write a file, try it out, and return its score; None without held-out data."""
     if request.file_format == "ort":
         write_ort(model, path)
     else:
         onnx.save_model(model, path)
     runnable = _Runnable(path, path.name)
     runnable.try_out()
-    return None if request.held_out is None else runnable.accuracy(request.held_out)
+    return None if request.held_out is None else runnable.score(request.held_out, request.step)
 
 
 def latencies_ms(files: Sequence[Path], rounds: int) -> list[float]:
@@ -213,18 +223,19 @@ class _Runnable:
             has = f"{examples.x.dtype} {list(examples.x.shape[1:])}"
             raise LocalError(f"{examples.name}: an example is {has}, the model takes {wanted} {shape}: give data of this task")
 
-    def check_y(self, examples: Examples) -> None:
-        """Raises LocalError unless the labels are classes of the model."""
-        classes = self._session.get_outputs()[0].shape[-1]
-        if examples.y.max() >= classes:
-            raise LocalError(
-                f"{examples.name}: labels go up to {examples.y.max()}, the model knows 0 to {classes - 1}: give data of this task"
-            )
+    def score(self, examples: Examples, step: Step) -> float:
+        """How right the model is on the examples, as regrow.scoring has it.
 
-    def accuracy(self, examples: Examples) -> float:
-        """Share of the examples whose largest output is that of their label."""
-        hits = 0
-        for start in range(0, len(examples.x), SCORED_AT_ONCE):
-            part = slice(start, start + SCORED_AT_ONCE)
-            hits += int((self.run(examples.x[part]).argmax(axis=1) == examples.y[part]).sum())
-        return hits / len(examples.x)
+        Raises:
+            LocalError: the examples do not fit the loss, or an output is not finite.
+        """
+        if examples.y is None and step.target == "y":
+            raise LocalError(f"{examples.name}: it has no targets to score with: give x and y")
+        parts = [self.run(examples.x[start : start + SCORED_AT_ONCE]) for start in range(0, len(examples.x), SCORED_AT_ONCE)]
+        outputs = np.concatenate(parts)
+        if not np.isfinite(outputs).all():
+            raise LocalError(f"{self._name}: its output for {examples.name} is not finite; keep it float32")
+        try:
+            return score_outputs(outputs, examples.x, examples.x if examples.y is None else examples.y, step).accuracy
+        except LocalError as error:
+            raise LocalError(f"{examples.name}: {error}; give data of this task") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +73,17 @@ def as_int8(model: onnx.ModelProto, x: NDArray[Any]) -> onnx.ModelProto:
         except _CONVERTER_ERRORS as error:
             raise LocalError(f"onnxruntime cannot quantize the model to int8: {error!r}; take --quantize fp16 or none") from error
         return _tidy(onnx.load(small))
+
+
+def left_float32(model: onnx.ModelProto) -> dict[str, int]:
+    """How many numbers of weights an int8 model still holds as float32, by the operator that takes them; vectors do not count."""
+    real = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in real if sum(size > 1 for size in tensor.dims) > 1}
+    found: Counter[str] = Counter()
+    for node in model.graph.node:
+        for name in node.input:
+            found[node.op_type] += sizes.pop(name, 0)
+    return {op: count for op, count in sorted(found.items()) if count}
 
 
 def as_float16(model: onnx.ModelProto) -> onnx.ModelProto:

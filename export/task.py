@@ -17,7 +17,9 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
 from numpy.typing import NDArray
 
+from export.from_torch import from_torch_file
 from export.memory import step_memory
+from export.models import MODELS
 from export.programs import build_programs, initial_vector, write_model
 from export.unit_programs import build_unit_programs
 from regrow.errors import LocalError
@@ -48,6 +50,21 @@ def read_model(model_path: Path) -> onnx.ModelProto:
         return onnx.load(model_path, load_external_data=False)  # one file, so that its digest says everything
     except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
+
+
+def model_from(source: str) -> onnx.ModelProto:
+    """The model that a user names: an ONNX file; FILE.py:FUNCTION, which gives a torch module (the file is run); or one of ours.
+
+    Raises:
+        LocalError: it is none of these, or cannot be read.
+    """
+    if Path(source).is_file():
+        return read_model(Path(source))
+    if ".py:" in source:
+        return from_torch_file(source)
+    if source in MODELS:
+        return MODELS[source](1)
+    raise LocalError(f"{source}: neither a file, nor FILE.py:FUNCTION, nor one of {', '.join(sorted(MODELS))}")
 
 
 def build_task(

@@ -13,6 +13,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from regrow.local_step import METADATA, Step
+
 ORT_ERRORS: tuple[type[Exception], ...] = (
     # onnxruntime's own exceptions share no base class; the set differs a little between versions.
     *(kind for kind in vars(ort_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
@@ -39,13 +41,15 @@ def session_of(model: bytes | Path, threads: int = 1) -> ort.InferenceSession:
 
 
 def random_feed(session: ort.InferenceSession, batch: int, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
-    """Every input of a training program: normal features, labels in range, masks and weights 1, state 0.
+    """Every input of a program: normal features or the token 0, targets in range, masks, weights and statistics 1, state 0.
 
     Args:
         parameters: by name; a program that wants a step's anchors gets them too.
     """
     rng = np.random.default_rng(0)
-    classes = int(session.get_modelmeta().custom_metadata_map.get("regrow.classes", "1"))
+    metadata = session.get_modelmeta().custom_metadata_map
+    classes = int(metadata.get("regrow.classes", "1"))
+    binary = Step.from_metadata(metadata.get(METADATA)).loss == "binary_cross_entropy"
     feed: dict[str, NDArray[Any]] = {}
     for item in session.get_inputs():
         shape = [size if isinstance(size, int) else batch for size in item.shape]
@@ -54,11 +58,13 @@ def random_feed(session: ort.InferenceSession, batch: int, parameters: Mapping[s
             feed[name] = parameters[name.removeprefix("anchor:")]
         elif name == "y" and dtype is np.int64:
             feed[name] = rng.integers(0, classes, shape)
+        elif name == "y" and binary:
+            feed[name] = rng.integers(0, 2, shape).astype(np.float32)
         elif name in ("x", "y") and dtype is np.float32:
             feed[name] = rng.standard_normal(shape, np.float32)
         elif name == "learning_rate":
             feed[name] = np.array(0.01, np.float32)
-        elif name == "sample_weight" or name.startswith("mask:"):
+        elif name == "sample_weight" or name.startswith(("mask:", "stat:")):
             feed[name] = np.ones(shape, dtype)
         else:
             feed[name] = np.zeros(shape, dtype)

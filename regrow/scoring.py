@@ -13,6 +13,13 @@ from regrow.local_step import Step
 from regrow.local_training import Score
 
 
+def score_name(step: Step) -> str:
+    """What a score's `accuracy` is with this loss, as the head of a column."""
+    if step.classifies:
+        return "accuracy"
+    return "right signs" if step.counts_hits else "R^2"
+
+
 def score_outputs(outputs: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any], step: Step) -> Score:
     """Mean loss, without class weights and label smoothing, and how right the outputs are.
 

@@ -107,7 +107,9 @@ def run(task: Path, tmp_path: Path) -> Path:
 
 
 def test_task_new(fails: Fails, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "neither a file nor one of digits_mlp" in fails("task", "new", tmp_path / "new", "--model", tmp_path / "none.onnx")
+    assert "neither a file, nor FILE.py:FUNCTION, nor one of digits_mlp" in fails(
+        "task", "new", tmp_path / "new", "--model", tmp_path / "none.onnx"
+    )
     assert not (tmp_path / "new").exists()
     assert "exists already" in fails("task", "new", task, "--model", task / "model.onnx")
     assert "'Not_A_Name'" in fails("task", "new", tmp_path / "Not_A_Name", "--model", task / "model.onnx")

@@ -14,70 +14,17 @@ import onnx
 import onnxruntime
 import pytest
 
-from broker_server.runs import create_run, load_task, recover
+from broker_server.runs import load_task, recover
 from broker_server.store import Store
 from cli.main import main
 from cli.models import fresh_folder
-from edge_agent.trainer import Trainer
 from export.models import digits_mlp
-from export.task import build_task, save_model, write_trained
-from regrow import records, values
-from regrow.ledger import Ledger
-from regrow.levels import unit_densities_of
-from regrow.records import Entry, to_record
-from regrow.task import parse_task
+from export.task import save_model
+from tests.cli.made_runs import make_run
+from tests.export.unit_models import batch_norm_net
 from tests.testbed.processes import write_digits
 
-TASK = 'name = "digits"\n\n[method]\nladder = [0.1, 0.5, 1.0]\n{method}\n\n[store]\nkeep_updates = true\n{more}'
 Fails = Callable[..., str]
-
-
-def make_run(folder: Path, *, method: str = "", more: str = "", density: float = 1.0) -> Path:
-    """A run in which one device has really trained one round, at this density."""
-    task = folder / "task"
-    task.mkdir(parents=True)
-    text = TASK.format(method=method, more=more)
-    (task / "task.toml").write_text(text)
-    save_model(digits_mlp(1), task / "model.onnx")
-    write_digits(task / "test.npz", seed=50)
-    build_task(task, task / "model.onnx", unit_densities_of(parse_task(text)))
-    run = create_run(folder / "runs", load_task(task), "one")
-    write_digits(folder / "device.npz", seed=1, rows=400)
-    with Store.open(run) as store:
-        loaded = load_task(run / "task")
-        ledger = recover(store, loaded)
-
-        def take(entry: Entry, payload: bytes = b"") -> None:
-            ledger.apply(entry, payload)
-            store.append([to_record(entry, payload)])
-
-        take(records.Joined(device="d1", install="00" * 16, uplink_bps=1e6, density=density))
-        level = ledger.level_of(density)
-        take(records.Published(version=0, chunk_bytes=16384))
-        take(records.Assigned(device="d1", number=1, version=0, epoch=0, level=level, dtype="float32", deadline_s=30.0))
-        take(*_update(ledger, level, folder / "device.npz", loaded.programs))
-        take(records.Aggregated(version=1, elapsed_s=1.0))
-        write_trained(loaded.model_path, ledger.trained_weights, run / "model.onnx")
-    return run
-
-
-def _update(ledger: Ledger, level: int, data: Path, programs: dict[str, bytes]) -> tuple[records.Accepted, bytes]:
-    """A round of SGD on the whole of this level, in the full graph."""
-    arrays, order = np.load(data), ledger.order
-    length = order.lengths[level]
-    flat = np.zeros(order.size, np.float32)
-    flat[order.coordinates[:length]] = ledger.published[0].base(length)
-    batches = [(arrays["x"][start : start + 20], arrays["y"][start : start + 20].astype(np.int64)) for start in range(0, 400, 20)] * 10
-    kept = None
-    if length < order.size:
-        kept = np.zeros(order.size, np.bool_)
-        kept[order.coordinates[:length]] = True
-    trained = Trainer(programs).train(flat, kept, batches, 0.1).vector[order.coordinates[:length]]
-    entry = records.Accepted(
-        device="d1", install="00" * 16, sequence=0, version=0, epoch=0, level=level, dtype="float32", examples=400, norm=0.1, loss=1.0,
-        seconds=0.1, round_s=1.0, uplink_bps=1e6, scores=[],
-    )  # fmt: skip
-    return entry, values.encode(trained, "float32", order.always_kept)
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +71,9 @@ def test_export_of_every_level(place: Path, tmp_path: Path, capsys: pytest.Captu
     for name, row in rows.items():
         session = onnxruntime.InferenceSession(tmp_path / "out" / name)
         answers = session.run(None, {"x": arrays["x"]})[0].argmax(axis=1)
-        assert row["accuracy"] == pytest.approx(float((answers == arrays["y"]).mean()))
+        assert row["score"] == pytest.approx(float((answers == arrays["y"]).mean()))
         assert row["latency_ms"] > 0
-    assert rows["global.onnx"]["accuracy"] > 0.9
+    assert rows["global.onnx"]["score"] > 0.9
     assert [rows[f"density-{d}.onnx"]["nonzero"] for d in ("0.1", "0.5")] == [241, 1205]
     assert rows["density-0.1.onnx"]["zlib_bytes"] < rows["global.onnx"]["zlib_bytes"] / 3
     said = capsys.readouterr().out
@@ -146,7 +93,7 @@ def test_the_global_model_is_the_runs_own(place: Path, tmp_path: Path) -> None:
 
 def test_without_data_the_accuracy_stays_empty_and_it_says_so(place: Path, tmp_path: Path) -> None:
     found = export(place / "runs" / "one", tmp_path / "out", "--density", "0.5", "--format", "ort")
-    assert [(row["file"], row["accuracy"], row["accuracy_drop"]) for row in found["models"]] == [
+    assert [(row["file"], row["score"], row["drop"]) for row in found["models"]] == [
         ("density-0.5.ort", None, None),
         ("global.ort", None, None),
     ]
@@ -163,7 +110,7 @@ def test_units_leave_as_smaller_graphs_and_the_runs_own_data_scores_them(tmp_pat
     assert counts == list(ledger.order.lengths)
     sizes = [row["size_bytes"] for row in found["models"]]
     assert sizes == sorted(sizes)
-    assert found["models"][-1]["accuracy"] > 0.9
+    assert found["models"][-1]["score"] > 0.9
     assert any("200 examples of" in note for note in found["notes"])
     assert not any("hold zeros" in note for note in found["notes"])
 
@@ -189,7 +136,7 @@ def test_what_export_refuses(fails: Fails, place: Path, tmp_path: Path) -> None:
     for option in ("--data", "--calibrate"):
         for name in ("wide.npz", "text.npz", "none.npz"):
             assert name in fails("export", run, option, tmp_path / name, "--out", out)
-    assert "the model knows 0 to 9" in fails("export", run, "--data", tmp_path / "label.npz", "--out", out)
+    assert "the model knows classes 0 to 9" in fails("export", run, "--data", tmp_path / "label.npz", "--out", out)
     assert not out.exists(), "what fails leaves nothing"
     (tmp_path / "file").write_text("in the way")
     assert "file" in fails("export", run, "--out", tmp_path / "file")
@@ -274,20 +221,56 @@ def test_check_with_the_order_of_a_run(place: Path, capsys: pytest.CaptureFixtur
 def test_check_of_a_model_that_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = digits_mlp(1)
     for node in model.graph.node:
-        node.op_type = "Selu" if node.op_type == "Relu" else node.op_type
-    save_model(model, tmp_path / "selu.onnx")
-    assert main(["model", "check", str(tmp_path / "selu.onnx")]) == 1
+        node.op_type = "Softsign" if node.op_type == "Relu" else node.op_type
+    save_model(model, tmp_path / "softsign.onnx")
+    assert main(["model", "check", str(tmp_path / "softsign.onnx")]) == 1
     said = capsys.readouterr().out
     assert "cannot be trained" in said
-    assert "cannot train Selu" in said
-    assert "operators that have a gradient rule: Add" in said
-    assert main(["model", "check", str(tmp_path / "selu.onnx"), "--json"]) == 1
+    assert "cannot train Softsign" in said
+    assert "operators that have a gradient rule: A" in said
+    assert main(["model", "check", str(tmp_path / "softsign.onnx"), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert (found["trainable"], [problem["op"] for problem in found["problems"]]) == (False, ["Selu"])
+    assert (found["trainable"], [problem["op"] for problem in found["problems"]]) == (False, ["Softsign"])
+
+
+def test_check_of_a_training_and_of_a_task(capsys: pytest.CaptureFixture[str], fails: Fails, tmp_path: Path) -> None:
+    plain = check(capsys, "digits_mlp", "--batch", "20", "--steps", "1", "--density", "1")
+    assert (plain["state"], plain["anchors"], plain["statistics"]) == (0, 0, 0)
+    words = ("--optimizer", "adam", "--proximal-mu", "0.1", "--clip-norm", "1")
+    adam = check(capsys, "digits_mlp", *words, "--batch", "20", "--steps", "1", "--density", "1")
+    assert (adam["state"], adam["anchors"]) == (2 * 2410 + 1, 2410)
+    assert adam["training"]["optimizer"] == "adam"
+    assert adam["steps"][0]["memory_bytes"] > plain["steps"][0]["memory_bytes"]
+    last = check(capsys, "digits_mlp", "--train-last", "1", "--loss", "mse", "--steps", "1", "--batch", "2")
+    assert (last["parameters"], last["levels"][-1]["update_bytes"]["float32"]) == (330, 4 * 330)
+    (tmp_path / "task.toml").write_text(
+        'name = "t"\nmodel = "m.onnx"\n[method]\nladder = [0.25, 1.0]\n[training]\nloss = "huber"\noptimizer = "nesterov"\n'
+    )
+    save_model(digits_mlp(1), tmp_path / "m.onnx")
+    task = check(capsys, "--task", tmp_path, "--steps", "1", "--batch", "2")
+    assert (task["model"], task["state"], [level["density"] for level in task["levels"]]) == (str(tmp_path / "m.onnx"), 2410, [0.25, 1.0])
+    assert "leave --loss, --train-last out" in fails("model", "check", "--task", tmp_path, "--loss", "mse", "--train-last", "1")
+    assert "say which model" in fails("model", "check")
+    assert 'set loss = "mse"' in fails("model", "check", "digits_mlp", "--target", "input")
+    assert main(["model", "check", "digits_mlp", "--loss", "mse", "--target", "input"]) == 1
+    assert '"input" needs a float32 input and an output of its shape' in capsys.readouterr().out
+
+
+def test_check_of_a_model_with_batch_normalisation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(batch_norm_net((1, 8, 8), 10), tmp_path / "model.onnx")
+    for granularity in ("weight", "unit"):
+        found = check(capsys, tmp_path / "model.onnx", "--granularity", granularity, "--batch", "4", "--steps", "1")
+        assert (found["statistics"], found["trainable"]) == (2 * (8 + 8 + 6), True)
+
+
+def test_check_of_a_torch_module(tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
+    (tmp_path / "net.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(4, 3), torch.zeros(1, 4)\n")
+    assert check(capsys, f"{tmp_path / 'net.py'}:make", "--steps", "1", "--batch", "2")["parameters"] == 15
+    assert "defines no function 'other'" in fails("model", "check", f"{tmp_path / 'net.py'}:other")
 
 
 def test_what_check_refuses(fails: Fails, tmp_path: Path) -> None:
-    assert "neither a file nor one of digits_mlp" in fails("model", "check", "none.onnx")
+    assert "neither a file, nor FILE.py:FUNCTION, nor one of digits_mlp" in fails("model", "check", "none.onnx")
     (tmp_path / "text.onnx").write_text("no model")
     assert "cannot read the model" in fails("model", "check", tmp_path / "text.onnx")
     for words in (("--batch", "0"), ("--batch", "1.5"), ("--batch", ""), ("--uplink", "0"), ("--uplink", "3X"), ("--density", "1.5")):

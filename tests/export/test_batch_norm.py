@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from edge_agent.trainer import Trainer
+from export.check import problems_of
 from export.forward import read_forward
 from export.programs import build_programs, initial_vector, write_model
 from export.torch_graph import graph_of_program
 from regrow.errors import LocalError
 from regrow.local_training import spread_batches
+from regrow.task import Training
 from tests.export.drawing import CLASSES, drawn, network, numbers
-from tests.export.running import feed_of, session_of, step
+from tests.export.running import feed_of, model_of, session_of, step
 from tests.export.unit_models import batch_norm_net, batch_norm_perceptron
 
 functional = torch.nn.functional
@@ -220,3 +222,34 @@ def test_a_model_without_batch_normalisation_needs_no_statistics() -> None:
         yield pytest.fail("a batch was taken")
 
     assert trainer.statistics(initial_vector(model), nobody_asks()) == {}
+
+
+@pytest.mark.parametrize("train_last", [None, 1])
+def test_training_mode_beside_computed_shapes(train_last: int | None, tmp_path: Path) -> None:
+    """A BatchNormalization with training_mode = 1, in a graph that computes shapes, so that it is run while it is read."""
+
+    def made(mode: dict[str, int], more: list[str]) -> onnx.ModelProto:
+        rng = np.random.default_rng(0)
+        weights = {"w": rng.normal(size=(6, 4)), "scale": 1 + rng.random(4), "bias": rng.normal(size=4), "fc": rng.normal(size=(4, 3))}
+        weights |= {"mean": rng.normal(size=4), "variance": 1 + rng.random(4)}
+        nodes = [
+            helper.make_node("Shape", ["x"], ["shape"], end=1),
+            helper.make_node("Concat", ["shape", "six"], ["flat"], axis=0),
+            helper.make_node("Reshape", ["x", "flat"], ["rows"]),
+            helper.make_node("MatMul", ["rows", "w"], ["a"]),
+            helper.make_node("BatchNormalization", ["a", "scale", "bias", "mean", "variance"], ["b", *more], **mode),
+            helper.make_node("MatMul", ["b", "fc"], ["logits"]),
+        ]
+        arrays: dict[str, Any] = {name: array.astype(np.float32) for name, array in weights.items()}
+        return model_of(nodes, arrays | {"six": np.array([6])}, [2, 3], 3)
+
+    plain = made({}, [])
+    training = Training(train_last=train_last)
+    for odd in (made({"training_mode": 1}, ["new_mean", "new_variance"]), made({"training_mode": 1}, [])):
+        assert problems_of(odd, training) == []
+        assert build_programs(odd, training=training) == build_programs(plain, training=training)
+        vector = initial_vector(odd, train_last)
+        write_model(odd, vector, tmp_path / "out.onnx", train_last)
+        x = np.random.default_rng(1).random((5, 2, 3), np.float32)
+        ours, theirs = (session_of(file.SerializeToString()).run(None, {"x": x})[0] for file in (onnx.load(tmp_path / "out.onnx"), plain))
+        assert np.array_equal(ours, theirs)

@@ -85,15 +85,15 @@ def test_every_form_runs_and_says_nearly_the_same(trained: onnx.ModelProto, tmp_
     held_out = digits(2, 500)
     request = Request(("none", "int8", "fp16"), file_format, held_out, digits(3, 600))  # type: ignore[arg-type]  # a parameter of the test
     plain, int8, fp16 = write_forms(trained, tmp_path / "global", 1.0, request, {"regrow.run": "one"})
-    assert plain.accuracy is not None
-    assert plain.accuracy > 0.9
-    assert plain.accuracy == float((logits(trained, held_out.x).argmax(axis=1) == held_out.y).mean())
+    assert plain.score is not None
+    assert plain.score > 0.9
+    assert plain.score == float((logits(trained, held_out.x).argmax(axis=1) == held_out.y).mean())
     for row in (int8, fp16):
-        assert row.accuracy is not None
-        assert row.accuracy_drop == plain.accuracy - row.accuracy
-        assert abs(row.accuracy_drop) <= 0.02
+        assert row.score is not None
+        assert row.drop == plain.score - row.score
+        assert abs(row.drop) <= 0.02
         assert row.size_bytes < plain.size_bytes
-    assert plain.accuracy_drop == 0
+    assert plain.drop == 0
     assert {(row.parameters, row.opset, row.ir_version) for row in (plain, int8, fp16)} == {(2410, 18, 9)}
     assert [path.name for path in sorted(tmp_path.iterdir())] == sorted(row.file for row in (plain, int8, fp16))
     for row in (plain, int8, fp16):
@@ -110,11 +110,11 @@ def test_calibration_data_unlike_the_models_costs_accuracy_and_the_drop_says_so(
     faint = Examples("faint", np.float32(0.02) * device.x, device.y)
     (good,) = write_forms(trained, tmp_path / "good", 1.0, Request(("int8",), "onnx", held_out, device))
     (bad,) = write_forms(trained, tmp_path / "bad", 1.0, Request(("int8",), "onnx", held_out, faint))
-    assert good.accuracy is not None
-    assert bad.accuracy is not None
-    assert bad.accuracy_drop is not None
-    assert bad.accuracy_drop > 0.2
-    assert bad.accuracy < good.accuracy - 0.2
+    assert good.score is not None
+    assert bad.score is not None
+    assert bad.drop is not None
+    assert bad.drop > 0.2
+    assert bad.score < good.score - 0.2
 
 
 def test_int8_is_int8_per_channel_and_fp16_is_fp16(trained: onnx.ModelProto) -> None:
@@ -156,7 +156,11 @@ def test_data_that_does_not_fit_is_refused(trained: onnx.ModelProto, tmp_path: P
     wide = Examples("wide.npz", np.zeros((20, 65), np.float32), good.y)
     whole = Examples("whole.npz", good.x.astype(np.int64), good.y)
     label = Examples("label.npz", good.x, good.y + 1)
-    for held_out, said in ((wide, r"wide.npz: an example is float32 \[65\]"), (whole, "whole.npz: an example is int64"), (label, "0 to 9")):
+    for held_out, said in (
+        (wide, r"wide.npz: an example is float32 \[65\]"),
+        (whole, "whole.npz: an example is int64"),
+        (label, "0 to 9"),
+    ):
         with pytest.raises(LocalError, match=said):
             write_forms(trained, tmp_path / "m", 1.0, Request(held_out=held_out))
     with pytest.raises(LocalError, match=r"wide.npz: an example is float32 \[65\]"):
@@ -164,7 +168,7 @@ def test_data_that_does_not_fit_is_refused(trained: onnx.ModelProto, tmp_path: P
     with pytest.raises(LocalError, match="--calibrate"):
         write_forms(trained, tmp_path / "m", 1.0, Request(("int8",)))
     assert not list(tmp_path.iterdir())
-    assert write_forms(trained, tmp_path / "m", 1.0, Request(("int8",), calibration=label))[0].accuracy is None  # labels are not looked at
+    assert write_forms(trained, tmp_path / "m", 1.0, Request(("int8",), calibration=label))[0].score is None  # labels are not looked at
 
 
 def test_a_model_that_gives_no_numbers_is_refused(trained: onnx.ModelProto, tmp_path: Path) -> None:

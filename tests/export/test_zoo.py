@@ -1,14 +1,17 @@
 """The zoo's small variants: 20 steps, teacher-forced, every gradient against torch in float64. bench/zoo.py does it for the real ones."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from bench import parity
+from export.check import problems_of
 from export.from_torch import from_torch
 from export.programs import build_programs
 from export.rules import RULES
+from export.work import multiply_adds
 from export.zoo import ZOO
 
 torch.set_num_threads(1)
@@ -21,12 +24,21 @@ def tolerance(name: str) -> float:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_every_gradient_is_torchs(name: str) -> None:
+def test_every_gradient_is_torchs_and_model_check_says_that_there_is_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[onnx.ModelProto] = []
+
+    def exported(module: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+        made.append(from_torch(module, example))
+        return made[0]
+
+    monkeypatch.setattr(parity, "from_torch", exported)
     found = parity.compare(ZOO[name], ZOO[name].small, batch=4, steps=STEPS)
     assert found.steps == STEPS
     assert found.worst <= tolerance(name), found
     assert found.worst_loss <= 1e-5, found
     assert found.moved <= 1e-5, found
+    assert problems_of(made[0], parity.training_of(ZOO[name])) == []
+    assert multiply_adds(made[0]) > 0
 
 
 def test_a_gradient_that_is_a_little_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

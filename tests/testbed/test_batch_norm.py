@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from broker_server.runs import TaskFolder, load_task
-from cli.gateway import _final_statistics
+from cli.deployable import write_deployable
 from cli.main import main
 from edge_agent.trainer import Trainer
 from edge_agent.worker import drawn_examples
+from export.forward import read_forward
 from export.programs import initial_vector
-from export.task import save_model
+from export.task import read_model, save_model
 from export.unit_programs import build_unit_programs
+from regrow.ledger import Ledger
 from regrow.local_training import statistics_from
 from regrow.task import task_from_tables
 from testbed.simulate import Simulation, task_of
@@ -79,13 +82,20 @@ def test_the_gateway_s_statistics_are_of_its_data_or_a_line_says_that_there_are_
     normal_task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = load_task(normal_task)
-    assert _final_statistics(plain, plain.initial) == {}
+    file = tmp_path / "model.onnx"
+
+    def statistics(folder: TaskFolder) -> dict[str, NDArray[np.float32]]:
+        write_deployable(folder, Ledger.start(folder.task, folder.layout, folder.initial, folder.units), file)
+        return read_forward(read_model(file)).statistics
+
+    before = read_forward(read_model(plain.model_path)).statistics
+    for name, array in statistics(plain).items():
+        assert np.array_equal(array, before[name])
     assert "running means and variances of the model that the run began with" in capsys.readouterr().out
     x = np.random.default_rng(0).random((40, 1, 28, 28), np.float32)
     np.savez(tmp_path / "held.npz", x=x, y=np.zeros(40, np.int64))
     task = task_from_tables({"name": "bars", "evaluation": {"data": str(tmp_path / "held.npz")}}, "here")
-    held = TaskFolder(plain.path, task, plain.layout, plain.programs, plain.initial, plain.units)
-    found = _final_statistics(held, plain.initial)
+    found = statistics(TaskFolder(plain.path, task, plain.layout, plain.programs, plain.initial, plain.units))
     assert capsys.readouterr().out == ""
     exact = statistics_from(Trainer(plain.programs), plain.initial, x)
     assert sorted(found) == sorted(exact)
