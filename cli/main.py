@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -229,7 +229,7 @@ def _agent(commands: Commands) -> None:
     agent.add_argument("--gap", type=int, default=0, metavar="N", help="samples between training and validation used for neither")
     agent.add_argument("--max-uplink-bps", type=_positive, metavar="N", help="send at most this many bits a second")
     agent.add_argument("--max-downlink-bps", type=_positive, metavar="N", help="take at most this many bits a second")
-    threads = 'for training, at most; "auto": one for each core (default: 1)'
+    threads = 'for training, at most; "auto": one for each core'
     agent.add_argument("--threads", type=_threads, default=1, metavar="N", help=threads)
     tuning = "train in the default way always, and repeat to the bit; otherwise the fastest way on this board is found out between jobs"
     agent.add_argument("--no-tuning", action="store_true", help=tuning)
@@ -389,7 +389,9 @@ def _scenario(command: argparse.ArgumentParser) -> None:
 
 def _threads(text: str) -> int:
     """A number of threads; for "auto" that of the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if text == "auto" and hasattr(os, "sched_getaffinity") else _count(text)
+    if text != "auto":
+        return _count(text)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(text: str) -> int:

@@ -155,9 +155,13 @@ class Agent:
             max_downlink_bps=max_downlink_bps,
         )
         self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | _Tuned] = queue.SimpleQueue()
-        tuning = Tuning(threads, folder.get(TUNING)) if tune else None
         self._worker = Worker(
-            source, self._trained, threads=threads, make=make, tuning=tuning, tuned=lambda data: self._trained(_Tuned(data))
+            source,
+            self._trained,
+            threads=threads,
+            make=make,
+            tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
+            tuned=lambda data: self._trained(_Tuned(data)),
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()

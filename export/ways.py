@@ -23,7 +23,7 @@ class Ways:
         shift_channels: least input channels for shifting: each kernel position is a GEMM of its own, with so many columns.
         shift_waste: most padding that shifting may multiply by zeros: positions of the padded maps for each of the plain ones.
         unfold_positions: largest output map on which a weight gradient without groups that is not shifted is unfolded; above, correlated.
-        wide: a product this many times wider than high is computed transposed: onnxruntime packs one operand, and should pack the small one.
+        wide: a product this many times wider than high is computed transposed: onnxruntime packs one operand, best the small one.
         multiply_positions: smallest output map on which a depthwise weight gradient is summed position by position.
     """
 

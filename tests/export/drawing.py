@@ -18,8 +18,8 @@ from export.emitter import Emitter
 from export.forward import read_forward
 from export.gradients import differentiate, materialise
 from export.rules import CURES, RULES
-from export.ways import DEFAULT, Ways
 from export.torch_graph import graph_of_model
+from export.ways import DEFAULT, Ways
 from tests.export.running import Arrays, assert_close, session_of, step
 
 CLASSES = 4
