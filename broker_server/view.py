@@ -136,7 +136,7 @@ def _in_words(note: Note) -> str:
         "restored": "{device} regrows from {density_from:g} to {density:g}",
         "joined": "{device} joined at {uplink_bps:.0f} bit/s with density {density:g}, bound by {bound_by}",
         "declined": (
-            "{device} declined: training takes at least {needs} bytes of memory, it offers {offers}, {missing} too few, so it gets no work; "
+            "{device} declined: training takes at least {needs} bytes of memory, it offers {offers}, {missing} too few, and gets no work; "
             "lower [training] batch or the smallest density, or free memory there"
         ),
         "rejected": "{device}: update rejected, {reason}",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import msgspec
 import onnxruntime as ort
@@ -21,20 +20,22 @@ from regrow import wire
 from regrow.local_step import METADATA
 from regrow.programs import variant, ways_of, without_variants
 
-RACE_STEPS = 10
-"""Of a race: the setting in use, the challenger, and the first again, so that a machine that grows busy meets both; each warmed up."""
+TIMED_STEPS = (2, 3, 2)
+"""Of a race: the setting in use, the challenger, and the first again, so that a machine that grows busy meets both."""
+RACE_STEPS = sum(TIMED_STEPS) + len(TIMED_STEPS)
+"""With those that warm each up."""
 SHARE = 0.1
 """Of the training, at most: what races cost."""
 MOST_S = 20.0
-"""After so long no further step of a race begins, and the setting in use stays."""
+"""After so long no further steps of a race begin, and the setting in use stays."""
 GAIN = 0.97
 """The challenger must take less than this times as long."""
 KEPT_SETS = 8
 PUT_BACK = "put-back"
 """The way of `train_masked` that needs no program: the step of `train`, after which what is masked is put back (edge_agent.trainer)."""
 
-Race = Callable[["Setting"], Callable[[], object]]
-"""A setting's step, ready to be run again and again: loads a session, which is let go with what it returns."""
+Race = Callable[["Setting"], Callable[[int], object]]
+"""What runs so many steps in a setting: loads a session, which is let go with what it returns."""
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -135,22 +136,21 @@ class Tuning:
         self._known[digest] = _Known(now, [*known.tried, challenger.name])  # tried, even if it fails
         self._known = dict(list(self._known.items())[-KEPT_SETS:])
         times = self._times([now, challenger.setting, now], race)
-        if times is None or not median(times[1]) < GAIN * median([*times[0], *times[2]]):
+        if times is None or not times[1] < GAIN * (times[0] + times[2]) / 2:
             return False
         self._known[digest] = _Known(challenger.setting, [*known.tried, challenger.name])
         return True
 
-    def _times(self, settings: Sequence[Setting], race: Race) -> list[list[float]] | None:
-        """Seconds of the steps of each, the first one aside; None if they take too long."""
+    def _times(self, settings: Sequence[Setting], race: Race) -> list[float] | None:
+        """Seconds of a step in each, after one that does not count; None if they take too long."""
         began_s, times = self._clock(), []
-        for setting, steps in zip(settings, (3, 4, 3), strict=True):
-            step, took = race(setting), []
-            for _ in range(steps):
-                start_s = self._clock()
-                if start_s - began_s > MOST_S:
-                    return None
-                step()
-                took.append(self._clock() - start_s)
-            times.append(took[1:])
-            del step  # its session goes before the next one comes
+        for setting, steps in zip(settings, TIMED_STEPS, strict=True):
+            run = race(setting)
+            run(1)
+            start_s = self._clock()
+            if start_s - began_s > MOST_S:
+                return None
+            run(steps)  # at once, as in a job: what a job does once must not count with every step
+            times.append((self._clock() - start_s) / steps)
+            del run  # its session goes before the next one comes
         return times

@@ -117,18 +117,18 @@ class Worker:
             return
         self._trainers = None  # one session at a time
         try:
-            won = tuning.race(job.programs, challenger, lambda setting: self._step(job, setting, trained.values))
+            won = tuning.race(job.programs, challenger, lambda setting: self._steps(job, setting, trained.values))
             log.info("%s: %s", challenger.name, "faster, and in use from now on" if won else "not faster")
         except RegrowError as error:
             log.warning("%s: %s", challenger.name, error)
         self._tuned(tuning.to_bytes())
 
-    def _step(self, job: Train, setting: Setting, values: NDArray[np.float32]) -> Callable[[], object]:
-        """One step of the job's level from its trained values, with nothing to show for it."""
+    def _steps(self, job: Train, setting: Setting, values: NDArray[np.float32]) -> Callable[[int], object]:
+        """What runs so many steps of the job's level from its trained values, with nothing to show for it."""
         place = LevelTrainers(setting.programs(job.programs), setting.threads, self._make).place(job, job.level, job.length)
         vector, mask = place.vector(values), place.mask(job.kept)
         batch = next(iter(self._source.batches(np.random.default_rng(job.seed), job.batch, 1)))
-        return lambda: place.trainer.train(vector, mask, [batch], job.learning_rate)
+        return lambda count: place.trainer.train(vector, mask, [batch] * count, job.learning_rate)
 
 
 def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Callable[[], float] = lambda: 0.0) -> Trained:
