@@ -15,7 +15,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from edge_agent.masking import held_values, put_back
 from regrow.errors import LocalError, PeerError
 from regrow.examples import Examples, described, r_squared
 from regrow.local_step import METADATA, Step
@@ -35,8 +34,7 @@ class Trainer:
     """The programs of one task, ready to run; each onnxruntime session is built when it is first needed.
 
     Args:
-        programs: 'layout', and those of 'train', 'train_masked', 'evaluate' and 'statistics' that will be used. Without 'train_masked',
-            plain SGD with masks is 'train' and, after each step, what is masked put back: the same up to rounding.
+        programs: 'layout', and those of 'train', 'train_masked', 'evaluate' and 'statistics' that will be used.
         threads: that onnxruntime may use for one operator.
 
     Raises:
@@ -74,17 +72,13 @@ class Trainer:
             LocalError: an argument does not fit the program.
             PeerError: the program is malformed, or fails.
         """
-        puts_back = kept is not None and "train_masked" not in self._programs
-        session = self._session("train" if kept is None or puts_back else "train_masked")
-        if puts_back and not session.step.is_bare_sgd:
-            raise LocalError("masks need the program 'train_masked' with any optimizer but plain SGD")
-        parameters, masks = self._views(vector), self._masks(kept)
-        fixed: dict[str, NDArray[Any]] = {"learning_rate": np.array(learning_rate, np.float32)} | ({} if puts_back else masks)
+        session = self._session("train" if kept is None else "train_masked")
+        parameters = self._views(vector)
+        fixed: dict[str, NDArray[Any]] = {"learning_rate": np.array(learning_rate, np.float32)} | self._masks(kept)
         if session.step.proximal_mu:
             fixed |= {f"anchor:{name}": value for name, value in parameters.items()}
         moving: dict[str, NDArray[Any]] = parameters | {name: np.zeros(shape, np.float32) for name, shape in session.state.items()}
         outputs = ["loss", *(f"new:{name}" for name in moving)]
-        held = held_values(parameters, masks) if puts_back else {}
         loss, examples, steps, size = 0.0, 0, 0, 0
         for x, y in batches:
             session.examples.check(x, y)
@@ -93,8 +87,6 @@ class Trainer:
             result = session.run(outputs, {**session.examples.padded(x, y, size), **fixed, **moving})
             # onnxruntime returns a NumPy scalar for a tensor without axes, and takes only arrays.
             moving = dict(zip(moving, map(np.asarray, result[1:]), strict=True))
-            if puts_back:
-                put_back(moving, masks, held)
             loss += float(result[0]) * len(x)
             examples += len(x)
             steps += 1

@@ -17,7 +17,6 @@ import msgspec
 import onnxruntime as ort
 
 from regrow import wire
-from regrow.local_step import METADATA
 from regrow.programs import variant, ways_of, without_variants
 
 TIMED_STEPS = (2, 3, 2)
@@ -31,8 +30,7 @@ MOST_S = 20.0
 GAIN = 0.97
 """The challenger must take less than this times as long."""
 KEPT_SETS = 8
-PUT_BACK = "put-back"
-"""The way of `train_masked` that needs no program: the step of `train`, after which what is masked is put back (edge_agent.trainer)."""
+
 
 Race = Callable[["Setting"], Callable[[int], object]]
 """What runs so many steps in a setting: loads a session, which is let go with what it returns."""
@@ -46,9 +44,8 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def programs(self, programs: Mapping[str, bytes]) -> dict[str, bytes]:
         """The programs as this setting runs them, without variants."""
-        chosen = {name: programs[variant(name, way)] for name, way in self.ways.items() if way != PUT_BACK}
-        left_out = {name for name, way in self.ways.items() if way == PUT_BACK}
-        return {name: program for name, program in (without_variants(programs) | chosen).items() if name not in left_out}
+        chosen = {name: programs[variant(name, way)] for name, way in self.ways.items()}
+        return without_variants(programs) | chosen
 
 
 class _Known(msgspec.Struct, forbid_unknown_fields=True):
@@ -56,12 +53,6 @@ class _Known(msgspec.Struct, forbid_unknown_fields=True):
 
     setting: Setting
     tried: list[str] = []
-
-
-def _ways(programs: Mapping[str, bytes], name: str) -> list[str]:
-    """The other ways of a program; PUT_BACK for a step that is all default, which is plain SGD."""
-    may = name == "train_masked" and "train" in programs and METADATA.encode() not in programs["train"]
-    return [*ways_of(programs, name), *([PUT_BACK] if may else [])]
 
 
 _SAVED = msgspec.json.Decoder(dict[str, _Known])
@@ -105,7 +96,7 @@ class Tuning:
     def setting(self, programs: Mapping[str, bytes]) -> Setting:
         """The best one known for these programs."""
         found = self._known.get(self.digest(programs), _Known(Setting(self._threads))).setting
-        sound = 1 <= found.threads <= self._threads and all(way in _ways(programs, name) for name, way in found.ways.items())
+        sound = 1 <= found.threads <= self._threads and all(way in ways_of(programs, name) for name, way in found.ways.items())
         return found if sound else Setting(self._threads)
 
     def trained(self, programs: Mapping[str, bytes], name: str, steps: int) -> Challenger | None:
@@ -123,7 +114,7 @@ class Tuning:
         """Each way of the program with all threads, then half as many threads, and half of those, in the best way."""
         known = self._known.get(self.digest(programs))
         now, tried = self.setting(programs), known.tried if known is not None else []
-        ways = [Challenger(variant(name, way), Setting(self._threads, {**now.ways, name: way})) for way in _ways(programs, name)]
+        ways = [Challenger(variant(name, way), Setting(self._threads, {**now.ways, name: way})) for way in ways_of(programs, name)]
         counts = [self._threads >> halvings for halvings in range(1, self._threads.bit_length())]
         fewer = [Challenger(f"{name} {count}", Setting(count, now.ways)) for count in counts]
         return [each for each in (*ways, *fewer) if each.name not in tried]

@@ -63,7 +63,7 @@ def _is_lean(programs: Mapping[str, bytes], name: str) -> bool:
     except _UnknownShapeError:
         return False
     (fixed, trained), (default_fixed, default_trained) = sizes
-    return fixed <= default_fixed and trained <= default_trained  # whatever the batch
+    return trained <= default_trained and fixed + trained <= default_fixed + default_trained  # whatever the batch
 
 
 def _job_bytes(train: bytes, evaluate: bytes, statistics: bytes | None) -> JobBytes:

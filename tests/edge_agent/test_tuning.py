@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 
 from edge_agent.data.source import DataSource
-from edge_agent.trainer import Trainer
-from edge_agent.tuning import GAIN, MOST_S, PUT_BACK, RACE_STEPS, SHARE, Setting, Tuning
+from edge_agent.tuning import GAIN, MOST_S, RACE_STEPS, SHARE, Setting, Tuning
 from edge_agent.worker import LevelTrainers, Worker, train_job
 from export.models import watch_cnn
-from export.programs import build_programs, initial_vector
+from export.programs import initial_vector
 from export.task import published_programs
-from regrow.errors import LocalError, PeerError
+from regrow.errors import PeerError
 from regrow.machine import Train, Trained, TrainingFailed
 from regrow.programs import without_variants
-from regrow.task import Training
 
 PROGRAMS = {"layout": b"l", "train": b"a", "train~convolve": b"b", "train~multiply": b"c", "train_masked": b"d", "train:0": b"e"}
 ENOUGH = int(RACE_STEPS / SHARE)
@@ -78,14 +76,6 @@ def test_races_cost_at_most_their_share_of_the_training() -> None:
 
 def test_a_program_without_other_ways_on_one_thread_has_nothing_to_try() -> None:
     assert Tuning(1).trained(PROGRAMS, "train:0", 10 * ENOUGH) is None
-
-
-def test_putting_back_is_a_way_of_masked_training_with_the_default_step_only() -> None:
-    challenger = Tuning(1).trained(PROGRAMS, "train_masked", ENOUGH)
-    assert challenger is not None
-    assert challenger.name == "train_masked~put-back"
-    assert challenger.setting.programs(PROGRAMS).keys() == {"layout", "train", "train:0"}
-    assert Tuning(1).trained(PROGRAMS | {"train": b"...regrow.step..."}, "train_masked", ENOUGH) is None
 
 
 def test_a_race_that_takes_too_long_changes_nothing_and_is_not_run_again() -> None:
@@ -172,27 +162,12 @@ def test_every_way_leaves_dropped_coordinates_alone(job: Train, source: DataSour
     kept[layout.always_kept_coordinates] = True
     short = replace(job, steps=3, kept=kept)
     expected = train_job(LevelTrainers(without_variants(job.programs)), source, short)
-    ways = {name.partition("~")[2] for name in job.programs if name.startswith("train_masked~")} | {PUT_BACK}
-    assert len(ways) > 1
+    ways = {name.partition("~")[2] for name in job.programs if name.startswith("train_masked~")}
+    assert ways
     for way in ways:
         result = train_job(LevelTrainers(Setting(1, {"train_masked": way}).programs(job.programs)), source, short)
         np.testing.assert_allclose(result.values, expected.values, rtol=1e-4, atol=1e-6)
         assert not result.values[~kept].any()
-
-
-def test_putting_back_keeps_any_value_exactly_and_needs_plain_sgd(job: Train, source: DataSource) -> None:
-    programs = Setting(1, {"train_masked": PUT_BACK}).programs(job.programs)
-    trainer, batch = Trainer(programs), next(iter(source.batches(np.random.default_rng(0), 4, 1)))
-    kept = np.random.default_rng(2).random(trainer.layout.size) < 0.5
-    kept[trainer.layout.always_kept_coordinates] = True
-    found = trainer.train(job.values, kept, [batch] * 3, 0.01).vector
-    assert np.array_equal(found[~kept], job.values[~kept])
-    assert found[~kept].any()
-    expected = Trainer(without_variants(job.programs)).train(job.values, kept, [batch] * 3, 0.01).vector
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    momentum = build_programs(watch_cnn(1), training=Training(optimizer="momentum"))
-    with pytest.raises(LocalError, match="plain SGD"):
-        Trainer({name: momentum[name] for name in ("layout", "train")}).train(job.values, kept, [batch], 0.01)
 
 
 def test_the_worker_races_after_its_job_and_says_what_to_save(
