@@ -73,7 +73,7 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tuned:
+class Tuned:
     """What to save of the worker's tuning."""
 
     data: bytes
@@ -154,14 +154,14 @@ class Agent:
             max_uplink_bps=max_uplink_bps,
             max_downlink_bps=max_downlink_bps,
         )
-        self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | _Tuned] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | Tuned] = queue.SimpleQueue()
         self._worker = Worker(
             source,
             self._trained,
             threads=threads,
             make=make,
             tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
-            tuned=lambda data: self._trained(_Tuned(data)),
+            tuned=lambda data: self._trained(Tuned(data)),
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
@@ -247,10 +247,10 @@ class Agent:
         self._step(event)
         self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
 
-    def _take_result(self, result: Trained | TrainingFailed | Settled | _Tuned) -> None:
+    def _take_result(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         if isinstance(result, Settled):
             self._perform(self._models.settled(result, time.monotonic()))
-        elif isinstance(result, _Tuned):
+        elif isinstance(result, Tuned):
             self._folder.put(TUNING, result.data, durable=False)  # torn, it is measured again
         else:
             self._step(result)
@@ -312,7 +312,7 @@ class Agent:
         self._sent[effect.token or OWN_TOKEN] = effect.topic
         self._link.perform(effect)
 
-    def _trained(self, result: Trained | TrainingFailed | Settled | _Tuned) -> None:
+    def _trained(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         self._results.put(result)
         self._link.wake()
 
