@@ -135,11 +135,17 @@ def _in_words(note: Note) -> str:
     words = {
         "restored": "{device} regrows from {density_from:g} to {density:g}",
         "joined": "{device} joined at {uplink_bps:.0f} bit/s with density {density:g}, bound by {bound_by}",
-        "declined": "{device} declined: training takes {needs_bytes} bytes of memory, it offers {memory_bytes}",
+        "declined": (
+            "{device} declined: training takes at least {needs} bytes of memory, it offers {offers}, {missing} too few, and gets no work; "
+            "lower [training] batch or the smallest density, or free memory there"
+        ),
         "rejected": "{device}: update rejected, {reason}",
         "released": "{device}: assignment ended, {reason}",
         "refreshed": "order epoch {epoch} ({bytes} bytes of index sets)",
         "promotion": "{device}: model {promotion} {said}",
         "finished": "finished: {reason}",
     }
+    if note.kind == "declined":
+        needs, offers = fields["needs_bytes"], fields["memory_bytes"]
+        fields = {"device": fields["device"], "needs": f"{needs:,}", "offers": f"{offers:,}", "missing": f"{needs - offers:,}"}
     return words[note.kind].format(**fields) if note.kind in words else ""

@@ -22,8 +22,6 @@ SOFTWARE = "regrow"
 def agent(options: argparse.Namespace) -> int:
     """Run a device until SIGINT or SIGTERM."""
     bundle = read_bundle(options.bundle)
-    if options.threads < 1:
-        raise LocalError(f"--threads {options.threads}: at least 1")
     if not 0 <= options.validation < 1:
         raise LocalError(f"--validation {options.validation}: at least 0 and below 1, for example 0.2")
     if options.gap < 0:
@@ -44,6 +42,7 @@ def agent(options: argparse.Namespace) -> int:
             memory_bytes=None if options.memory_mb is None else int(options.memory_mb * 1e6),
             local_head=options.local_head,
             make=make,
+            tune=options.trainer == "onnxruntime" and not options.no_tuning,
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"

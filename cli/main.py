@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -228,7 +229,10 @@ def _agent(commands: Commands) -> None:
     agent.add_argument("--gap", type=int, default=0, metavar="N", help="samples between training and validation used for neither")
     agent.add_argument("--max-uplink-bps", type=_positive, metavar="N", help="send at most this many bits a second")
     agent.add_argument("--max-downlink-bps", type=_positive, metavar="N", help="take at most this many bits a second")
-    agent.add_argument("--threads", type=int, default=1, metavar="N", help="for training")
+    threads = 'for training, at most; "auto": one for each core'
+    agent.add_argument("--threads", type=_threads, default=1, metavar="N", help=threads)
+    tuning = "train in the default way always, and repeat to the bit; otherwise the fastest way on this board is found out between jobs"
+    agent.add_argument("--no-tuning", action="store_true", help=tuning)
     trainer = "what trains; torch (on the CPU) and torch-cuda are for boards that have torch: the same results up to rounding"
     agent.add_argument("--trainer", choices=["onnxruntime", "torch", "torch-cuda"], default="onnxruntime", help=trainer)
     memory = "memory that training may take, in 10^6 bytes (default: nine tenths of what is free at the start, within its cgroup)"
@@ -396,6 +400,13 @@ def _scenario(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of task.toml, such as training.local_steps=5"
     )
+
+
+def _threads(text: str) -> int:
+    """A number of threads; for "auto" that of the cores that this process may use."""
+    if text != "auto":
+        return _count(text)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(text: str) -> int:

@@ -21,6 +21,7 @@ from edge_agent.promotion import Settled
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
+from edge_agent.tuning import Tuning
 from edge_agent.uplink import UplinkMeter, packet_bytes
 from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
@@ -55,6 +56,7 @@ from regrow.presence import Identity
 log = logging.getLogger(__name__)
 IDENTITY = "identity"
 UPLINK = "uplink"
+TUNING = "tuning"
 POLL_S = 1.0
 UPLINK_DRIFT = 0.2
 OWN_TOKEN = -1
@@ -68,6 +70,13 @@ class Bundle:
     device: str
     broker: str
     password: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What to save of the worker's tuning."""
+
+    data: bytes
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -103,6 +112,7 @@ class Agent:
         memory_bytes: that a training job may take; None: what is to spare when the agent starts.
         local_head: train the last layer of promoted models here, for use here only.
         make: what trains.
+        tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
     """
 
     def __init__(
@@ -118,6 +128,7 @@ class Agent:
         memory_bytes: int | None = None,
         local_head: bool = False,
         make: MakeTrainer = Trainer,
+        tune: bool = False,
     ) -> None:
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
@@ -143,8 +154,15 @@ class Agent:
             max_uplink_bps=max_uplink_bps,
             max_downlink_bps=max_downlink_bps,
         )
-        self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled] = queue.SimpleQueue()
-        self._worker = Worker(source, self._trained, threads=threads, make=make)
+        self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | Tuned] = queue.SimpleQueue()
+        self._worker = Worker(
+            source,
+            self._trained,
+            threads=threads,
+            make=make,
+            tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
+            tuned=lambda data: self._trained(Tuned(data)),
+        )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
         self._sent: dict[int, str] = {}
@@ -229,9 +247,11 @@ class Agent:
         self._step(event)
         self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
 
-    def _take_result(self, result: Trained | TrainingFailed | Settled) -> None:
+    def _take_result(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         if isinstance(result, Settled):
             self._perform(self._models.settled(result, time.monotonic()))
+        elif isinstance(result, Tuned):
+            self._folder.put(TUNING, result.data, durable=False)  # torn, it is measured again
         else:
             self._step(result)
 
@@ -292,7 +312,7 @@ class Agent:
         self._sent[effect.token or OWN_TOKEN] = effect.topic
         self._link.perform(effect)
 
-    def _trained(self, result: Trained | TrainingFailed | Settled) -> None:
+    def _trained(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         self._results.put(result)
         self._link.wake()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -16,12 +17,14 @@ from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
+from edge_agent.tuning import Setting, Tuning
 from regrow import wire
 from regrow.errors import PeerError, RegrowError
 from regrow.local_rules import drawn_levels
 from regrow.local_training import STATISTICS_BATCHES, Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
 
+log = logging.getLogger(__name__)
 NICE = 5
 
 MakeTrainer = Callable[[Mapping[str, bytes], int], Training]
@@ -36,19 +39,30 @@ class Worker:
         done: called from this thread with every result.
         threads: for training.
         make: what trains.
+        tuning: what finds out, between jobs, how to train fastest; None: always the default way, to the bit.
+        tuned: called from this thread with what to save of it.
 
     Attributes:
         step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model. None until these programs did.
     """
 
     def __init__(
-        self, source: DataSource, done: Callable[[Trained | TrainingFailed], None], *, threads: int = 1, make: MakeTrainer = Trainer
+        self,
+        source: DataSource,
+        done: Callable[[Trained | TrainingFailed], None],
+        *,
+        threads: int = 1,
+        make: MakeTrainer = Trainer,
+        tuning: Tuning | None = None,
+        tuned: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         self.step_s: float | None = None
         self.full_step_s: float | None = None
         self._source, self._done, self._threads, self._make = source, done, threads, make
+        self._tuning, self._tuned = tuning, tuned
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
-        self._trainers: tuple[tuple[bytes, ...], LevelTrainers] | None = None
+        self._key: tuple[bytes, ...] = ()
+        self._trainers: LevelTrainers | None = None
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
         self._thread.start()
 
@@ -68,9 +82,13 @@ class Worker:
                 job()
                 continue
             try:
-                self._done(self._train(job))
+                trained = self._train(job)
             except RegrowError as error:
                 self._done(TrainingFailed(job.number, str(error)))
+                continue
+            self._done(trained)
+            if self._tuning is not None:  # while the update travels
+                self._tune(self._tuning, job, trained)
 
     def _train(self, job: Train) -> Trained:
         trainers = self._trainers_of(job.programs)
@@ -84,10 +102,33 @@ class Worker:
     def _trainers_of(self, programs: Mapping[str, bytes]) -> LevelTrainers:
         """The sessions of these programs, kept until others come."""
         key = tuple(wire.digest(programs[name]) for name in sorted(programs))
-        if self._trainers is None or self._trainers[0] != key:
-            self._trainers = self.step_s = self.full_step_s = None  # what was measured is of another model
-            self._trainers = (key, LevelTrainers(programs, self._threads, self._make))
-        return self._trainers[1]
+        if self._key != key:
+            self._key, self._trainers = key, None
+            self.step_s = self.full_step_s = None  # what was measured is of another model
+        if self._trainers is None:
+            setting = Setting(self._threads) if self._tuning is None else self._tuning.setting(programs)
+            self._trainers = LevelTrainers(setting.programs(programs), setting.threads, self._make)
+        return self._trainers
+
+    def _tune(self, tuning: Tuning, job: Train, trained: Trained) -> None:
+        """Race another setting against the one in use, if it is time to; a program that fails has lost."""
+        challenger = tuning.trained(job.programs, self._trainers_of(job.programs).program_of(job), job.steps)
+        if challenger is None:
+            return
+        self._trainers = None  # one session at a time
+        try:
+            won = tuning.race(job.programs, challenger, lambda setting: self._steps(job, setting, trained.values))
+            log.info("%s: %s", challenger.name, "faster, and in use from now on" if won else "not faster")
+        except RegrowError as error:
+            log.warning("%s: %s", challenger.name, error)
+        self._tuned(tuning.to_bytes())
+
+    def _steps(self, job: Train, setting: Setting, values: NDArray[np.float32]) -> Callable[[int], object]:
+        """What runs so many steps of the job's level from its trained values, with nothing to show for it."""
+        place = LevelTrainers(setting.programs(job.programs), setting.threads, self._make).place(job, job.level, job.length)
+        vector, mask = place.vector(values), place.mask(job.kept)
+        batch = next(iter(self._source.batches(np.random.default_rng(job.seed), job.batch, 1)))
+        return lambda count: place.trainer.train(vector, mask, [batch] * count, job.learning_rate)
 
 
 def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Callable[[], float] = lambda: 0.0) -> Trained:
@@ -203,6 +244,13 @@ class LevelTrainers:
     def is_full(self, level: int) -> bool:
         """Whether a step of this level costs what one of the full model does."""
         return f"layout:{level}" not in self._programs
+
+    def program_of(self, job: Train) -> str:
+        """The name of the program that trains the job's own level."""
+        place = self.place(job, job.level, job.length)
+        if place.trainer is not self._full:
+            return f"train:{job.level}"
+        return "train" if place.mask(job.kept) is None else "train_masked"
 
     def keep(self, levels: Collection[int], *, whole: bool = False) -> None:
         """Let go of the models of other levels, the full one too unless one of these trains it: a session keeps its memory.

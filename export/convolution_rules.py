@@ -1,7 +1,6 @@
 """Gradients of Conv and ConvTranspose over any number of spatial axes, without ConvGrad, which inference builds of onnxruntime lack.
 
-Every gradient has several ways with the same result; which is taken follows from the shapes. The bounds below are where onnxruntime's
-times crossed on x86-64 with one thread.
+Every gradient has several ways with the same result; which is taken follows from the shapes, by the bounds of export/ways.py.
 Input gradient of a Conv:
     transpose   ConvTranspose, which is its definition.
     columns     one GEMM for the whole batch, then Col2Im: where a map is so small that a GEMM for each image has no work to share.
@@ -10,7 +9,7 @@ Weight gradient:
     shift       one GEMM for each kernel position, over the padded maps laid end to end, so that a position is an offset. Copies least.
     unfold      one GEMM for the whole batch over the unfolded input (im2col): small maps, strides, few channels.
     multiply    depthwise on larger maps: the input at each kernel position times the gradient, summed.
-    correlate   other groups: a Conv in which channels and batch change places.
+    correlate   other groups: a Conv in which channels and batch change places. Takes the least memory.
 
 A ConvTranspose is a Conv read backwards: its input gradient is that Conv, and its weight gradient the Conv's with the places of input
 and output gradient exchanged.
@@ -23,17 +22,6 @@ from typing import Any
 
 from export.gradients import Gradient, Product, Site
 from export.windows import Window, window_of
-
-COLUMNS_POSITIONS = 32
-"""Largest output map whose input gradient goes through columns."""
-SHIFT_CHANNELS = 8
-"""Least input channels for shifting: each kernel position is a GEMM of its own, with so many columns."""
-SHIFT_WASTE = 1.5
-"""Most padding that shifting may multiply by zeros: positions of the padded maps for each of the plain ones."""
-WIDE = 4
-"""A product this many times wider than high is computed transposed: onnxruntime packs one operand, and should pack the small one."""
-MULTIPLY_POSITIONS = 64
-"""Smallest output map on which a depthwise weight gradient is summed position by position."""
 
 
 def conv(site: Site) -> dict[int, Gradient]:
@@ -83,7 +71,7 @@ def _bias_gradient(site: Site, window: Window) -> dict[int, Gradient]:
 def _backwards(site: Site, window: Window) -> str:
     # Of 1 and 3 spatial axes onnxruntime's Col2Im is wrong with dilation (1.31); of 2 it is right.
     sound = len(window.kernel) == 2 or set(window.dilations) == {1}
-    if window.group == 1 and sound and math.prod(window.out_sizes) <= COLUMNS_POSITIONS:
+    if window.group == 1 and sound and math.prod(window.out_sizes) <= site.graph.ways.columns_positions:
         return _backwards_by_columns(site, window)
     reach = [dilation * (kernel - 1) for kernel, dilation in zip(window.kernel, window.dilations, strict=True)]
     pads = [whole - begin for whole, (begin, _) in zip(reach, window.pads, strict=True)]
@@ -144,13 +132,15 @@ def _backwards_by_turning(site: Site, window: Window, pads: list[int]) -> str:
 def _weight_gradient(site: Site, window: Window, source: str, gradient: str) -> Gradient:
     """Of W in `out = W * source`, given the gradient of `out`."""
     out_channels, channels, *_ = site.shape(site.node.input[1])
-    positions = math.prod(window.out_sizes)
+    positions, ways = math.prod(window.out_sizes), site.graph.ways
     if window.group == 1:
         waste = math.prod(window.padded_sizes) / positions
         plain = set(window.strides) == {1} and math.prod(window.kernel) > 1
-        shifts = plain and channels >= SHIFT_CHANNELS and waste <= SHIFT_WASTE
-        return (_by_shifting if shifts else _by_unfolding)(site, window, source, gradient)
-    if (out_channels, channels) == (window.group, 1) and positions >= MULTIPLY_POSITIONS:
+        if plain and channels >= ways.shift_channels and waste <= ways.shift_waste:
+            return _by_shifting(site, window, source, gradient)
+        if positions <= ways.unfold_positions or math.prod(window.kernel) == 1:
+            return _by_unfolding(site, window, source, gradient)
+    elif (out_channels, channels) == (window.group, 1) and positions >= ways.multiply_positions:
         return _by_multiplying(site, window, source, gradient)
     return _by_correlation(site, window, source, gradient)
 
@@ -188,7 +178,7 @@ def _by_unfolding(site: Site, window: Window, source: str, gradient: str) -> Gra
     height = channels * math.prod(kernel)
     columns = graph.emit("Reshape", columns, graph.integers(height, -1))
     rows = _rows(site, gradient, out_channels)
-    if height < WIDE * out_channels:
+    if height < graph.ways.wide * out_channels:
         return Product(rows, columns, transpose_b=True, shape=(out_channels, channels, *kernel))
     turned = graph.emit("Transpose", graph.emit("Gemm", columns, rows, transB=1), perm=[1, 0])
     return graph.emit("Reshape", turned, graph.integers(out_channels, channels, *kernel))

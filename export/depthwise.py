@@ -18,16 +18,17 @@ from onnx import helper
 
 from export.forward import Forward, Shape
 
-MOST_PAIRS = 32_768
-"""Most pairs of an input and an output position: the products grow with them, the calls do not. 144 x 144, a map of 12x12, is below it."""
 
+def with_depthwise_products(forward: Forward, most_pairs: float) -> Forward:
+    """The forward graph with every depthwise Conv of small maps as a product; values keep their names.
 
-def with_depthwise_products(forward: Forward) -> Forward:
-    """The forward graph with every depthwise Conv of small maps as a product; values keep their names."""
+    Args:
+        most_pairs: of an input and an output position: the products grow with them, onnxruntime's calls do not.
+    """
     nodes: list[onnx.NodeProto] = []
     constants, shapes = dict(forward.constants), dict(forward.shapes)
     for node in forward.program_nodes:
-        geometry = _geometry(forward, node)
+        geometry = _geometry(forward, node, most_pairs)
         if geometry is None:
             nodes.append(node)
             continue
@@ -49,7 +50,7 @@ class _Geometry:
     begins: tuple[int, ...]
 
 
-def _geometry(forward: Forward, node: onnx.NodeProto) -> _Geometry | None:
+def _geometry(forward: Forward, node: onnx.NodeProto, most_pairs: float) -> _Geometry | None:
     """Of a depthwise Conv whose map is small enough; None for everything else."""
     options: dict[str, Any] = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     if node.op_type != "Conv" or options.get("group", 1) == 1 or options.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
@@ -59,7 +60,7 @@ def _geometry(forward: Forward, node: onnx.NodeProto) -> _Geometry | None:
     if len(known) != len(weight) + 2 * (len(weight) - 1) or weight[:2] != (options["group"], 1):
         return None
     sizes, out_sizes = (tuple(size or 0 for size in shape[2:]) for shape in (source, out))
-    if math.prod(sizes) * math.prod(out_sizes) > MOST_PAIRS:
+    if math.prod(sizes) * math.prod(out_sizes) > most_pairs:
         return None
     rank = len(sizes)
     ones = [1] * rank

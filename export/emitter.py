@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from export.forward import Shape
 from export.lowering import OPSET_VERSION
+from export.ways import DEFAULT, Ways
 from regrow.errors import LocalError
 
 IR_VERSION = 9
@@ -26,11 +27,13 @@ class Emitter:
         nodes: in execution order.
         constants: initializers of the program, by name.
         shapes: what is known of the forward values' shapes; rules read it, nobody extends it.
+        ways: which of several equal computations rules choose.
     """
 
     nodes: list[onnx.NodeProto]
     constants: dict[str, NDArray[Any]]
     shapes: Mapping[str, Shape]
+    ways: Ways = DEFAULT
     _by_content: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     _count: int = 0
 

@@ -15,6 +15,7 @@ import onnx
 from onnx import helper
 
 from export.programs import BATCH
+from regrow.programs import VARIANT
 from regrow.step_memory import JobBytes, StepMemory
 
 SESSIONS_BYTES = 16_000_000
@@ -42,13 +43,27 @@ def step_memory(programs: Mapping[str, bytes]) -> StepMemory:
 
     Where the shape of some value does not follow from the batch, there are no figures, and memory binds nobody.
     """
-    small = sum(name.startswith("train:") for name in programs)
+    small = sum(name.startswith("layout:") for name in programs)
     found = [(programs[f"train:{level}"], programs[f"evaluate:{level}"], programs.get(f"statistics:{level}")) for level in range(small)]
     found.append((programs.get("train_masked", programs["train"]), programs["evaluate"], programs.get("statistics")))
     try:
         return StepMemory([_job_bytes(*of_level) for of_level in found])
     except _UnknownShapeError:
         return StepMemory([])
+
+
+def lean_variants(programs: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The programs without those variants that take more memory than their default, by which devices are taken in; unknown is more."""
+    return {name: program for name, program in programs.items() if VARIANT not in name or _is_lean(programs, name)}
+
+
+def _is_lean(programs: Mapping[str, bytes], name: str) -> bool:
+    try:
+        sizes = [_most_alive(onnx.ModelProto.FromString(programs[each])) for each in (name, name.partition(VARIANT)[0])]
+    except _UnknownShapeError:
+        return False
+    (fixed, trained), (default_fixed, default_trained) = sizes
+    return trained <= default_trained and fixed + trained <= default_fixed + default_trained  # whatever the batch
 
 
 def _job_bytes(train: bytes, evaluate: bytes, statistics: bytes | None) -> JobBytes:

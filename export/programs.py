@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -19,9 +20,11 @@ from export.losses import check_step, emit_loss, emit_score
 from export.optimizers import Slots, emit_bare_sgd, emit_optimizer, slots_of
 from export.recurrent_rules import recurrent_biases
 from export.rules import CURES, RULES
+from export.ways import DEFAULT, Ways
 from regrow.errors import LocalError
 from regrow.local_step import Step, step_of
 from regrow.parameters import Layout, Tensor
+from regrow.programs import variant
 from regrow.task import DEFAULT_TRAINING, Training
 from regrow.units import Units
 
@@ -32,7 +35,12 @@ OUTPUT = "regrow.output"
 """The property of an evaluation program that names the model's output, where `correct` does not tell it."""
 
 
-def build_programs(model: onnx.ModelProto, units: Units | None = None, training: Training = DEFAULT_TRAINING) -> dict[str, bytes]:
+def build_programs(
+    model: onnx.ModelProto,
+    units: Units | None = None,
+    training: Training = DEFAULT_TRAINING,
+    others: Mapping[str, Ways] = MappingProxyType({}),
+) -> dict[str, bytes]:
     """The programs of one model, by name; with `units` only tensors that no unit is part of are always kept.
 
     All are plain ai.onnx graphs with a dynamic batch. `train` is one step of `training`, by default SGD on the sample-weighted mean
@@ -51,6 +59,8 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None, training:
 
     Args:
         training: of which the step and train_last say what is built.
+        others: further ways, by name, to write the training programs in: `train~NAME` and `train_masked~NAME`, where they are other
+            programs.
 
     Raises:
         LocalError: the model is not of the form that forward.read_forward describes, the step does not fit it, or some op cannot be
@@ -59,14 +69,16 @@ def build_programs(model: onnx.ModelProto, units: Units | None = None, training:
     step, forward = step_of(training), read_forward(model, training.train_last)
     check_step(step, forward)
     layout = layout_of(forward, units)
-    trained = with_batch_statistics(with_depthwise_products(forward))
-    programs = {
-        "layout": layout.to_json(),
-        "train": _training_program(trained, layout, step, masked=False),
-        "train_masked": _training_program(trained, layout, step, masked=True),
-        "evaluate": _evaluation_program(forward, step),
-    }
-    return programs | ({"statistics": _statistics_program(trained, step)} if forward.statistics else {})
+    statistical = with_batch_statistics(forward)
+    masks = {"train": False, "train_masked": True}
+    programs = {"layout": layout.to_json(), "evaluate": _evaluation_program(forward, step)}
+    for way, ways in {"": DEFAULT, **others}.items():
+        trained = with_depthwise_products(statistical, ways.product_pairs)
+        for name, masked in masks.items():
+            program = _training_program(trained, layout, step, masked=masked, ways=ways)
+            if not way or program not in programs.values():
+                programs[variant(name, way) if way else name] = program
+    return programs | ({"statistics": _statistics_program(statistical, step)} if forward.statistics else {})
 
 
 def layout_of(forward: Forward, units: Units | None = None) -> Layout:
@@ -138,17 +150,17 @@ def write_model(
     onnx.save_model(with_weights(model, vector, train_last, statistics=statistics), path)
 
 
-def _emitter(forward: Forward) -> Emitter:
+def _emitter(forward: Forward, ways: Ways = DEFAULT) -> Emitter:
     nodes = []
     for node in forward.program_nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         nodes.append(copy)
-    return Emitter(nodes, dict(forward.constants), forward.shapes)
+    return Emitter(nodes, dict(forward.constants), forward.shapes, ways)
 
 
-def _training_program(forward: Forward, layout: Layout, step: Step, *, masked: bool) -> bytes:
-    graph = _emitter(forward)
+def _training_program(forward: Forward, layout: Layout, step: Step, *, masked: bool, ways: Ways = DEFAULT) -> bytes:
+    graph = _emitter(forward, ways)
     seed = emit_loss(graph, forward, step, bare=step.is_bare_sgd)
     gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, seed, CURES)
     prunable = [tensor for tensor in layout.tensors if masked and not tensor.always_kept]

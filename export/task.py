@@ -18,16 +18,18 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from numpy.typing import NDArray
 
 from export.from_torch import from_torch_file
-from export.memory import step_memory
+from export.memory import lean_variants, step_memory
 from export.models import MODELS
 from export.programs import build_programs, initial_vector, write_model
 from export.unit_programs import build_unit_programs
+from export.ways import OTHERS
 from regrow.errors import LocalError
 from regrow.local_step import step_of
-from regrow.programs import MEMORY, program_file
+from regrow.programs import MEMORY, program_file, without_variants
 from regrow.task import DEFAULT_TRAINING, Training
+from regrow.wire import MAX_PROGRAMS
 
-BUILDER_VERSION = 4
+BUILDER_VERSION = 5
 """Raise it whenever the same model would give other programs."""
 
 
@@ -38,6 +40,21 @@ def programs_of(
     if unit_densities is None:
         return build_programs(model, training=training)
     return build_unit_programs(model, unit_densities, training)
+
+
+def published_programs(
+    model: onnx.ModelProto, unit_densities: Sequence[float] | None = None, training: Training = DEFAULT_TRAINING
+) -> dict[str, bytes]:
+    """Those of programs_of, and the training programs in other ways, which devices may find faster and which take no more memory.
+
+    In the default way alone where a manifest could not name them all.
+    """
+    if unit_densities is None:
+        programs = build_programs(model, training=training, others=OTHERS)
+    else:
+        programs = build_unit_programs(model, unit_densities, training, OTHERS)
+    programs = lean_variants(programs)
+    return programs if len(programs) <= MAX_PROGRAMS else without_variants(programs)
 
 
 def read_model(model_path: Path) -> onnx.ModelProto:
@@ -81,7 +98,7 @@ def build_task(
     """
     model = read_model(model_path)
     source = model_path.read_bytes()
-    programs = programs_of(model, unit_densities, training)
+    programs = published_programs(model, unit_densities, training)
     files = {program_file(name): content for name, content in programs.items()}
     vector = initial_vector(model, training.train_last)
     note = _made_from(hashlib.sha256(source).hexdigest(), unit_densities, training) | {

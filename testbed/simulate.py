@@ -36,7 +36,7 @@ from regrow.local_training import Score, Training, statistics_from
 from regrow.methods import named, shortened
 from regrow.parameters import Layout
 from regrow.presence import Identity
-from regrow.programs import MEMORY, UNITS
+from regrow.programs import MEMORY, UNITS, without_variants
 from regrow.step_memory import memory_of, needs_bytes
 from regrow.task import Task, task_from_tables
 from regrow.units import Units
@@ -308,7 +308,7 @@ Programs = tuple[dict[str, bytes], Units | None, Layout, tuple[tuple[float, floa
 def _programs(folder: TaskFolder, task: Task, *, with_memory: bool) -> Programs:
     """What the folder was built with, or, for a method of another granularity, what it would be built with; and Compute's by_density."""
     programs, units, layout, by_density = _built(folder, task)
-    programs = {name: data for name, data in programs.items() if name != MEMORY}
+    programs = {name: data for name, data in without_variants(programs).items() if name != MEMORY}  # nothing is timed here
     return programs | ({MEMORY: step_memory(programs).to_json()} if with_memory else {}), units, layout, by_density
 
 

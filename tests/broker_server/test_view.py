@@ -12,7 +12,7 @@ from regrow.machine import Note
 
 def shown(view: FleetView) -> str:
     out = io.StringIO()
-    Console(width=200, file=out).print(view.render())
+    Console(width=240, file=out).print(view.render())
     return out.getvalue()
 
 
@@ -20,11 +20,13 @@ def test_declined_devices_are_counted_until_they_take_part() -> None:
     view = FleetView("watch")
     assert "declined" not in shown(view)
     for who in ("d0", "d1"):
-        view.note(Note("declined", {"device": who, "needs_bytes": 400, "memory_bytes": 399}))
+        view.note(Note("declined", {"device": who, "needs_bytes": 4000, "memory_bytes": 399}))
     view.note(Note("telemetry", {"device": "d1", "phase": "waiting"}))
     picture = shown(view)
     assert "2 declined for memory" in picture.splitlines()[0]
     assert picture.count("too little memory") == 2
+    assert "d1 declined: training takes at least 4,000 bytes of memory, it offers 399, 3,601 too few" in picture
+    assert "lower [training] batch" in " ".join(picture.split())
     joined = {"device": "d0", "uplink_bps": 1e6, "density": 0.5, "bound_by": "memory"}
     view.note(Note("joined", joined))
     picture = shown(view)

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.agent import IDENTITY, UPLINK, Agent, Bundle
+from edge_agent.agent import IDENTITY, TUNING, UPLINK, Agent, Bundle, Tuned
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
+from edge_agent.tuning import Tuning
 from regrow import outgoing, wire
 from regrow.device import OUTGOING
 from regrow.errors import LocalError
@@ -200,3 +201,18 @@ def test_training_that_fails_is_told_to_the_machine(folder: StateFolder, data: D
     one._perform([Train(7, 0, {}, nothing, np.zeros(1, np.uint32), 1, {}, 1, 1, 0.1, 1), Note("training", {})])
     one.run()
     assert heard == [7]
+
+
+def test_what_was_found_out_about_speed_is_kept_and_if_damaged_found_out_again(folder: StateFolder, data: DataSource) -> None:
+    programs = {"layout": b"l", "train": b"a", "train~convolve": b"b"}
+    tuning = Tuning(1)
+    challenger = tuning.trained(programs, "train", 1000)
+    assert challenger is not None
+    tuning.race(programs, challenger, lambda _: lambda _: None)
+    one = agent(folder, data)
+    one._take_result(Tuned(tuning.to_bytes()))
+    end(one)
+    assert Tuning(1, folder.get(TUNING)).trained(programs, "train", 1000) is None
+    (folder.path / TUNING).write_bytes(b"torn")
+    end(Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, tune=True))
+    assert [name for name, _ in folder.rejected] == [TUNING]

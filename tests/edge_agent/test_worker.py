@@ -234,7 +234,7 @@ def test_a_job_of_small_widths_keeps_no_session_of_the_full_model(worker: Worker
     job, _ = widths
     trained(results.of(worker, job))
     assert worker._trainers is not None
-    full = weakref.ref(worker._trainers[1].at(2))
+    full = weakref.ref(worker._trainers.at(2))
     narrow = replace(job, level=0, length=job.widths[0], widths={0: job.widths[0]})
     trained(results.of(worker, narrow))
     gc.collect()

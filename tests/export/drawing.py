@@ -20,6 +20,7 @@ from export.forward import read_forward
 from export.gradients import differentiate, materialise
 from export.rules import CURES, RULES
 from export.torch_graph import graph_of_model
+from export.ways import DEFAULT, Ways
 from tests.export.running import Arrays, assert_close, session_of, step
 
 CLASSES = 4
@@ -97,7 +98,7 @@ def check(
     return check_case(Case(nodes, forward, x, weights or {}, p))
 
 
-def check_case(case: Case) -> set[str]:
+def check_case(case: Case, ways: Ways = DEFAULT) -> set[str]:
     """Check every gradient of seed * o; returns the op types of the gradient program."""
     rng = np.random.default_rng(case.x.size)
     p = numbers(rng, *case.x.shape[1:]) / np.float32(4) if case.p is None else case.p
@@ -112,7 +113,7 @@ def check_case(case: Case) -> set[str]:
     seed = numbers(rng, len(case.x), features) + np.float32(1.5)
     exact = _by_torch(hidden, case.x, doubles, seed)
     model = network(case.nodes, weights, case.x.shape[1:], case.opset, features)
-    program = gradient_program(model)
+    program = gradient_program(model, ways)
     read = _by_torch(lambda x, q: graph_of_model(model).forward(q, x), case.x, doubles, seed)
     ours = step(session_of(program), {"x": case.x, "seed": seed, **weights})
     np.testing.assert_allclose(ours["logits"], _numpy(hidden, case.x, doubles), rtol=1e-4, atol=1e-5)
@@ -124,15 +125,15 @@ def check_case(case: Case) -> set[str]:
     return {node.op_type for node in onnx.load_from_string(program).graph.node}
 
 
-def gradient_program(model: onnx.ModelProto) -> bytes:
+def gradient_program(model: onnx.ModelProto, ways: Ways = DEFAULT) -> bytes:
     """x, seed, <parameter>... -> logits, gradient:<parameter>...
 
     Raises:
         LocalError: some op cannot be trained.
     """
-    forward = with_depthwise_products(read_forward(model))
+    forward = with_depthwise_products(read_forward(model), ways.product_pairs)
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in forward.program_nodes]
-    graph = Emitter(nodes, dict(forward.constants), forward.shapes)
+    graph = Emitter(nodes, dict(forward.constants), forward.shapes, ways)
     gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, "seed", CURES)
     for name, gradient in gradients.items():
         graph.emit("Identity", materialise(graph, gradient), output=f"gradient:{name}")

@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-import export.convolution_rules
-import export.depthwise
 from export.lowering import REPLACED
 from export.rules import RULES
+from export.ways import NEVER, OTHERS, Ways
 from regrow.errors import LocalError
 from tests.export import moving_cases, window_cases
 from tests.export.drawing import CLASSES, Case, check_case, constant, drawn, gradient_program, network, numbers
@@ -38,11 +37,11 @@ def test_gradients(name: str, data: st.DataObject) -> None:
     check_case(CASES[name](data.draw))
 
 
-NEVER, ALWAYS = 0, 10**9
 WAYS = {
-    "columns, shift": {"COLUMNS_POSITIONS": ALWAYS, "SHIFT_CHANNELS": 1, "SHIFT_WASTE": ALWAYS, "MULTIPLY_POSITIONS": 1},
-    "transpose, unfold": {"COLUMNS_POSITIONS": NEVER, "SHIFT_CHANNELS": ALWAYS, "MULTIPLY_POSITIONS": ALWAYS},
-    "transpose, unfold wide": {"COLUMNS_POSITIONS": NEVER, "SHIFT_CHANNELS": ALWAYS, "WIDE": NEVER},
+    "columns, shift": Ways(product_pairs=0, columns_positions=NEVER, shift_channels=1, shift_waste=NEVER, multiply_positions=1),
+    "transpose, unfold": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, multiply_positions=NEVER),
+    "transpose, unfold wide": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, wide=0),
+    **OTHERS,
 }
 
 
@@ -50,11 +49,7 @@ WAYS = {
 @drawn(12)
 @given(data=st.data())
 def test_every_way_to_the_gradients_of_a_convolution(way: str, data: st.DataObject) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.depthwise, "MOST_PAIRS", NEVER)
-        for name, value in WAYS[way].items():
-            patch.setattr(export.convolution_rules, name, value)
-        check_case(CASES[data.draw(st.sampled_from(["conv", "conv_depthwise", "conv_transpose"]))](data.draw))
+    check_case(CASES[data.draw(st.sampled_from(["conv", "conv_depthwise", "conv_transpose"]))](data.draw), WAYS[way])
 
 
 @pytest.mark.parametrize("op", [*CORNERS, "Clip"])
