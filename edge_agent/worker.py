@@ -87,7 +87,7 @@ class Worker:
                 self._done(TrainingFailed(job.number, str(error)))
                 continue
             self._done(trained)
-            if self._tuning is not None:  # while the update travels
+            if self._tuning is not None and self._jobs.empty():  # while the update travels
                 self._tune(self._tuning, job, trained)
 
     def _train(self, job: Train) -> Trained:
