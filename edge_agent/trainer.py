@@ -8,6 +8,7 @@ file of the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,18 @@ class Trainer:
             raise PeerError(f"the training program returned parameters that do not fit the layout: {error}") from error
 
 
+@cache
+def _share_arena() -> bool:
+    """Give all sessions of this process one arena that takes memory as it is asked for, not in powers of two; False if it cannot be had."""
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    as_asked = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
+    try:
+        ort.create_and_register_allocator(place, ort.OrtArenaCfg(as_asked))
+    except _ORT_ERRORS:
+        return False
+    return True
+
+
 class _Session:
     """One program, scanned, loaded and checked against the layout."""
 
@@ -194,7 +207,10 @@ class _Session:
         # Many agents may share few cores: a waiting thread must sleep, not spin.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # what goes wrong comes as an exception; nothing belongs on stderr
+        self._sizes = set[int]()
         try:
+            if _share_arena():
+                options.add_session_config_entry("session.use_env_allocators", "1")
             # Without its fallback onnxruntime neither retries a broken program nor prints about it.
             self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"], enable_fallback=0)
             inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
@@ -286,8 +302,13 @@ class _Session:
 
     def run(self, outputs: list[str], feed: dict[str, NDArray[Any]], numbers: int = 1) -> list[NDArray[Any]]:
         """The outputs, of which the first `numbers` are single numbers."""
+        run = ort.RunOptions()
+        if len(feed["x"]) not in self._sizes:
+            # The first run of a size takes its values one by one, those after it one planned block: what the first took goes back.
+            self._sizes.add(len(feed["x"]))
+            run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
-            results = list(self._session.run(outputs, feed))
+            results = list(self._session.run(outputs, feed, run))
         except _ORT_ERRORS as error:
             raise PeerError(f"program {self._name!r} failed: {error}") from error
         for name, value in zip(outputs[:numbers], results, strict=False):
