@@ -31,7 +31,7 @@ from tests.docs import words
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md", "zoo.md")
 PAGES = tuple(Path("docs") / name for name in NAMES)
-ZOO = ROOT / "bench" / "results" / "zoo.json"
+ZOO, STEPS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json"))
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -284,6 +284,18 @@ def _zoo_curves(_: str) -> str:
     )
 
 
+def _train_step(_: str) -> str:
+    """Each model's row, and the geometric means below."""
+    result = json.loads(STEPS.read_text())
+    keys = ("time_ratio", "peak_ratio")
+    rows = {(row["model"], row["threads"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(model for model, _ in rows))
+    lines = [(name, *(f"{rows[name, count][key]:.2f}" for key in keys for count in (1, 2))) for name in names]
+    means = tuple(f"{result['means'][f'{key}_{count}']:.2f}" for key in keys for count in ("1_thread", "2_threads"))
+    head = ("model", "time, 1 thread", "time, 2 threads", "memory, 1 thread", "memory, 2 threads")
+    return table(head, [*lines, ("geometric mean", *means)])
+
+
 def table(head: tuple[str, ...], rows: Any) -> str:
     """A Markdown table; cells are escaped where they would end early."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -300,6 +312,7 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "phases": _phases,
     "task": _task,
     "topics": _topics,
+    "train-step": _train_step,
     "transitions": _transitions,
     "wire": _wire,
     "zoo-curves": _zoo_curves,
