@@ -266,10 +266,10 @@ def _now() -> str:
 
 
 def in_words(report: wire.PromotionReport) -> str:
-    """placed, accuracy 0.931 on 40 examples, before 0.870; with a local head 0.950."""
+    """placed; score 0.931, loss 0.210 on 40 examples; ... The score is what the task's loss is scored by (regrow.scoring)."""
     said = [report.outcome]
     if report.new is not None:
-        said.append(f"accuracy {report.new.accuracy:.3f}, loss {report.new.loss:.3f} on {report.new.examples} examples")
+        said.append(f"score {report.new.accuracy:.3f}, loss {report.new.loss:.3f} on {report.new.examples} examples")
     if report.tuned is not None:
         said.append(f"with a local head {report.tuned.accuracy:.3f}")
     if report.old is not None:

@@ -68,10 +68,18 @@ def task_new(options: argparse.Namespace) -> int:
     name = check_name(folder.resolve().name, "task")
     if (folder / "task.toml").exists():
         raise LocalError(f"{folder / 'task.toml'} exists already; edit it instead")
-    model: Path = options.model
-    if not model.is_file():
+    model, was_there = options.model, folder.exists()
+    made = not model.is_file()
+    if made:
         model = _made_model(str(options.model), folder)
-    _build(folder, model, Training(loss=options.loss))  # before anything is copied: a model that cannot be trained leaves nothing behind
+    try:
+        _build(folder, model, Training(loss=options.loss))  # before anything is copied
+    except LocalError:  # a model that cannot be trained leaves nothing behind
+        if made:
+            model.unlink()
+        if not was_there and folder.is_dir():
+            folder.rmdir()
+        raise
     if model.resolve() != (folder / "model.onnx").resolve():
         shutil.copyfile(model, folder / "model.onnx")
     (folder / "task.toml").write_text(TASK_TEXT.format(name=name, loss=options.loss))

@@ -186,7 +186,7 @@ def _predict(commands: Commands) -> None:
         "predict",
         "cli.predict:predict",
         "run the promoted model that a device has in place",
-        "Prints a class for each example and, where the data have labels, the accuracy.",
+        "Prints the class of each example, or the numbers of a model without classes, and how good they are where the data say.",
     )
     predict.add_argument("state", type=Path, metavar="STATE_OR_BUNDLE", help="the agent's state folder, or its NAME.json (state beside it)")
     predict.add_argument("--data", required=True, metavar="SOURCE", help="as for `regrow agent`; an .npz needs no y here")

@@ -30,12 +30,12 @@ def predict(options: argparse.Namespace) -> int:
     head = {} if options.no_head else placed.head()
     x, y = samples(options.data)
     scores = Inference(placed.model(), options.threads).run(x, head)
+    step = Step.from_metadata(placed.about.step or None)
     if options.out is not None:
         _write(options.out, scores)
     else:
-        _print(scores)
+        _print(scores, classes=step.classifies)
     said = f"{len(x)} examples, {placed.path}{' with its local head' if head else ''}"
-    step = Step.from_metadata(placed.about.step or None)
     if y is not None or step.target == "input":
         score = score_outputs(scores, x, x if y is None else y, step)
         said = f"{said}: {score_name(step)} {score.accuracy:.3f}, loss {score.loss:.3f}"
@@ -106,10 +106,10 @@ def _unlabelled(spec: str) -> NDArray[Any] | None:
         raise LocalError(f"cannot read {spec}: {error}") from error
 
 
-def _print(scores: NDArray[np.float32]) -> None:
-    """A class a line, with its score; anything else than class scores number by number."""
+def _print(scores: NDArray[np.float32], *, classes: bool) -> None:
+    """A line for each example: its class and that one's score, or the numbers of its output."""
     for row in scores:
-        if row.ndim == 1 and row.size > 1:
+        if classes:
             print(f"{int(row.argmax())} {float(row.max()):.6g}")
         else:
             print(" ".join(f"{float(value):.6g}" for value in row.reshape(-1)))

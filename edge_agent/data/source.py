@@ -229,7 +229,7 @@ def check_samples(x: NDArray[Any], y: NDArray[Any]) -> None:
     """Refuse samples that could not be trained on.
 
     Raises:
-        LocalError: dtype, length, a label below 0, or a value that is not finite; with its place and the cure.
+        LocalError: dtype, length, a label or token below 0, or a value that is not finite; with its place and the cure.
     """
     if x.dtype.name not in ("uint8", "uint16", *_TOKENS, *_FLOATS):
         raise LocalError(f"x is {x.dtype}: store it as uint8 or uint16 (scaled to 0..1), as float32, or as int64 (tokens)")
@@ -241,6 +241,9 @@ def check_samples(x: NDArray[Any], y: NDArray[Any]) -> None:
         _check_labels(y, len(x))
     if x.dtype.kind == "f":
         _check_finite("x", x)
+    elif x.dtype.name in _TOKENS and x.size and x.min() < 0:
+        first = tuple(np.argwhere(x < 0)[0].tolist())
+        raise LocalError(f"x{list(first)} is {x[first]}: tokens count from 0")
 
 
 def stored(x: NDArray[Any]) -> NDArray[Any]:

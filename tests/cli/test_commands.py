@@ -115,6 +115,7 @@ def test_task_new(fails: Fails, task: Path, tmp_path: Path, capsys: pytest.Captu
     assert "'Not_A_Name'" in fails("task", "new", tmp_path / "Not_A_Name", "--model", task / "model.onnx")
     (tmp_path / "text.onnx").write_text("this is no model")
     assert "cannot read the model" in fails("task", "new", tmp_path / "text", "--model", tmp_path / "text.onnx")
+    assert not (tmp_path / "text").exists()  # what is refused leaves nothing behind
     (tmp_path / "file").write_text("in the way")
     assert "file" in fails("task", "new", tmp_path / "file", "--model", task / "model.onnx")
     assert main(["task", "new", str(tmp_path / "fine"), "--model", str(task / "model.onnx")]) == 0

@@ -454,3 +454,9 @@ def test_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(LocalError, match="none of FILE"):
         open_source("data.parquet")
+
+
+def test_negative_tokens_are_refused_with_their_place() -> None:
+    source = DataSource(4)
+    with pytest.raises(LocalError, match=r"x\[1, 2\] is -3: tokens count from 0"):
+        source.append(np.array([[0, 1, 2], [3, 4, -3]]), np.zeros(2, np.int64))

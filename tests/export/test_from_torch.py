@@ -126,7 +126,9 @@ def test_a_task_is_made_from_a_file_with_a_function(tmp_path: Path, capsys: pyte
     assert list(read_forward(onnx.load(tmp_path / "task" / "model.onnx")).parameters) == ["weight", "bias"]
     assert main(["task", "new", str(tmp_path / "other"), "--model", f"{tmp_path}/network.py:large"]) == 1
     assert "defines no function 'large'" in capsys.readouterr().err
-    with pytest.raises(LocalError, match=r"returned Linear; return a torch\.nn\.Module and a tensor"):
+    with pytest.raises(LocalError, match=r"returned \(Linear\); return a torch\.nn\.Module and one tensor"):
         from_torch_file(f"{tmp_path}/network.py:alone")
+    with pytest.raises(LocalError, match="(?s)raised TypeError: .*; it must take nothing and return"):
+        from_torch_file(f"{tmp_path}/network.py:zeros")
     with pytest.raises(LocalError, match=r"no file 'nowhere\.py'"):
         from_torch_file("nowhere.py:small")
