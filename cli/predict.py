@@ -61,7 +61,13 @@ def _placed(state: Path, task: str | None) -> Placed:
         raise LocalError(f"{state} holds models of {', '.join(there)}: say which with --task")
     chosen = there.get(task or next(iter(there), ""))
     if chosen is None:
-        raise LocalError(f"{state} holds no promoted model{f' of {task}' if task else ''}: `regrow promote RUN` on the gateway sends one")
+        which = f" of {task}" if task else ""
+        lost = [name for name, folder in folders.items() if name not in there and (folder.path / "current").is_symlink()]
+        if task in lost or (task is None and lost):
+            raise LocalError(
+                f"{state}: the promoted model{which} is damaged: start the agent, which takes the one before it or fetches anew"
+            )
+        raise LocalError(f"{state} holds no promoted model{which}: `regrow promote RUN` on the gateway sends one")
     return chosen
 
 

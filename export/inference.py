@@ -222,6 +222,18 @@ class _Runnable:
         if list(examples.x.shape[1:]) != shape or examples.x.dtype.name != wanted:
             has = f"{examples.x.dtype} {list(examples.x.shape[1:])}"
             raise LocalError(f"{examples.name}: an example is {has}, the model takes {wanted} {shape}: give data of this task")
+        if wanted == "int64":
+            self._check_tokens(examples)
+
+    def _check_tokens(self, examples: Examples) -> None:
+        """Only running the model shows which tokens it knows."""
+        for start in range(0, len(examples.x), SCORED_AT_ONCE):
+            try:
+                self._session.run(None, {self._input.name: examples.x[start : start + SCORED_AT_ONCE]})
+            except ORT_ERRORS as error:
+                raise LocalError(
+                    f"{examples.name}: the model does not know all of these tokens, up to {examples.x.max()}: {error}"
+                ) from error
 
     def score(self, examples: Examples, step: Step) -> float:
         """How right the model is on the examples, as regrow.scoring has it.

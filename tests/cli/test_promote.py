@@ -200,6 +200,8 @@ def test_what_predict_cannot_do_it_says(state: Path, data: Path, tmp_path: Path,
     assert "holds models of other, toy: say which with --task" in fails("predict", state, "--data", data)
     assert "no promoted model of none" in fails("predict", state, "--data", data, "--task", "none")
     assert "holds no promoted model" in fails("predict", tmp_path, "--data", data)
+    (state / "models" / "other" / "current" / "model.onnx").write_bytes(b"cut")
+    assert "the promoted model of other is damaged" in fails("predict", state, "--data", data, "--task", "other")
     assert "make it on the gateway" in fails("predict", tmp_path / "no.json", "--data", data)
     np.savez(tmp_path / "narrow.npz", x=np.zeros((3, 5), np.float32))
     assert "takes float32" in fails("predict", state, "--task", "toy", "--data", tmp_path / "narrow.npz")

@@ -128,7 +128,7 @@ def test_a_task_is_made_from_a_file_with_a_function(tmp_path: Path, capsys: pyte
     assert "defines no function 'large'" in capsys.readouterr().err
     with pytest.raises(LocalError, match=r"returned \(Linear\); return a torch\.nn\.Module and one tensor"):
         from_torch_file(f"{tmp_path}/network.py:alone")
-    with pytest.raises(LocalError, match="(?s)raised TypeError: .*; it must take nothing and return"):
+    with pytest.raises(LocalError, match=r"(?s)raised TypeError: .*; it must take nothing and return"):
         from_torch_file(f"{tmp_path}/network.py:zeros")
     with pytest.raises(LocalError, match=r"no file 'nowhere\.py'"):
         from_torch_file("nowhere.py:small")
