@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.state import sync_folder
 from regrow import wire
 from regrow.errors import LocalError
 
@@ -141,13 +142,13 @@ class ModelFolder:
             _write(fresh / "about.json", json.dumps(asdict(about), indent=1).encode() + b"\n")
             if before is not None:
                 (fresh / "previous").symlink_to(f"../{before.path.name}")
-            _sync(fresh)
+            sync_folder(fresh)
         except OSError:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
         shutil.rmtree(final, ignore_errors=True)  # a crash before the link was replaced left it
         fresh.rename(final)
-        _sync(self.path)
+        sync_folder(self.path)
         self._point(final.name)
         self.sweep()
         return Placed(final, about)
@@ -186,7 +187,7 @@ class ModelFolder:
         for folder in (self.path.parent, self.path):
             if not folder.is_dir():
                 folder.mkdir()
-                _sync(folder.parent)
+                sync_folder(folder.parent)
 
     def _point(self, name: str | None) -> None:
         link = self.path / _LINK
@@ -196,7 +197,7 @@ class ModelFolder:
         else:
             link.symlink_to(name)
             link.replace(self.path / "current")
-        _sync(self.path)
+        sync_folder(self.path)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -204,11 +205,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

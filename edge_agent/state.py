@@ -48,7 +48,7 @@ class StateFolder:
             self._lock = _take_lock(self.path)
             for leftover in self.path.glob("*.tmp"):
                 leftover.unlink()
-            self._sync_folder()
+            sync_folder(self.path)
         except OSError as error:
             raise LocalError(f"cannot use the state folder {self.path}: {error}; check its owner and the disk") from error
 
@@ -101,7 +101,7 @@ class StateFolder:
                     os.fsync(stream.fileno())
             os.replace(temporary, file)  # noqa: PTH105 - the os calls in this order are what the crash tests interrupt
             if durable:
-                self._sync_folder()
+                sync_folder(self.path)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -134,7 +134,7 @@ class StateFolder:
         try:
             file.unlink(missing_ok=True)
             if durable:
-                self._sync_folder()
+                sync_folder(self.path)
         except OSError as error:
             self.check()
             raise LocalError(f"cannot delete {file}: {error}") from error
@@ -159,14 +159,16 @@ class StateFolder:
         # When even the rename fails the file stays in the way of nothing: the next `put` replaces it.
         with suppress(OSError):
             file.rename(f"{file}.rejected")
-            self._sync_folder()
+            sync_folder(self.path)
 
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _take_lock(path: Path) -> IO[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -132,22 +131,6 @@ def with_weights(
             as_inference(node)
     onnx.checker.check_model(trained, full_check=True)
     return trained
-
-
-def write_model(
-    model: onnx.ModelProto,
-    vector: NDArray[np.float32],
-    path: Path,
-    train_last: int | None = None,
-    *,
-    statistics: Mapping[str, NDArray[np.float32]] | None = None,
-) -> None:
-    """Write what with_weights makes.
-
-    Raises:
-        LocalError: the vector or the statistics do not fit the model.
-    """
-    onnx.save_model(with_weights(model, vector, train_last, statistics=statistics), path)
 
 
 def _emitter(forward: Forward, ways: Ways = DEFAULT) -> Emitter:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import msgspec
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no types
-from numpy.typing import NDArray
 
 from export.from_torch import from_torch_file
 from export.memory import lean_variants, step_memory
 from export.models import MODELS
-from export.programs import build_programs, initial_vector, write_model
+from export.programs import build_programs, initial_vector
 from export.unit_programs import build_unit_programs
 from export.ways import OTHERS
 from regrow.errors import LocalError
@@ -118,26 +117,6 @@ def build_task(
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
         raise LocalError(f"cannot write the build in {task_dir}: {error}") from error
-
-
-def write_trained(
-    model_path: Path,
-    vector: NDArray[np.float32],
-    path: Path,
-    train_last: int | None = None,
-    *,
-    statistics: Mapping[str, NDArray[np.float32]] | None = None,
-) -> None:
-    """Write the model of `model_path` with the weights of `vector`, float32 [n] by flat coordinate; statistics as write_model.
-
-    Raises:
-        LocalError: the model cannot be read, or the vector does not fit it.
-    """
-    try:
-        model = onnx.load(model_path)
-    except (OSError, DecodeError, ValueError) as error:
-        raise LocalError(f"cannot read the model {model_path}: {error}") from error
-    write_model(model, vector, path, train_last, statistics=statistics)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:

@@ -34,7 +34,8 @@ from broker_server.store import Store
 from broker_server.view import FleetView, watch
 from edge_agent.trainer import Trainer
 from export.models import watch_cnn
-from export.task import build_task, save_model, write_trained
+from export.programs import with_weights
+from export.task import build_task, read_model, save_model
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.ledger import Ledger
@@ -239,7 +240,8 @@ def _report(
         x, y = arrays["x"], arrays["y"]
     trainer, weights = Trainer(folder.programs, threads=2), ledger.trained_weights
     statistics = statistics_from(trainer, weights, x)
-    write_trained(folder.model_path, weights, path / "model.onnx", folder.task.training.train_last, statistics=statistics)
+    train_last = folder.task.training.train_last
+    save_model(with_weights(read_model(folder.model_path), weights, train_last, statistics=statistics), path / "model.onnx")
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: FedGMR, ten wearers, links 200 to 4000 kbit/s")
     accuracy = trainer.evaluate(weights, x, y, statistics=statistics).accuracy

@@ -6,7 +6,6 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from onnx import helper
 from edge_agent.trainer import Trainer
 from export.check import problems_of
 from export.forward import read_forward
-from export.programs import build_programs, initial_vector, write_model
+from export.programs import build_programs, initial_vector, with_weights
 from export.torch_graph import graph_of_program
 from regrow.errors import LocalError
 from regrow.local_training import spread_batches
@@ -124,7 +123,7 @@ def network_and_model(train: bool) -> tuple[torch.nn.Sequential, onnx.ModelProto
     return net, onnx.load_from_string(file.getvalue())
 
 
-def test_statistics_and_scores_are_torch_s_with_a_cumulative_average(tmp_path: Path) -> None:
+def test_statistics_and_scores_are_torch_s_with_a_cumulative_average() -> None:
     net, model = network_and_model(train=True)
     trainer, vector = Trainer(build_programs(model)), initial_vector(model)
     rng = np.random.default_rng(0)
@@ -145,8 +144,7 @@ def test_statistics_and_scores_are_torch_s_with_a_cumulative_average(tmp_path: P
     score = trainer.evaluate(vector, x, y, statistics=found)
     assert score.loss == pytest.approx(functional.cross_entropy(logits, torch.tensor(y)).item(), rel=1e-5)
     # What is written is for inference, though the model was exported for training.
-    write_model(model, vector, tmp_path / "out.onnx", statistics=found)
-    written = step(session_of((tmp_path / "out.onnx").read_bytes()), {"x": x})
+    written = step(session_of(with_weights(model, vector, statistics=found).SerializeToString()), {"x": x})
     np.testing.assert_allclose(next(iter(written.values())), logits.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -187,7 +185,7 @@ def test_unlabelled_examples_are_taken_from_everywhere() -> None:
     assert [len(batch) for batch in spread_batches(x[:3])] == [3]
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named() -> None:
     model = batch_norm_perceptron(6, CLASSES)
     trainer, vector = Trainer(build_programs(model)), initial_vector(model)
     x, y = np.zeros((2, 6), np.float32), np.zeros(2, np.int64)
@@ -198,9 +196,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(LocalError, match=r"x: expected float32 .batch, 6."):
         trainer.statistics(vector, [x[:, :2]])
     with pytest.raises(LocalError, match="'other': the model has no such statistic"):
-        write_model(model, vector, tmp_path / "m", statistics={"other": np.zeros(6, np.float32)})
+        with_weights(model, vector, statistics={"other": np.zeros(6, np.float32)})
     with pytest.raises(LocalError, match=r"'norm1.mean': expected float32 .6., got float64 .5."):
-        write_model(model, vector, tmp_path / "m", statistics={"norm1.mean": np.zeros(5)})
+        with_weights(model, vector, statistics={"norm1.mean": np.zeros(5)})
     shared = batch_norm_perceptron(6, CLASSES)
     shared.graph.node[0].input[2] = "norm1.mean"  # as the exporter does where both are 0
     with pytest.raises(LocalError, match=r"'norm1.mean' is used elsewhere too.*train the model a step"):
@@ -225,7 +223,7 @@ def test_a_model_without_batch_normalisation_needs_no_statistics() -> None:
 
 
 @pytest.mark.parametrize("train_last", [None, 1])
-def test_training_mode_beside_computed_shapes(train_last: int | None, tmp_path: Path) -> None:
+def test_training_mode_beside_computed_shapes(train_last: int | None) -> None:
     """A BatchNormalization with training_mode = 1, in a graph that computes shapes, so that it is run while it is read."""
 
     def made(mode: dict[str, int], more: list[str]) -> onnx.ModelProto:
@@ -249,7 +247,7 @@ def test_training_mode_beside_computed_shapes(train_last: int | None, tmp_path: 
         assert problems_of(odd, training) == []
         assert build_programs(odd, training=training) == build_programs(plain, training=training)
         vector = initial_vector(odd, train_last)
-        write_model(odd, vector, tmp_path / "out.onnx", train_last)
+        made_of_it = with_weights(odd, vector, train_last)
         x = np.random.default_rng(1).random((5, 2, 3), np.float32)
-        ours, theirs = (session_of(file.SerializeToString()).run(None, {"x": x})[0] for file in (onnx.load(tmp_path / "out.onnx"), plain))
+        ours, theirs = (session_of(file.SerializeToString()).run(None, {"x": x})[0] for file in (made_of_it, plain))
         assert np.array_equal(ours, theirs)

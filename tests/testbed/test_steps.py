@@ -18,8 +18,8 @@ from cli.main import main
 from edge_agent.data import open_source
 from edge_agent.trainer import Trainer
 from export.models import digits_mlp, reduced_cnn
-from export.programs import build_programs, initial_vector
-from export.task import save_model, write_trained
+from export.programs import build_programs, initial_vector, with_weights
+from export.task import read_model, save_model
 from export.torch_trainer import Share, TorchTrainer
 from regrow.errors import LocalError
 from regrow.machine import Evaluate
@@ -128,7 +128,7 @@ def test_an_autoencoder_with_adam_from_task_toml_to_the_trained_model(tmp_path: 
         assert 0 < outcome.points[-1].loss < outcome.points[0].loss
         assert outcome.validation_accuracy > 0.9
         assert outcome.rejected == 0
-    write_trained(folder.model_path, weights, tmp_path / "trained.onnx")
+    save_model(with_weights(read_model(folder.model_path), weights), tmp_path / "trained.onnx")
     assert np.array_equal(initial_vector(onnx.load(tmp_path / "trained.onnx")), weights)
 
 
@@ -160,7 +160,8 @@ def test_the_last_layer_alone_from_task_toml_to_the_trained_model(tmp_path: Path
     outcome, weights = run(folder, tmp_path / "data", "onnxruntime")
     assert outcome.points[0].accuracy < outcome.final_accuracy
     assert outcome.final_accuracy > 0.9
-    write_trained(folder.model_path, weights, tmp_path / "trained.onnx", folder.task.training.train_last)
+    trained = with_weights(read_model(folder.model_path), weights, folder.task.training.train_last)
+    save_model(trained, tmp_path / "trained.onnx")
     trained = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "trained.onnx").graph.initializer}
     assert all(np.array_equal(trained[name], before[name]) for name in frozen)
     assert all(not np.array_equal(trained[name], before[name]) for name in moving)
