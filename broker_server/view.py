@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from regrow.machine import Note
 
 SILENT_S = 30.0
 HAS_WORK = ("joined", "assigned")
+BAD = {"memory": "too little memory", "data": "cannot train"}
 PHASE_AFTER = {"assigned": "fetching", "update": "waiting", "rejected": "waiting"}  # sooner than the next telemetry
 
 
@@ -24,7 +26,8 @@ PHASE_AFTER = {"assigned": "fetching", "update": "waiting", "rejected": "waiting
 class _Row:
     fields: dict[str, Any] = field(default_factory=dict)
     updates: int = 0
-    declined: bool = False
+    declined: str = ""
+    """What for, nothing once it has work again."""
     heard_s: float = 0.0
 
 
@@ -52,7 +55,10 @@ class FleetView:
                 row.heard_s = time.monotonic()
                 row.fields.update({name: value for name, value in note.fields.items() if value is not None})
                 row.updates += note.kind == "update"
-                row.declined = note.kind == "declined" or (row.declined and note.kind not in HAS_WORK)
+                if note.kind == "declined":
+                    row.declined = "memory" if "needs_bytes" in note.fields else "data"
+                elif note.kind in HAS_WORK:
+                    row.declined = ""
                 if note.kind in PHASE_AFTER:
                     row.fields["phase"] = PHASE_AFTER[note.kind]
             if note.kind == "aggregated":
@@ -73,9 +79,9 @@ class FleetView:
             parts.append(f"{max(self._planned_s - elapsed_s, 0):.0f} s left")
         if self._run.get("mean_density") is not None:
             parts.append(f"mean density {self._run['mean_density']:.2f}")
-        declined = sum(row.declined for row in self._rows.values())
-        if declined:  # they do not count as devices of the task, which may wait for its `min_devices` because of them
-            parts.append(f"{declined} declined for memory")
+        declined = Counter(row.declined for row in self._rows.values() if row.declined)
+        for why, count in sorted(declined.items(), reverse=True):  # the task may wait for its `min_devices` because of them
+            parts.append(f"{count} declined for {why}")
         head = Text("  ·  ".join(parts), style="bold")
         scores = self._run.get("scores") or {}
         levels = "   ".join(f"{float(level):g}: {score:.3f}" for level, score in sorted(scores.items(), key=lambda s: float(s[0])))
@@ -91,7 +97,7 @@ class FleetView:
             known = row.fields
             density = float(known.get("density", 0.0))
             silent = time.monotonic() - row.heard_s > SILENT_S
-            bad = "too little memory" if row.declined else "silent" if silent else "cannot train" if known.get("failed") else ""
+            bad = BAD.get(row.declined) or ("silent" if silent else "cannot train" if known.get("failed") else "")
             table.add_row(
                 who,
                 f"{known.get('uplink_bps', 0) / 1000:.0f} kbit/s",
@@ -139,13 +145,15 @@ def _in_words(note: Note) -> str:
             "{device} declined: training takes at least {needs} bytes of memory, it offers {offers}, {missing} too few, and gets no work; "
             "lower [training] batch or the smallest density, or free memory there"
         ),
+        "unfit": "{device} declined: {reason}; it gets no work until its data change or it starts anew",
         "rejected": "{device}: update rejected, {reason}",
         "released": "{device}: assignment ended, {reason}",
         "refreshed": "order epoch {epoch} ({bytes} bytes of index sets)",
         "promotion": "{device}: model {promotion} {said}",
         "finished": "finished: {reason}",
     }
-    if note.kind == "declined":
+    kind = note.kind if note.kind != "declined" or "needs_bytes" in fields else "unfit"
+    if kind == "declined":
         needs, offers = fields["needs_bytes"], fields["memory_bytes"]
         fields = {"device": fields["device"], "needs": f"{needs:,}", "offers": f"{offers:,}", "missing": f"{needs - offers:,}"}
-    return words[note.kind].format(**fields) if note.kind in words else ""
+    return words[kind].format(**fields) if kind in words else ""

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from edge_agent.agent import Agent, read_bundle
 from edge_agent.data.sources import open_source
+from edge_agent.scan import scan_program
 from edge_agent.state import StateFolder
-from edge_agent.trainer import Trainer, scan_program
+from edge_agent.trainer import Trainer
 from edge_agent.worker import MakeTrainer
 from regrow.errors import LocalError
 from regrow.local_training import Training

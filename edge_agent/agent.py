@@ -58,9 +58,10 @@ IDENTITY = "identity"
 UPLINK = "uplink"
 TUNING = "tuning"
 POLL_S = 1.0
+ANEW_S = 60.0  # a source that appends again and again is tried this often
 UPLINK_DRIFT = 0.2
 OWN_TOKEN = -1
-COMPLAINTS = ("gave up", "rejected", "refused", "set aside", "without work")
+COMPLAINTS = ("declined", "gave up", "rejected", "refused", "set aside", "without work")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class Agent:
         tune: bool = False,
     ) -> None:
         self._folder, self._bundle, self._source = folder, bundle, source
+        self._anew_s = 0.0
         self._tried = 0  # how many samples there were when the last job began
         self._meter = self._load_meter()
         saved = self._load_saved()
@@ -231,6 +233,7 @@ class Agent:
                 while not self._results.empty():
                     self._take_result(self._results.get())
                 self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
+                self._start_anew(time.monotonic())
                 if self._timer_s <= time.monotonic():
                     self._timer_s = float("inf")
                     self._step(Woken())
@@ -294,14 +297,14 @@ class Agent:
                 level = logging.WARNING if effect.kind in COMPLAINTS else logging.INFO
                 log.log(level, "%s %s", effect.kind, effect.fields)
                 self._on_note(effect)
-                if effect.kind == "without work" and self._source.appended != self._tried:
-                    self._start_anew()
             elif isinstance(effect, Finished):
                 self._stopping = True
 
-    def _start_anew(self) -> None:
-        """Samples have come since the last job failed: perhaps these can be trained on."""
-        self._tried = self._source.appended
+    def _start_anew(self, now: float) -> None:
+        """Where the last job failed and samples have come since: perhaps these can be trained on."""
+        if not self.device.in_trouble or self._source.appended == self._tried or now < self._anew_s:
+            return
+        self._tried, self._anew_s = self._source.appended, now + ANEW_S
         boot = secrets.token_bytes(wire.DIGEST_BYTES)
         self._step(DataChanged(boot, self._source.training_size, self._source.validation_size))
 

@@ -13,9 +13,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_agent.trainer import _ORT_ERRORS, scan_program
+from edge_agent.scan import scan_program, vocabulary
+from edge_agent.trainer import _ORT_ERRORS
 from regrow import wire
 from regrow.errors import LocalError, PeerError
+from regrow.examples import check_tokens
 from regrow.local_step import Step
 from regrow.scoring import score_outputs
 from regrow.step_memory import SCORED_AT_ONCE
@@ -57,6 +59,7 @@ class Inference:
                 wanted = f"{' or '.join(kinds)} [batch, ...] with a dynamic batch"
                 raise PeerError(f"{item.name!r} of the model is {item.type} {item.shape}, not {wanted}")
         self.input_kind = _KINDS[inputs[0].type]
+        self._tokens = vocabulary("model", model, self.input, {}) if self.input_kind == np.int64 else 0
 
     def run(self, x: NDArray[Any], head: Head | None = None) -> NDArray[np.float32]:
         """The outputs, float32 [n, ...], of x, [n >= 1, ...], computed some hundred at a time; `head` overrides initializers.
@@ -69,6 +72,7 @@ class Inference:
         fits = x.ndim == len(self.input_shape) and all(not isinstance(a, int) or a == b for a, b in zip(shape, x.shape[1:], strict=True))
         if not fits or not len(x) or x.dtype != self.input_kind:
             raise LocalError(f"the model takes {self.input_kind} {self.input_shape}, the data are {x.dtype} {list(x.shape)}")
+        check_tokens(x, self._tokens)
         head = head or {}
         if any(self.head.get(name) != array.shape for name, array in head.items()):
             raise LocalError(f"the head has {sorted(head)}, the model takes {self.head}")

@@ -1,13 +1,11 @@
 """Trains and evaluates a model on the device with plain onnxruntime, from programs that came over the network.
 
-Programs are data, and untrusted: before onnxruntime sees one, its protobuf is scanned, and whatever our exporter never
-writes is refused (tensors in other files, control flow, functions, operators outside ai.onnx). So a program can read no
-file of the device.
+Programs are data, and untrusted: before onnxruntime sees one, it is scanned (edge_agent.scan).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -16,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
+from edge_agent.scan import scan_program, vocabulary
 from regrow.errors import LocalError, PeerError
 from regrow.examples import Examples, described, r_squared
 from regrow.local_step import METADATA, Step
@@ -50,6 +49,14 @@ class Trainer:
         self._threads = threads
         self._sessions: dict[str, _Session] = {}
         self.layout = Layout.from_json(self._program("layout"))
+
+    def examples(self, *, masked: bool) -> Examples:
+        """What training takes, with masks or without.
+
+        Raises:
+            PeerError: the program is malformed.
+        """
+        return self._session("train_masked" if masked else "train").examples
 
     def train(
         self,
@@ -222,7 +229,7 @@ class _Session:
         self.state = _state_shapes(self.step, layout) if name in ("train", "train_masked") else {}
         self.statistics = _statistics_of(outputs if name == "statistics" else inputs)
         self._check_signature(inputs, set(outputs), layout)
-        self.examples = self._examples_of(inputs, metadata)
+        self.examples = self._examples_of(inputs, metadata, program)
 
     def _step_of(self, metadata: Mapping[str, str]) -> Step:
         try:
@@ -267,19 +274,22 @@ class _Session:
         if kind not in kinds or shape[:1] != ["batch"] or not all(isinstance(size, int) for size in shape[1:]):
             raise PeerError(f"program {self._name!r}: input {name!r} is {kind} {shape}, not {' or '.join(kinds)} ['batch', ...]")
 
-    def _examples_of(self, inputs: dict[str, tuple[str, list[Any]]], metadata: Mapping[str, str]) -> Examples:
+    def _examples_of(self, inputs: dict[str, tuple[str, list[Any]]], metadata: Mapping[str, str], program: bytes) -> Examples:
         kind, (_, *x_shape) = inputs["x"]
-        x_dtype = "float32" if kind == "tensor(float)" else "int64"
+        x_dtype, tokens = "float32" if kind == "tensor(float)" else "int64", 0
+        if x_dtype == "int64":
+            rows = {name: shape[0] for name, (_, shape) in inputs.items() if shape and isinstance(shape[0], int)}
+            tokens = vocabulary(self._name, program, "x", rows)
         if self._name == "statistics":
-            return Examples(x_dtype, tuple(x_shape), None)
+            return Examples(x_dtype, tuple(x_shape), None, tokens=tokens)
         if not self.step.classifies:
             if self.step.target == "input":
                 return Examples(x_dtype, tuple(x_shape), None)
-            return Examples(x_dtype, tuple(x_shape), "float32", tuple(inputs["y"][1][1:]))
+            return Examples(x_dtype, tuple(x_shape), "float32", tuple(inputs["y"][1][1:]), tokens=tokens)
         classes = metadata.get("regrow.classes", "")
         if not (classes.isascii() and classes.isdigit() and 0 < len(classes) < 10 and int(classes)):
             raise PeerError(f"program {self._name!r}: metadata regrow.classes is {classes!r}, not a number of classes")
-        return Examples(x_dtype, tuple(x_shape), "int64", (), int(classes))
+        return Examples(x_dtype, tuple(x_shape), "int64", (), int(classes), tokens)
 
     def statistics_feed(self, statistics: Statistics) -> dict[str, NDArray[Any]]:
         """The inputs of these statistics; LocalError if they are not all that the program needs."""
@@ -330,93 +340,3 @@ def _state_shapes(step: Step, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what the optimizer remembers from step to step."""
     shapes: dict[str, tuple[int, ...]] = {f"state:{slot}:{t.name}": t.shape for slot in step.slots for t in layout.tensors}
     return shapes | {"state:step": ()} if step.counts_steps else shapes
-
-
-# ---- the scan ----------------------------------------------------------------------------------------------------
-
-_TENSOR, _ATTRIBUTE, _NODE, _GRAPH, _MODEL = "tensor", "attribute", "node", "graph", "model"
-
-_CHILDREN: dict[tuple[str, int], str] = {
-    (_MODEL, 7): _GRAPH,
-    (_GRAPH, 1): _NODE,
-    (_GRAPH, 5): _TENSOR,
-    (_NODE, 5): _ATTRIBUTE,
-    (_ATTRIBUTE, 5): _TENSOR,
-    (_ATTRIBUTE, 10): _TENSOR,
-}
-"""Field numbers of onnx.proto that lead to something that must be scanned."""
-
-_REFUSED: dict[tuple[str, int], str] = {
-    (_MODEL, 20): "training information",
-    (_MODEL, 25): "functions",
-    (_GRAPH, 15): "sparse tensors",
-    (_ATTRIBUTE, 6): "a subgraph",
-    (_ATTRIBUTE, 11): "subgraphs",
-    (_ATTRIBUTE, 22): "a sparse tensor",
-    (_ATTRIBUTE, 23): "sparse tensors",
-    (_TENSOR, 13): "a tensor in another file",
-}
-
-
-def scan_program(name: str, program: bytes) -> None:
-    """Return if the program holds only what our exporter writes.
-
-    Raises:
-        PeerError: it is not well-formed protobuf, refers to files, or has control flow, functions, sparse tensors or
-            foreign operators.
-
-    Source: onnx/onnx.proto and the protobuf wire format. Differs from a parser in looking at the fields above only.
-    """
-    pending = [(_MODEL, memoryview(program))]
-    while pending:
-        kind, message = pending.pop()
-        for number, value in _fields(name, message):
-            if (kind, number) in _REFUSED:
-                raise PeerError(f"program {name!r} contains {_REFUSED[kind, number]}, which no program of ours does")
-            if kind == _TENSOR and number == 14 and value != 0:
-                raise PeerError(f"program {name!r} contains a tensor in another file, which no program of ours does")
-            child = _CHILDREN.get((kind, number))
-            if isinstance(value, int):
-                if child:
-                    raise PeerError(f"program {name!r} is malformed: field {number} of a {kind} is a number")
-                continue
-            if kind == _NODE and number == 7 and bytes(value) not in (b"", b"ai.onnx"):
-                raise PeerError(f"program {name!r} uses an operator outside ai.onnx, which no program of ours does")
-            if child:
-                pending.append((child, value))
-
-
-def _fields(name: str, message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, number or bytes) of each field of one protobuf message."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(name, message, at)
-        wire_type = key & 7
-        if wire_type == 0:
-            value, at = _varint(name, message, at)
-            yield key >> 3, value
-            continue
-        if wire_type == 2:
-            length, at = _varint(name, message, at)
-        elif wire_type in (1, 5):
-            length = 8 if wire_type == 1 else 4
-        else:
-            raise PeerError(f"program {name!r} is malformed: protobuf wire type {wire_type}")
-        if length > len(message) - at:
-            raise PeerError(f"program {name!r} is malformed: a field of {length} bytes runs past its end")
-        yield key >> 3, message[at : at + length]
-        at += length
-
-
-def _varint(name: str, message: memoryview, at: int) -> tuple[int, int]:
-    """(value, position after it) of the varint at `at`."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(message):
-            break
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise PeerError(f"program {name!r} is malformed: a number runs past its end")

@@ -19,7 +19,7 @@ from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
 from edge_agent.tuning import Setting, Tuning
 from regrow import wire
-from regrow.errors import PeerError, RegrowError
+from regrow.errors import LocalError, PeerError, RegrowError
 from regrow.local_rules import drawn_levels
 from regrow.local_training import STATISTICS_BATCHES, Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
@@ -63,6 +63,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
         self._key: tuple[bytes, ...] = ()
         self._trainers: LevelTrainers | None = None
+        self._fitting = 0  # samples before this number fit these programs
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
         self._thread.start()
 
@@ -84,7 +85,7 @@ class Worker:
             try:
                 trained = self._train(job)
             except RegrowError as error:
-                self._done(TrainingFailed(job.number, str(error)))
+                self._done(TrainingFailed(job.number, str(error), declined=isinstance(error, LocalError)))
                 continue
             self._done(trained)
             if self._tuning is not None and self._jobs.empty():  # while the update travels
@@ -93,6 +94,9 @@ class Worker:
     def _train(self, job: Train) -> Trained:
         trainers = self._trainers_of(job.programs)
         trainers.keep({job.level, *job.widths, *job.evaluate}, whole=job.kept is not None)
+        if self._source.appended > self._fitting:
+            place = trainers.place(job, job.level, job.length)
+            self._fitting = self._source.check(place.trainer.examples(masked=place.mask(job.kept) is not None), self._fitting)
         trained = train_job(trainers, self._source, job, time.monotonic)
         self.step_s = trained.seconds / max(job.steps, 1)
         if trainers.is_full(job.level) and not job.widths:
@@ -103,7 +107,7 @@ class Worker:
         """The sessions of these programs, kept until others come."""
         key = tuple(wire.digest(programs[name]) for name in sorted(programs))
         if self._key != key:
-            self._key, self._trainers = key, None
+            self._key, self._trainers, self._fitting = key, None, 0
             self.step_s = self.full_step_s = None  # what was measured is of another model
         if self._trainers is None:
             setting = Setting(self._threads) if self._tuning is None else self._tuning.setting(programs)

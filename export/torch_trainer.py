@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.torch_graph import graph_of_program
 from export.torch_steps import FlatOptimizer, client_losses, score_sums
 from regrow.errors import LocalError, PeerError
-from regrow.examples import described, r_squared
+from regrow.examples import Examples, described, r_squared
 from regrow.local_training import Batch, Score, Statistics, TrainResult, average_statistics
 from regrow.parameters import Layout
 
@@ -77,6 +77,10 @@ class TorchTrainer:
     def has_statistics(self) -> bool:
         """Whether the model has batch normalisation."""
         return bool(self._graph.statistics)
+
+    def examples(self, *, masked: bool) -> Examples:  # noqa: ARG002  # one graph serves both
+        """As edge_agent.trainer.Trainer.examples."""
+        return self._graph.examples
 
     def train(
         self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float

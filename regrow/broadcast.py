@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from regrow import topics, wire
-from regrow.ledger import Lease, Ledger
+from regrow.ledger import Ledger
 from regrow.machine import Effect, Publish
+from regrow.member import Lease
 from regrow.publication import PIECE_BYTES, CodedOrder, manifest, program_blobs
 from regrow.roster import Roster
 from regrow.task import Task

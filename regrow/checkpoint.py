@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from regrow import restoration
 from regrow.aggregate import Update
 from regrow.errors import LocalError
-from regrow.ledger import Device, Ledger
+from regrow.ledger import Ledger
+from regrow.member import Device
 from regrow.order import Order
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication

@@ -224,19 +224,20 @@ class Coordinator:
         lease = known.lease
         if lease is not None and lease.number == telemetry.assignment:
             if telemetry.failed:
-                self.release_lease(who, telemetry.failed, blame=telemetry.phase in ("diverged", "failed"))
+                blame, declined = telemetry.phase in ("diverged", "failed"), telemetry.phase == wire.DECLINED
+                self.release_lease(who, telemetry.failed, blame=blame, declined=declined)
             elif telemetry.phase in ("training", "sending"):
                 self.broadcast.downloaded(lease.version, who)
         if telemetry.pending is not None:
             self._answer_pending(who, telemetry.install, telemetry.pending)
         self._advance()
 
-    def release_lease(self, who: str, reason: str, *, blame: bool = False) -> None:
+    def release_lease(self, who: str, reason: str, *, blame: bool = False, declined: bool = False) -> None:
         lease = self.ledger.devices[who].lease
-        self.commit(Released(device=who, reason=reason, blame=blame))
+        self.commit(Released(device=who, reason=reason, blame=blame, declined=declined))
         if lease is not None:
             self.broadcast.downloaded(lease.version, who)
-        self.emit(Note("released", {"device": who, "reason": reason}))
+        self.emit(Note("declined" if declined else "released", {"device": who, "reason": reason}))
 
     # ---- updates -----------------------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,9 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
-from regrow.presence import HELLO_AGAIN_S, Identity, Presence
+from regrow.presence import HELLO_AGAIN_S, TRY_AGAIN, Identity, Presence
 from regrow.sending import Sending
+from regrow.wire import DECLINED
 
 OUTGOING = "outgoing"
 
@@ -97,6 +98,11 @@ class Device:
             self._effects.append(Note("refused", {"reason": str(error)}))
         effects, self._effects = self._effects, []
         return [*effects, SetTimer(min(self._presence.beat_s, self._presence.hello_s, self._sending.ask_s))]
+
+    @property
+    def in_trouble(self) -> bool:
+        """Whether the last assignment could not be done for what is wrong here."""
+        return bool(self._presence.trouble)
 
     @property
     def needs_link(self) -> bool:
@@ -280,8 +286,9 @@ class Device:
         """Say why this assignment cannot be done, and be ready for another."""
         self._telemetry(failed=reason, phase=phase)
         if phase:
-            self._presence.in_trouble(reason, self.now)
-        self._emit(Note("gave up", {"reason": reason}))
+            self._presence.in_trouble(reason, self.now, once=phase == DECLINED)
+        cure = {"cure": TRY_AGAIN} if phase == DECLINED else {}
+        self._emit(Note("declined" if cure else "gave up", {"reason": reason, **cure}))
         self._effects += self._fetching.stop(self.connected)
         self._finish_assignment()
 
@@ -331,7 +338,7 @@ class Device:
 
     def _training_failed(self, failed: TrainingFailed) -> None:
         if failed.number == self._job:
-            self._give_up(failed.reason, phase="failed")
+            self._give_up(failed.reason, phase=DECLINED if failed.declined else "failed")
 
     # ---- sending -------------------------------------------------------------------------------------------------------------------
 

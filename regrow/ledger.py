@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from regrow import aggregate, indexset, moves, personal, records, restoration, values
 from regrow.aggregate import Update
-from regrow.density import Bound, remember_round
+from regrow.density import remember_round
 from regrow.errors import LocalError
 from regrow.levels import densities_of, next_order, only_prefix
 from regrow.machine import Payload, Record
+from regrow.member import Device, Lease
 from regrow.order import Order, importance
 from regrow.parameters import Layout
 from regrow.publication import CodedOrder, Publication, slot_of, version_of
@@ -26,69 +27,12 @@ from regrow.recombination import recombine, shuffles
 from regrow.shelf import Buffered, Shelf, in_memory, reexpressed, shelved
 from regrow.task import Task
 from regrow.units import Units
-from regrow.wire import Score
 
 RETIRED_REMEMBERED = 32
 MEANS = ("mask", "plain", "recombine")  # the new model is a mean of models: everybody's latest may count
 MOVES = ("gradient", "delta", "adaptive")  # it is the old one moved by changes: each counts once, and needs the base it started from
 
 Reconstructed = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """`version`: the number of the published model, as in records.Assigned."""
-
-    number: int
-    version: int
-    epoch: int
-    level: int
-    deadline_s: float
-    evaluate_level: int | None = None
-    dtype: values.WireDtype | None = None
-
-
-@dataclass(slots=True)
-class Device:
-    """What is known of one device, see records.Joined. `last_*` answer a repeated update; rejections in a row lead to exclusion, until
-    another boot. `uncut_density` is the density that it would have with any memory: another start may find more of it."""
-
-    install: str
-    uplink_bps: float
-    density: float
-    number: int = 0
-    lease: Lease | None = None
-    last_sequence: int = -1
-    last_accepted: bool = False
-    last_reason: str = ""
-    last_blamed: bool = False
-    updates: int = 0
-    rejections: int = 0
-    rounds_in_epoch: int = 0
-    rounds_since_full: int = 0
-    first_density: float = 0.0
-    step_s: float | None = None
-    memory_density: float = 1.0
-    bound_by: Bound = "link"
-    uncut_density: float = 0.0
-    uncut_by: Bound = "link"
-    full_round_s: list[float] = field(default_factory=list)
-    reports: dict[int, Score] = field(default_factory=dict)
-    boot: str = ""
-
-    def __post_init__(self) -> None:
-        self.uncut_density = self.uncut_density or self.density  # logs and snapshots of before do not know it
-
-    def set_density(self, density: float) -> None:
-        """It was raised, or round times have decided; what the memory has cut off is still to come."""
-        cut = density >= self.memory_density
-        self.density, self.uncut_density = density, max(density, self.uncut_density) if cut else density
-
-    def cut_to_memory(self) -> None:
-        """Another start may have other memory. Where it holds no level at all the density stays: there is no work for it."""
-        if self.memory_density > 0.0:
-            self.density = min(self.uncut_density, self.memory_density)
-        self.bound_by = "memory" if self.memory_density < self.uncut_density else self.uncut_by
 
 
 @dataclass
@@ -243,7 +187,7 @@ def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
     known.uplink_bps, known.boot = entry.uplink_bps, entry.boot
     known.step_s, known.memory_density = entry.step_s, entry.memory_density
     known.cut_to_memory()
-    known.rejections = 0
+    known.rejections, known.declined = 0, False
     if known.install != entry.install:
         known.install, known.last_sequence = entry.install, -1
 
@@ -296,6 +240,7 @@ def _released(ledger: Ledger, entry: records.Released, _: Payload) -> None:
     device = ledger.devices[entry.device]
     device.lease = None
     device.rejections += entry.blame
+    device.declined |= entry.declined
 
 
 def _aggregated(ledger: Ledger, entry: records.Aggregated, _: Payload) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow.examples import Examples
 from regrow.parameters import Layout
 
 Batch = tuple[NDArray[Any], NDArray[Any]]
@@ -55,6 +56,8 @@ class Training(Protocol):
 
     @property
     def layout(self) -> Layout: ...
+
+    def examples(self, *, masked: bool) -> Examples: ...
 
     def train(
         self, vector: NDArray[np.float32], kept: NDArray[np.bool_] | None, batches: Iterable[Batch], learning_rate: float

@@ -198,10 +198,11 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class TrainingFailed:
-    """It could not be trained here, and why."""
+    """It could not be trained here, and why. declined: no other job could either, until what is wrong on this side has changed."""
 
     number: int
     reason: str
+    declined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ import numpy as np
 
 from regrow import density, records, restoration, values, wire
 from regrow.broadcast import chunk_bytes
-from regrow.ledger import Device, Ledger
+from regrow.ledger import Ledger
 from regrow.levels import densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
+from regrow.member import Device
 from regrow.order import importance
 from regrow.precision import update_dtype
 from regrow.publication import CodedOrder, number_of, version_of
@@ -165,9 +166,9 @@ class Planner:
     def _restore(self, elapsed_s: float, scores: dict[float, float], global_score: float | None) -> None:
         ledger, task = self._ledger, self._ledger.task
         planned = task.restoration.planned_s
-        # Without restoration nobody is raised, and no counter of anybody needs to be kept.
+        # Without restoration nobody is raised, and no counter of anybody needs to be kept. Who is excluded has left until another start.
         raisable = ledger.devices.items() if task.restoration.trigger != "none" else ()
-        before = {who: device.density for who, device in raisable}
+        before = {who: device.density for who, device in raisable if not self._coordinator.roster.excluded(device)}
         progress = elapsed_s / planned if planned else 0.0
         config = restoration_config(task)
         rounds = ((who, density.mean_round_s(ledger.devices[who].full_round_s)) for who in before)

@@ -10,6 +10,7 @@ from regrow.machine import DataChanged, Note, Publish
 HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
 COMPLAINT_S = 300.0  # a device that could not do its last work and got no other, or has none at all, says so this often
+TRY_AGAIN = "repair the data or the settings and start the agent again; only data that a source appends meanwhile are tried without"
 LEADER_SILENT_S = 60.0  # a leader beats every two seconds; after this long it may be gone, and another may not know of us
 
 
@@ -90,9 +91,9 @@ class Presence:
         self.identity = replace(self.identity, boot=data.boot, examples=data.examples, validation_examples=data.validation_examples)
         return self.identity
 
-    def in_trouble(self, reason: str, now: float) -> None:
-        """An assignment could not be done and another will not help: what is wrong is here."""
-        self.trouble, self._complaint_s = reason, now + COMPLAINT_S
+    def in_trouble(self, reason: str, now: float, *, once: bool) -> None:
+        """An assignment could not be done and another will not help: what is wrong is here. once: no complaints follow."""
+        self.trouble, self._complaint_s = reason, float("inf") if once else now + COMPLAINT_S
 
     def complaints(self, now: float) -> list[Note]:
         """What a device that waits for work says now and then: of its trouble, or else of what may keep it waiting."""
@@ -102,8 +103,7 @@ class Presence:
         if not self.trouble:
             why = "too few devices are there, or this one was declined for its memory: the gateway's log says so"
             return [Note("no work yet", {"memory_bytes": self.identity.memory_bytes, "reason": why})]
-        cure = "repair the data or the settings and start the agent again; only data that a source appends meanwhile are tried without"
-        return [Note("without work", {"reason": self.trouble, "cure": cure})]
+        return [Note("without work", {"reason": self.trouble, "cure": TRY_AGAIN})]
 
     def hello_soon(self, now: float) -> None:
         """There is another task, or none any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from regrow import wire
-from regrow.ledger import Device
+from regrow.member import Device
 from regrow.uploads import Assembly
 
 

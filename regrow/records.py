@@ -95,11 +95,13 @@ class Rejected(Entry, frozen=True, kw_only=True):
 
 
 class Released(Entry, frozen=True, kw_only=True):
-    """A lease ended without an update: expired, or the device gave up. `blame` as in Rejected."""
+    """A lease ended without an update: expired, or the device gave up. `blame` as in Rejected; `declined`: it can train nothing of this
+    task until it starts anew."""
 
     device: str
     reason: str
     blame: bool = False
+    declined: bool = False
 
 
 class Aggregated(Entry, frozen=True, kw_only=True):

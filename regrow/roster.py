@@ -14,7 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from regrow import density, records
-from regrow.ledger import Device, Ledger
+from regrow.ledger import Ledger
+from regrow.member import Device
 from regrow.scoreboard import Scoreboard
 
 HEARTBEATS = 3
@@ -244,8 +245,8 @@ class Roster:
         return who in self._heard_s
 
     def excluded(self, device: Device) -> bool:
-        """Too many bad updates in a row, or a memory that holds no level: no more work until the device starts anew."""
-        return device.rejections >= self._ledger.task.fleet.max_rejections or device.memory_density == 0.0
+        """Too many bad updates in a row, data that it cannot train on, or a memory that holds no level: no work until it starts anew."""
+        return device.declined or device.rejections >= self._ledger.task.fleet.max_rejections or device.memory_density == 0.0
 
     def fastest_class(self) -> int:
         """How many live devices are in the class with the highest first density: K of the `fastest` trigger."""

@@ -197,6 +197,10 @@ class Pending(msgspec.Struct, frozen=True, array_like=True):
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNKS)]
 
 
+DECLINED = "declined"
+"""Telemetry.phase of a device that can train nothing of this task, so that another assignment would be in vain."""
+
+
 class Telemetry(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Device -> coordinator: heartbeat, phase, meters. With `pending` it asks for that update's receipt."""
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow.errors import LocalError
+from regrow.examples import Examples, check_labels, check_tokens
 
 TRAIN, VALIDATION = 0, 1
 _BY_RULE = -1
@@ -30,13 +31,14 @@ _TOKENS = ("int32", "int64")
 class DataSource:
     """Samples of one shape and dtype; every method may be called from any thread."""
 
-    def __init__(self, capacity: int, validation_fraction: float = 0.2, gap: int = 0) -> None:
+    def __init__(self, capacity: int, validation_fraction: float = 0.2, gap: int = 0, name: str = "the data") -> None:
         """An empty source.
 
         Args:
             capacity: samples kept, >= 1; beyond it the oldest make room.
             validation_fraction: share of each group, by time, that is validation; 0 <= fraction < 1.
             gap: samples of each group between training and validation that are used for neither, >= 0.
+            name: where they come from, for errors.
         """
         if capacity < 1 or not 0.0 <= validation_fraction < 1.0 or gap < 0:
             raise LocalError(
@@ -45,6 +47,7 @@ class DataSource:
         self.capacity = capacity
         self.validation_fraction = validation_fraction
         self.gap = gap
+        self._name = name
         self._mutex = threading.Lock()
         self._x: NDArray[Any] | None = None
         self._y: NDArray[Any] = np.zeros(capacity, np.int64)  # replaced by the first samples' kind
@@ -159,6 +162,31 @@ class DataSource:
     def __len__(self) -> int:
         with self._mutex:
             return self._next - self._oldest
+
+    def check(self, form: Examples, since: int = 0) -> int:
+        """Look at all samples from number `since` on, validation too; returns the number of the next to come.
+
+        Args:
+            form: what the task takes.
+            since: samples before it are known to fit.
+
+        Raises:
+            LocalError: they do not fit; it names the data, the row (samples count from 0 as they came), the value and what may be there.
+        """
+        with self._mutex:
+            first = max(since, self._oldest)
+            if self._x is None or first >= self._next:
+                return self._next
+            slots = np.arange(first, self._next) % self.capacity
+            try:
+                form.check(given_out(self._x[slots[:1]]), self._y[slots[:1]], first=first)
+                if form.y_dtype is not None:
+                    check_labels(self._y[slots], form.classes, first)
+                if form.tokens:
+                    check_tokens(self._x[slots], form.tokens, first)
+            except LocalError as error:
+                raise LocalError(f"{self._name}: {error}") from error
+            return self._next
 
     @property
     def appended(self) -> int:

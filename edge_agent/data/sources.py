@@ -69,7 +69,7 @@ def open_source(
     """
     kind, colon, rest = spec.partition(":")
     if kind == "entry" and colon:
-        source = DataSource(capacity or 10_000, validation_fraction, gap)
+        source = DataSource(capacity or 10_000, validation_fraction, gap, spec)
         _entry_point(rest)(source)
         return source
     place, _, query = rest.partition("?")
@@ -81,7 +81,7 @@ def open_source(
         raise LocalError(f"data {spec!r} is none of FILE.npz, idx:, csv:, images:, entry:")
     if not len(samples.y):
         raise LocalError(f"{spec} holds no samples")
-    source = DataSource(capacity or len(samples.y), validation_fraction, gap)
+    source = DataSource(capacity or len(samples.y), validation_fraction, gap, spec)
     try:
         source.append(samples.x, samples.y, samples.group, samples.part)
     except LocalError as error:

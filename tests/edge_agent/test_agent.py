@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.agent import IDENTITY, TUNING, UPLINK, Agent, Bundle, Tuned
+from edge_agent.agent import ANEW_S, IDENTITY, TUNING, UPLINK, Agent, Bundle, Tuned
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
 from edge_agent.tuning import Tuning
@@ -155,16 +155,27 @@ def test_samples_that_come_after_a_failure_are_another_start(folder: StateFolder
     one = agent(folder, data)
     job = Train(1, 0, {}, np.zeros(1, np.float32), np.zeros(1, np.uint32), 1, {}, steps=1, batch=1, learning_rate=0.1, seed=1)
     one._perform([job])
+    more = (np.zeros((2, 64), np.float32), np.zeros(2, np.int64))
     boot = one.device.identity.boot
-    one._perform([Note("without work", {"reason": "x"})])
+    one.device._presence.in_trouble("x", 0.0, once=True)
+    one._start_anew(100.0)
     assert one.device.identity.boot == boot, "the same data would only fail again"
-    data.append(np.zeros((2, 64), np.float32), np.zeros(2, np.int64), part=np.zeros(2, np.int64))
-    one._perform([Note("without work", {"reason": "x"})])
+    data.append(*more, part=np.zeros(2, np.int64))
+    one._start_anew(100.0)
     again = one.device.identity
     assert again.boot != boot
     assert again.examples == data.training_size
-    one._perform([Note("without work", {"reason": "x"})])
+    one._start_anew(100.0)
     assert one.device.identity is again
+    data.append(*more)
+    one._start_anew(100.0 + ANEW_S - 1)
+    assert one.device.identity is again, "a source that appends all the time is not tried all the time"
+    one._start_anew(100.0 + ANEW_S)
+    assert one.device.identity.boot != again.boot
+    one.device._presence.trouble = ""
+    data.append(*more)
+    one._start_anew(300.0)
+    assert len({boot, again.boot, one.device.identity.boot}) == 3, "what can be trained on is no other start"
     end(one)
 
 

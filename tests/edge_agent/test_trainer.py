@@ -78,8 +78,8 @@ X, Y = examples(4)
         (X[:0], Y[:0], "at least one example"),
         (X, Y.astype(np.int32), r"y: expected int64 \[4\].*got int32 \[4\]"),
         (X, Y[:3], r"y: expected int64 \[4\].*got int64 \[3\]"),
-        (X, Y - 10, "labels from 0 to 9"),
-        (X, Y + 10, "labels from 0 to 9"),
+        (X, Y - 10, r"row 0 .*label -?\d+, but the task.s labels are 0 to 9"),
+        (X, Y + 10, r"row 0 .*label -?\d+, but the task.s labels are 0 to 9"),
     ],
 )
 def test_data_that_does_not_fit_is_our_fault(x: Any, y: Any, message: str) -> None:

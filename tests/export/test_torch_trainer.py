@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused_as_by_the_device_s_trainer() -> None:
         ("kept", (vector, np.ones(3, np.bool_), [(x, y)], 0.1)),
         ("x: expected float32 .batch, 64.", (vector, None, [(x[:, :3], y)], 0.1)),
         ("at least one example", (vector, None, [(x[:0], y[:0])], 0.1)),
-        ("labels from 0 to 9, got 0 to 10", (vector, None, [(x, np.array([0, 10, 1]))], 0.1)),
+        ("label 10, but the task.s labels are 0 to 9", (vector, None, [(x, np.array([0, 10, 1]))], 0.1)),
         ("y: expected int64", (vector, None, [(x, y[:2])], 0.1)),
         ("no batches", (vector, None, [], 0.1)),
     ]
