@@ -34,6 +34,20 @@ def test_declined_devices_are_counted_until_they_take_part() -> None:
     assert picture.count("too little memory") == 1
 
 
+def test_a_device_whose_data_do_not_fit_is_said_to_decline_and_why() -> None:
+    view = FleetView("watch")
+    view.note(Note("declined", {"device": "d0", "needs_bytes": 4000, "memory_bytes": 399}))
+    view.note(Note("declined", {"device": "d2", "reason": "d2.npz: row 17 (the first is 0): label 12, but the task's labels are 0 to 6"}))
+    view.note(Note("telemetry", {"device": "d2", "phase": "waiting"}))
+    picture = shown(view)
+    assert "1 declined for memory  ·  1 declined for data" in picture.splitlines()[0]
+    assert picture.count("cannot train") == 1
+    assert "d2 declined: d2.npz: row 17 (the first is 0): label 12" in picture
+    view.note(Note("assigned", {"device": "d2", "version": 3, "density": 0.5}))
+    assert "declined for data" not in shown(view)
+    assert "cannot train" not in shown(view)
+
+
 def test_what_became_of_a_promoted_model_is_an_event() -> None:
     view = FleetView("watch")
     view.note(Note("promotion", {"device": "d1", "promotion": 3, "outcome": "kept", "said": "kept; accuracy 0.750", "accuracy": 0.75}))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_agent.data import DataSource, open_source, sources
 from regrow.errors import LocalError
+from regrow.examples import Examples
 
 
 def numbered(start: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -460,3 +461,37 @@ def test_negative_tokens_are_refused_with_their_place() -> None:
     source = DataSource(4)
     with pytest.raises(LocalError, match=r"x\[1, 2\] is -3: tokens count from 0"):
         source.append(np.array([[0, 1, 2], [3, 4, -3]]), np.zeros(2, np.int64))
+
+
+# ---- against a task ------------------------------------------------------------------------------------------------------------------
+
+
+def test_all_samples_are_looked_at_once_and_the_row_is_named(tmp_path: Path) -> None:
+    x, y = np.zeros((50, 3), np.float32), np.zeros(50, np.int64)
+    y[37] = 7
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    form = Examples("float32", (3,), classes=5)
+    data = open_source(str(tmp_path / "d.npz"))
+    with pytest.raises(LocalError, match=r"d\.npz: row 37 \(the first is 0\): label 7, but the task's labels are 0 to 4"):
+        data.check(form)
+    assert data.check(form, 38) == 50, "what is known to fit is not looked at again"
+    with pytest.raises(LocalError, match=r"d\.npz: x: expected float32 \[batch, 4\]"):
+        data.check(Examples("float32", (4,), classes=10))
+    with pytest.raises(LocalError, match=r"d\.npz: y: expected float32 \[1, 2\].*whole numbers are class labels.*cross_entropy"):
+        data.check(Examples("float32", (3,), "float32", (2,)))
+    assert data.check(Examples("float32", (3,), None)) == 50, "an autoencoder looks at no labels"
+    newest = open_source(str(tmp_path / "d.npz"), 20)
+    with pytest.raises(LocalError, match="row 37"):
+        newest.check(form)
+    assert open_source(str(tmp_path / "d.npz"), 10).check(form) == 50, "the wrong one is no longer kept"
+
+
+def test_tokens_are_looked_at_too(tmp_path: Path) -> None:
+    x = np.zeros((20, 4), np.int64)
+    x[11, 2] = 90
+    np.savez(tmp_path / "t.npz", x=x, y=np.zeros(20, np.int64))
+    data = open_source(str(tmp_path / "t.npz"))
+    with pytest.raises(LocalError, match=r"t\.npz: row 11 \(the first is 0\): token 90, but the model's tokens are 0 to 89"):
+        data.check(Examples("int64", (4,), classes=2, tokens=90))
+    assert data.check(Examples("int64", (4,), classes=2, tokens=91)) == 20
+    assert DataSource(5).check(Examples("float32", (3,))) == 0, "nothing has come yet"

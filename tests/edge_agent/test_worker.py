@@ -133,6 +133,29 @@ def test_data_that_does_not_fit_the_model_is_told(results: Results, job: Train, 
     worker.close()
 
 
+def test_a_label_out_of_range_is_found_before_a_step_and_other_samples_are_looked_at_when_they_come(results: Results, job: Train) -> None:
+    data = source(rows=60)
+    data.append(np.zeros((1, 64), np.float32), np.array([10]))
+    worker = Worker(data, results.queue.put)
+    failed = results.of(worker, job)
+    assert failed == TrainingFailed(
+        3, "the data: row 60 (the first is 0): label 10, but the task's labels are 0 to 9", declined=True
+    )  # where only some batches would have had it
+    data.append(np.zeros((60, 64), np.float32), np.zeros(60, np.int64))
+    trained(results.of(worker, job))
+    data.append(np.zeros((1, 64), np.float32), np.array([11]))
+    again = results.of(worker, job)
+    assert isinstance(again, TrainingFailed)
+    assert "label 11" in again.reason
+    worker.close()
+
+
+def test_a_broken_program_is_no_reason_to_decline(worker: Worker, results: Results, job: Train) -> None:
+    failed = results.of(worker, replace(job, programs={**job.programs, "train": b"junk"}))
+    assert isinstance(failed, TrainingFailed)
+    assert not failed.declined
+
+
 def test_another_model_forgets_what_a_step_of_the_last_one_took(worker: Worker, results: Results, job: Train) -> None:
     trained(results.of(worker, job))
     assert worker.full_step_s is not None

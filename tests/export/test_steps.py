@@ -247,7 +247,7 @@ def test_outputs_of_any_shape_and_features_that_are_whole_numbers() -> None:
     trainer = Trainer(build_programs(flat, training=Training(loss="mse")))
     result = trainer.train(column[:, 0], None, [(x, x @ column[:, 0] + 1)], 0.1)
     assert result.loss == pytest.approx(1, rel=1e-5)
-    with pytest.raises(LocalError, match=r"y: expected float32 \[9\].*got int64 \[9\]; class labels"):
+    with pytest.raises(LocalError, match=r"y: expected float32 \[9\].*got int64 \[9\]; whole numbers are class labels"):
         trainer.train(column[:, 0], None, [(x, np.zeros(9, np.int64))], 0.1)
 
     nodes = [

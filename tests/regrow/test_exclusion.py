@@ -118,6 +118,58 @@ def test_other_data_are_tried_and_end_the_exclusion_and_the_complaints() -> None
     assert [note.fields["failed"] for _, _, note in world.notes if note.kind == "telemetry" and note.fields["device"] == "d2"][-1] == ""
 
 
+def _declines(attempts: list[str], name: str, job: Train) -> tuple[float, Trained | TrainingFailed]:
+    if name != "d2":
+        return fleet.train(name, job)
+    attempts.append(name)
+    return 0.001, TrainingFailed(job.number, "d2.npz: row 17 (the first is 0): label 12", declined=True)
+
+
+def test_a_device_whose_data_do_not_fit_declines_once_and_is_neither_restored_nor_waited_for() -> None:
+    attempts: list[str] = []
+    settings = fleet.task(
+        method={"name": "fedgmr", "refresh_every": 10}, restoration={"every": 2, "patience": 1}, stop={"aggregations": 150}
+    )
+    world = fleet.start(settings, trainer=partial(_declines, attempts))
+    world.run(20)
+    coordinator = world.clients[COORDINATOR].machine
+    assert isinstance(coordinator, Coordinator)
+    density = coordinator.ledger.devices["d2"].density
+    assert density < 1.0
+    world.run(2000, stop=lambda: COORDINATOR in world.finished)
+    assert world.finished[COORDINATOR] == "150 aggregations"
+    assert len(attempts) == 1
+    said = [(who, note.fields) for _, who, note in world.notes if note.kind == "declined"]
+    assert len(said) == 2, "once there, once here"
+    reasons = {who: fields["reason"] for who, fields in said}
+    assert reasons == dict.fromkeys(("d2", COORDINATOR), "d2.npz: row 17 (the first is 0): label 12")
+    assert not [note for _, who, note in world.notes if note.kind in ("without work", "gave up") and who == "d2"]
+    assert coordinator.ledger.restoration.rho_min > density, "others were restored"
+    assert coordinator.ledger.devices["d2"].density == density
+    assert "d2" not in coordinator.ledger.restoration.clients
+    assert not coordinator.roster.idle & {"d2"}
+
+
+def test_what_was_declined_is_tried_again_after_the_devices_next_start_and_only_then() -> None:
+    attempts: list[str] = []
+    settings = fleet.task(stop={"aggregations": 200})
+    world = fleet.start(settings, trainer=partial(_declines, attempts))
+    world.run(20)
+    world.kill(COORDINATOR)
+    again = checkpoint.load(settings, fleet.LAYOUT, *checkpoint.dump(fleet.recovered(world, settings, nonce=10).ledger))
+    world.add(COORDINATOR, Coordinator(again, "r1", fleet.PROGRAMS, 20))
+    world.run(world.now + 20)
+    assert len(attempts) == 1
+    assert again.devices["d2"].declined
+    device = world.clients["d2"].machine
+    assert isinstance(device, Device)
+    assert device.in_trouble
+    world._perform("d2", device.step(DataChanged(fleet.identity("d2", 1).boot, 7, 3), world.now))
+    world.run(world.now + 20)
+    assert len(attempts) == 2
+    assert len([note for _, who, note in world.notes if who == "d2" and note.kind == "declined"]) == 2
+
+
 def test_another_task_is_tried() -> None:
     """What was wrong with the data for one run says nothing about another."""
     attempts: list[str] = []
