@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -72,6 +73,12 @@ class Bundle:
     password: str
 
 
+class Companion(Protocol):
+    """A machine beside the device's, on the same link: it hears every event, and None about once a second for the time alone."""
+
+    def step(self, event: Event | None, now: float) -> Sequence[Effect]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """What to save of the worker's tuning."""
@@ -113,6 +120,7 @@ class Agent:
         local_head: train the last layer of promoted models here, for use here only.
         make: what trains.
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
+        companions: what else this process does for the device over the same link.
     """
 
     def __init__(
@@ -129,7 +137,9 @@ class Agent:
         local_head: bool = False,
         make: MakeTrainer = Trainer,
         tune: bool = False,
+        companions: Sequence[Companion] = (),
     ) -> None:
+        self._companions = companions
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
         self._meter = self._load_meter()
@@ -231,6 +241,7 @@ class Agent:
                 while not self._results.empty():
                     self._take_result(self._results.get())
                 self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
+                self._accompany(None)
                 if self._timer_s <= time.monotonic():
                     self._timer_s = float("inf")
                     self._step(Woken())
@@ -246,6 +257,11 @@ class Agent:
         self._tell_of_outages(event)
         self._step(event)
         self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
+        self._accompany(event)
+
+    def _accompany(self, event: Event | None) -> None:
+        for companion in self._companions:
+            self._perform(companion.step(event, time.monotonic()))
 
     def _take_result(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         if isinstance(result, Settled):
