@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from broker_server.herald import Herald
 from broker_server.store import Store
 from broker_server.transport import MqttBus
 from regrow import checkpoint
@@ -106,6 +105,13 @@ class Writer:
             self._on_event(Persisted(waiting[-1].id))
 
 
+class Companion(Protocol):
+    """A machine beside the coordinator's, on the same link: it hears every event; its effects are carried out like the others."""
+
+    def step(self, event: Event | None, now: float, *, leads: bool = True) -> Sequence[Effect]:
+        """leads: this process may speak for the task."""
+
+
 class Gateway:
     """Runs one coordinator until its run ends, another takes over, or it is stopped.
 
@@ -114,7 +120,7 @@ class Gateway:
         store: open for writing; closed by the caller.
         url, username, password: the broker.
         evaluate: scores prefixes on held-out data, on a thread of its own; needed when the task names such data.
-        herald: publishes the task's promoted models; None: somebody else does.
+        companions: what else this process says to devices, such as the herald of the task's promoted models.
     """
 
     def __init__(
@@ -126,7 +132,7 @@ class Gateway:
         username: str,
         password: str,
         evaluate: Callable[[Evaluate], Evaluated] | None = None,
-        herald: Herald | None = None,
+        companions: Sequence[Companion] = (),
     ) -> None:
         self.coordinator, self.store = coordinator, store
         self._on_note: Callable[[Note], None] = lambda _: None
@@ -135,7 +141,7 @@ class Gateway:
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
         self._writer = Writer(store, coordinator.ledger.task.store, self._events.put)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
-        self._evaluate, self._herald = evaluate, herald
+        self._evaluate, self._companions = evaluate, companions
         self._evaluating: threading.Thread | None = None
         self._outage = Outage()
         self._timer_s = float("inf")
@@ -167,8 +173,8 @@ class Gateway:
                     break
                 self._tell_of_outages(event)
                 self._perform(self.coordinator.step(event, time.monotonic()))
-                if self._herald is not None:
-                    self._perform(self._herald.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
+                for companion in self._companions:
+                    self._perform(companion.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
                 self._snapshot_if_due()
             self._snapshot()  # not after an error: the ledger may then be ahead of the log
         finally:

@@ -215,7 +215,10 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-        gateway = Gateway(coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate, herald=herald)
+        companions = () if herald is None else (herald,)
+        gateway = Gateway(
+            coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate, companions=companions
+        )
         reason = _serve(options, gateway, path, folder, link.keep)
         finish(store, path, folder, ledger)
         if reason and not ledger.finished:

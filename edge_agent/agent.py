@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -26,7 +27,7 @@ from edge_agent.uplink import UplinkMeter, packet_bytes
 from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.fetching import PART
 from regrow.machine import (
     Acknowledged,
@@ -73,6 +74,12 @@ class Bundle:
     password: str
 
 
+class Companion(Protocol):
+    """A machine beside the device's, on the same link: it hears every event, and None about once a second for the time alone."""
+
+    def step(self, event: Event | None, now: float) -> Sequence[Effect]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """What to save of the worker's tuning."""
@@ -90,12 +97,12 @@ def read_bundle(path: Path) -> Bundle:
         fields = json.loads(path.read_text())
         bundle = Bundle(fields["device"], fields["broker"], fields["password"])
     except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}; make it on the gateway with `regrow device add NAME`") from error
+        raise UsageError(f"{path}: {error.strerror}; make it on the gateway with `regrow device add NAME`") from error
     except (ValueError, KeyError, TypeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else "it is not JSON of that form"  # its content may be secret
-        raise LocalError(f"{path}: not a device bundle, {what}; make it with `regrow device add NAME`") from error
+        raise UsageError(f"{path}: not a device bundle, {what}; make it with `regrow device add NAME`") from error
     if not all(isinstance(value, str) for value in (bundle.device, bundle.broker, bundle.password)):
-        raise LocalError(f"{path}: device, broker and password must be strings; make it with `regrow device add NAME`")
+        raise UsageError(f"{path}: device, broker and password must be strings; make it with `regrow device add NAME`")
     topics.check_name(bundle.device, "device")
     return bundle
 
@@ -114,6 +121,7 @@ class Agent:
         local_head: train the last layer of promoted models here, for use here only.
         make: what trains.
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
+        companions: what else this process does for the device over the same link.
     """
 
     def __init__(
@@ -130,7 +138,9 @@ class Agent:
         local_head: bool = False,
         make: MakeTrainer = Trainer,
         tune: bool = False,
+        companions: Sequence[Companion] = (),
     ) -> None:
+        self._companions = companions
         self._folder, self._bundle, self._source = folder, bundle, source
         self._anew_s = 0.0
         self._tried = 0  # how many samples there were when the last job began
@@ -234,6 +244,7 @@ class Agent:
                     self._take_result(self._results.get())
                 self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
                 self._start_anew(time.monotonic())
+                self._accompany(None)
                 if self._timer_s <= time.monotonic():
                     self._timer_s = float("inf")
                     self._step(Woken())
@@ -249,6 +260,11 @@ class Agent:
         self._tell_of_outages(event)
         self._step(event)
         self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
+        self._accompany(event)
+
+    def _accompany(self, event: Event | None) -> None:
+        for companion in self._companions:
+            self._perform(companion.step(event, time.monotonic()))
 
     def _take_result(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         if isinstance(result, Settled):

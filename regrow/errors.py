@@ -2,6 +2,7 @@
 
 RegrowError
 ├── LocalError   we (this process, its configuration, its caller) did wrong
+│   └── UsageError   what was asked for is wrong
 └── PeerError    the other end, or bytes that claim to come from it, did wrong
 """
 
@@ -14,6 +15,10 @@ class RegrowError(Exception):
 
 class LocalError(RegrowError):
     """Our own side is wrong: an argument, a file, a configuration, an invariant."""
+
+
+class UsageError(LocalError):
+    """What was asked for is wrong: an option, an argument, or a file that configures; asked again it is wrong again. Exit status 2."""
 
 
 class PeerError(RegrowError):
