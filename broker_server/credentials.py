@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 COORDINATOR = "coordinator"
 DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -130,7 +130,7 @@ class Credentials:
         try:
             return self._devices[device]
         except KeyError:
-            raise LocalError(f"no device {device!r}; add it first") from None
+            raise UsageError(f"no device {device!r}; add it first") from None
 
     def add_device(self, device: str) -> str:
         """Give a device its password; returns it. A device that is there already keeps the one it has.
@@ -139,7 +139,7 @@ class Credentials:
             LocalError: the name is not [a-z0-9][a-z0-9-]{0,62}, or is the coordinator's.
         """
         if not DEVICE_NAME.fullmatch(device) or device == COORDINATOR:
-            raise LocalError(f"device name {device!r}: expected 1 to 63 of a-z, 0-9, -, not first a -, and not {COORDINATOR!r}")
+            raise UsageError(f"device name {device!r}: expected 1 to 63 of a-z, 0-9, -, not first a -, and not {COORDINATOR!r}")
         if device not in self._devices:
             self._devices[device] = secrets.token_urlsafe(32)
             self._save()
@@ -148,7 +148,7 @@ class Credentials:
     def remove_device(self, device: str) -> None:
         """Take a device's access away; takes effect with the broker's reload. Raises LocalError: no such device."""
         if device not in self._devices:
-            raise LocalError(f"no device {device!r}: `regrow device list` names those that there are")
+            raise UsageError(f"no device {device!r}: `regrow device list` names those that there are")
         del self._devices[device]
         self._save()
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from broker_server.store import Store
 from regrow import checkpoint, records
-from regrow.errors import LocalError, PeerError
+from regrow.errors import LocalError, PeerError, UsageError
 from regrow.ledger import Ledger
 from regrow.parameters import Layout
 from regrow.programs import MEMORY, UNITS, program_file, program_name
@@ -53,7 +53,7 @@ def read_task(folder: Path) -> Task:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         cure = "a task is a folder with task.toml and a forward ONNX model: `regrow task new` makes one"
-        raise LocalError(f"{file}: {error}; {cure}") from error
+        raise UsageError(f"{file}: {error}; {cure}") from error
     return parse_task(text, str(file))
 
 
@@ -98,7 +98,7 @@ def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Pat
     name = run_id or f"{source.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = runs / name
     if path.exists():
-        raise LocalError(f"{path} exists already: choose another --run name")
+        raise UsageError(f"{path} exists already: choose another --run name")
     try:
         temporary = runs / f".{name}.new"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -227,7 +227,7 @@ def rollback(path: Path, to_version: int | None = None) -> tuple[int, int]:
             older = [info for info in store.snapshots() if info.version == to_version]
         if not older:
             have = ", ".join(str(info.version) for info in store.snapshots()) or "none"
-            raise LocalError(f"{path}: no such snapshot; versions with one: {have}")
+            raise UsageError(f"{path}: no such snapshot; versions with one: {have}")
         chosen = older[-1]
         snapshot = store.load_snapshot(chosen.log_id)
         if snapshot is None:

@@ -34,7 +34,12 @@ def stop_at_signals(stop: Callable[[], None], ending: str) -> None:
         ending: what goes on after the first Ctrl-C, for the user: "writing the report".
     """
 
-    def interrupted(_number: int, _: FrameType | None) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        if callable(before):  # whoever counts them: what it raises comes with the second one
+            with suppress(KeyboardInterrupt):
+                before(number, frame)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not print: the signal may have come in the middle of one, and its stream cannot be entered twice.
         with suppress(OSError, ValueError):

@@ -20,7 +20,7 @@ from broker_server.runs import TaskFolder
 from cli.gateway import built
 from cli.scenario import check_out, say_replaced, spec_of
 from cli.simulate import journal_bytes
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from testbed.compare import Engine, Failure, in_processes, run_all
 from testbed.comparison import default_target, rows_of
 from testbed.grid import (
@@ -63,14 +63,14 @@ def compare(options: argparse.Namespace) -> int:
     folder = built(options.task)
     methods = list(dict.fromkeys(method for text in options.methods for method in text.split(",") if method))
     if not methods:
-        raise LocalError("--methods names none; give some, for example --methods fedgmr,fedasync")
-    say_replaced(folder)
+        raise UsageError("--methods names none; give some, for example --methods fedgmr,fedasync")
     _check_options(options, methods)
     base = spec_of(options)
     if options.engine == "local":
         check_trainer(base.trainer)
     variants = variants_of(methods, parse_choices(options.grid, "--grid"), parse_own(options.set_for))
     _check(folder, specs_of(base, variants, 1))
+    say_replaced(folder)
     session = _Session(console, folder, _engine(options))
     try:
         choices = _tuned(session, options, base, variants)
@@ -79,7 +79,7 @@ def compare(options: argparse.Namespace) -> int:
         results = _run(session, rows, options.out)
     except KeyboardInterrupt:
         console.print("stopped; what is finished stays, and the same command goes on with the rest")
-        return 130
+        raise
     outcomes = {row: runs for row, found in results.items() if (runs := [outcome for outcome in found if outcome is not None])}
     for failure in session.failures:
         print(f"regrow: failed: {failure}", file=sys.stderr)
@@ -97,14 +97,14 @@ def _check_options(options: argparse.Namespace, methods: Sequence[str]) -> None:
     """What can be told of the options before anything is run."""
     check_out(options.out)
     if options.reference not in (*methods, "fedgmr") and "[" not in options.reference:
-        raise LocalError(f"--reference {options.reference}: it is not among --methods {','.join(methods)}")
+        raise UsageError(f"--reference {options.reference}: it is not among --methods {','.join(methods)}")
     if options.target is not None and options.target > 1:
-        raise LocalError(f"--target {options.target:g}: an accuracy is at most 1")
+        raise UsageError(f"--target {options.target:g}: an accuracy is at most 1")
     if options.ray_address is not None and options.engine != "ray":
-        raise LocalError("--ray-address is for --engine ray; give both")
+        raise UsageError("--ray-address is for --engine ray; give both")
     for option, given in (("--tune-seconds", options.tune_seconds is not None), ("--tune-base", options.tune_base)):
         if given and not options.tune:
-            raise LocalError(f"{option} is for --tune; give both")
+            raise UsageError(f"{option} is for --tune; give both")
 
 
 def _tuned(session: _Session, options: argparse.Namespace, base: Spec, variants: Sequence[Variant]) -> dict[str, Choice]:
@@ -175,7 +175,7 @@ def _reference(wanted: str, variants: Sequence[Variant], outcomes: Mapping[str, 
     if wanted in outcomes:
         return wanted
     if "[" in wanted:
-        raise LocalError(f"--reference {wanted}: rows are {', '.join(outcomes)}")
+        raise UsageError(f"--reference {wanted}: rows are {', '.join(outcomes)}")
     rows = [variant.name for variant in variants if variant.method == wanted and variant.name in outcomes]
     return rows[0] if rows else next(iter(outcomes))
 

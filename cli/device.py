@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
 from edge_agent.agent import Agent, read_bundle
 from edge_agent.data.sources import open_source
@@ -14,7 +16,7 @@ from edge_agent.scan import scan_program
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
 from edge_agent.worker import MakeTrainer
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.local_training import Training
 
 SOFTWARE = "regrow"
@@ -24,11 +26,11 @@ def agent(options: argparse.Namespace) -> int:
     """Run a device until SIGINT or SIGTERM."""
     bundle = read_bundle(options.bundle)
     if not 0 <= options.validation < 1:
-        raise LocalError(f"--validation {options.validation}: at least 0 and below 1, for example 0.2")
+        raise UsageError(f"--validation {options.validation}: at least 0 and below 1, for example 0.2")
     if options.gap < 0:
-        raise LocalError(f"--gap {options.gap}: at least 0")
+        raise UsageError(f"--gap {options.gap}: at least 0")
     if options.capacity is not None and options.capacity < 1:
-        raise LocalError(f"--capacity {options.capacity}: at least 1")
+        raise UsageError(f"--capacity {options.capacity}: at least 1")
     make = trainer_of(options.trainer)
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
@@ -48,10 +50,22 @@ def agent(options: argparse.Namespace) -> int:
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
         print(f"{bundle.device}: {samples}; {offer}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: running.stop())
+        _stop_at_signals(running)
         running.run()
     return 0
+
+
+def _stop_at_signals(running: Agent) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        running.stop()
+        if callable(before):  # whoever counts them: the end is orderly
+            with suppress(KeyboardInterrupt):
+                before(number, frame)
+
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, lambda *_: running.stop())
 
 
 def trainer_of(name: str) -> MakeTrainer:

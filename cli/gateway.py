@@ -35,7 +35,7 @@ from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, model_from, save_model
 from regrow.broker_url import parse_broker_url
 from regrow.coordinator import Coordinator
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
 from regrow.local_training import statistics_from
@@ -67,7 +67,7 @@ def task_new(options: argparse.Namespace) -> int:
     folder: Path = options.folder
     name = check_name(folder.resolve().name, "task")
     if (folder / "task.toml").exists():
-        raise LocalError(f"{folder / 'task.toml'} exists already; edit it instead")
+        raise UsageError(f"{folder / 'task.toml'} exists already; edit it instead")
     model, was_there = options.model, folder.exists()
     made = not model.is_file()
     if made:
@@ -149,13 +149,13 @@ def _what_to_serve(options: argparse.Namespace) -> tuple[TaskFolder, Path | None
     """(the built task, the run to go on with)."""
     if (options.task / "log.sqlite").is_file():
         if options.new_run or options.run:
-            raise LocalError(f"{options.task} is a run to go on with: --run and --new-run need the task folder")
+            raise UsageError(f"{options.task} is a run to go on with: --run and --new-run need the task folder")
         return _unlocked(options.task)
     task = read_task(options.task)
     if options.run is not None:
         check_name(options.run, "run")
         if (options.runs / options.run).exists():
-            raise LocalError(f"{options.runs / options.run} exists already: go on with it by `regrow serve {options.runs / options.run}`")
+            raise UsageError(f"{options.runs / options.run} exists already: go on with it by `regrow serve {options.runs / options.run}`")
     unfinished = None if options.new_run or options.run else newest_unfinished(options.runs, task.name)
     if unfinished is not None:
         changed = (unfinished / "task" / "task.toml").read_bytes() != (options.task / "task.toml").read_bytes()
@@ -188,12 +188,12 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     if url:
         address = parse_broker_url(url)
         if not address.username:
-            raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
+            raise UsageError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
         if not resuming:  # a run that is there waits for its broker
             check_broker(url, address.username, address.password or "")
         return Link(url, address.username, address.password or "")
     if not 0 <= options.port <= 65535:
-        raise LocalError(f"--port {options.port}: 1 to 65535, or 0 for a free one")
+        raise UsageError(f"--port {options.port}: 1 to 65535, or 0 for a free one")
     credentials = Credentials(home)
     kind = None if options.broker_kind == "auto" else options.broker_kind
     broker = Broker(home, credentials, host=options.host, port=options.port, kind=kind)
@@ -236,7 +236,7 @@ def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
     """Scores prefixes on the held-out data; a model with batch normalisation with running statistics from the same examples."""
     own = held_out(folder)
     if own is None:
-        raise LocalError("data at $.evaluation: name held-out data to score the model with")
+        raise UsageError("data at $.evaluation: name held-out data to score the model with")
     _, x, y = own
     trainer = Trainer(folder.programs)
     # Data that does not fit the model is refused before the run begins.
@@ -346,7 +346,7 @@ def runs(options: argparse.Namespace) -> int:
 def check_run(path: Path) -> None:
     """Raises LocalError: the folder holds no run."""
     if not (path / "log.sqlite").is_file():
-        raise LocalError(f"{path} holds no run: `regrow runs` lists them")
+        raise UsageError(f"{path} holds no run: `regrow runs` lists them")
 
 
 def rollback(options: argparse.Namespace) -> int:

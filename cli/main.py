@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
 
-from regrow.errors import RegrowError
+TYPE_CHECKING = False  # typing is imported by nobody but type checkers: Ctrl-C is not heeded before `main` has begun
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
 
-INTERRUPTED = 130
+OURS = ("regrow", "edge_agent", "broker_server", "export", "testbed", "cli")
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+"""Exit status of every command: 0 done; 1 something failed at work, and one line says what; 2 what was asked for is wrong: an option, an
+argument, a configuration file (UsageError, or argparse); 130 after Ctrl-C, however orderly the end."""
 # In the order of --help. A module has `add_parser(commands)` and is imported when its command is asked for; it imports no room itself.
 COMMANDS = {
     "demo": "cli.commands.demo",
@@ -31,38 +33,93 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 an error that one line explains, 130 interrupted."""
-    words = sys.argv[1:] if arguments is None else arguments
+    """Run one command; returns its exit status, by the one rule above.
+
+    Ctrl-C counts from the first moment, also where what runs takes it for an error of its own, or for none.
+    """
+    pressed: list[int] = []
+    try:
+        _heed_ctrl_c(pressed)
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+        return INTERRUPTED if pressed else status
+    except KeyboardInterrupt:
+        pressed.append(0)
+    except Exception as error:
+        if not pressed:
+            known = _told(error)
+            if known is None:
+                raise
+            return known
+    print("regrow: interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _heed_ctrl_c(pressed: list[int]) -> None:
+    """Note every Ctrl-C in `pressed` and raise KeyboardInterrupt; once more where nothing can be raised (destructors, callbacks of C)."""
+    import _thread
+    import signal
+    import time
+
+    def press(number: int, _: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    def press_later() -> None:
+        time.sleep(0.05)
+        _thread.interrupt_main()
+
+    def unraisable(what: sys.UnraisableHookArgs) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            _thread.start_new_thread(press_later, ())  # here it would be lost again
+        else:
+            sys.__unraisablehook__(what)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a caller has one of its own, or it is ignored
+        try:
+            signal.signal(signal.SIGINT, press)
+        except ValueError:  # not the main thread, where signals never come
+            return
+        sys.unraisablehook = unraisable
+
+
+def _run(words: Sequence[str]) -> int:
+    import logging
+    from importlib import import_module
+
     options = parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO if options.log else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    try:
-        module, function = options.command.split(":")
-        command: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
-        return command(options)
-    except RegrowError as error:
-        print(f"regrow: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in ("regrow", "edge_agent", "broker_server", "export", "testbed", "cli"):
-            raise
-        print(f"regrow: this command needs {error.name}: pip install 'regrow[server]' on the gateway", file=sys.stderr)
-        return 1
-    except OSError as error:
+    module, function = options.command.split(":")
+    command: Callable[[argparse.Namespace], int] = getattr(import_module(module), function)
+    return command(options)
+
+
+def _told(error: Exception) -> int | None:
+    """The status of what a command raised, after one line that explains it; None for what nobody meant to raise."""
+    import logging
+
+    from regrow.errors import RegrowError, UsageError
+
+    if isinstance(error, RegrowError):
+        said = str(error)
+    elif isinstance(error, ModuleNotFoundError) and error.name is not None and error.name.split(".")[0] not in OURS:
+        said = f"this command needs {error.name}: pip install 'regrow[server]' on the gateway"
+    elif isinstance(error, OSError):
         logging.getLogger(__name__).debug("%r", error, exc_info=True)
-        print(
-            f"regrow: {error.filename or 'this machine'}: {error.strerror or error}; check the path, its owner and the disk",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        said = f"{error.filename or 'this machine'}: {error.strerror or error}; check the path, its owner and the disk"
+    else:
+        return None
+    print(f"regrow: {said}", file=sys.stderr)
+    return MISUSED if isinstance(error, UsageError) else FAILED
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of one command, or of all of them where it is none of them; docs/cli.md is generated from that one."""
+    import argparse
+    from importlib import import_module
+
     top = argparse.ArgumentParser(
         prog="regrow",
         description="Federated learning for uneven edge fleets. Start with `regrow demo`; then docs/bring-your-own.md.",

@@ -25,7 +25,7 @@ from edge_agent.memory import spare_bytes
 from export.check import held_by, layers_kept, levels_of, operators, problems_of, step_costs, trainable_operators
 from export.programs import initial_vector
 from export.task import model_from, programs_of
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.levels import densities_of, next_order, unit_densities_of
 from regrow.local_step import step_of
 from regrow.order import Order, importance
@@ -64,7 +64,7 @@ def model_check(options: argparse.Namespace) -> int:
     batches = [int(value) for value in parse_numbers(options.batch, "--batch", 1, 100_000)]
     uplinks_bps = parse_numbers(options.uplink, "--uplink", 1.0, 1e12)
     if options.steps < 0:
-        raise LocalError(f"--steps {options.steps}: how many steps to run, 0 for none")
+        raise UsageError(f"--steps {options.steps}: how many steps to run, 0 for none")
     subject = _subject(options)
     model = subject.model
     report: dict[str, Any] = {"model": subject.name, "operators": operators(model), "ir_version": model.ir_version}
@@ -114,17 +114,17 @@ def _subject(options: argparse.Namespace) -> _Subject:
     asked = {key: value for key in STEP_OPTIONS if (value := getattr(options, key)) is not None}
     if options.run is None and options.task is None:
         if options.file is None:
-            raise LocalError("say which model: FILE, or --task TASK, or --run RUN")
+            raise UsageError("say which model: FILE, or --task TASK, or --run RUN")
         densities = parse_densities(options.density) if options.density else list(Method().ladder)
         ladder = tuple(densities) if densities[-1] == 1.0 else (*densities, 1.0)
         tables = {"name": "check", "method": {"ladder": ladder, "granularity": options.granularity or "weight"}, "training": asked}
         return _Subject(options.file, model_from(options.file), task_from_tables(tables, "options"))
     if options.run is not None and options.task is not None:
-        raise LocalError("--run has a task of its own: leave --task out")
+        raise UsageError("--run has a task of its own: leave --task out")
     named = "--run" if options.run is not None else "--task"
     if options.density or options.granularity or asked:
         words = ["--" + key.replace("_", "-") for key in ("density", "granularity", *STEP_OPTIONS) if getattr(options, key) is not None]
-        raise LocalError(f"{named} says densities, granularity and training itself: leave {', '.join(words)} out")
+        raise UsageError(f"{named} says densities, granularity and training itself: leave {', '.join(words)} out")
     run = None if options.run is None else find_run(options.run, options.runs)
     folder = options.task if run is None else run / "task"
     task = read_task(folder)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 ROW_INCHES = 0.28
 
@@ -44,6 +44,6 @@ def draw(report: dict[str, Any], densities: Sequence[float], path: Path) -> None
     try:
         figure.savefig(path, dpi=130)
     except ValueError as error:
-        raise LocalError(f"--picture {path}: {error}; name a file that ends in .png") from error
+        raise UsageError(f"--picture {path}: {error}; name a file that ends in .png") from error
     finally:
         plt.close(figure)

@@ -21,7 +21,7 @@ from cli.deployable import WITHOUT_DATA, Sample, has_statistics, held_out, netwo
 from cli.model_text import export_table, markdown, show
 from cli.predict import samples
 from export.inference import QUANTIZATIONS, Examples, Exported, Request, latencies_ms, write_forms
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 from regrow.ledger import Ledger
 from regrow.levels import densities_of
 from regrow.local_step import Step, step_of
@@ -39,7 +39,7 @@ def export_run(options: argparse.Namespace) -> int:
     run = find_run(options.run, options.runs)
     forms = _choices(options.quantize, QUANTIZATIONS, "--quantize")
     if "int8" in forms and options.calibrate is None:
-        raise LocalError("--quantize int8 needs data to find the range of every activation: give --calibrate FILE.npz, data from a device")
+        raise UsageError("--quantize int8 needs data to find the range of every activation: give --calibrate FILE.npz, data from a device")
     folder = load_task(run / "task")
     with Store.open(run, read_only=True) as store:
         ledger = recover(store, folder)
@@ -81,7 +81,7 @@ def _data(options: argparse.Namespace, step: Step, own: Examples | None) -> _Dat
     calibration = None if options.calibrate is None else Examples(options.calibrate, *samples(options.calibrate))
     named = None if options.data is None else Examples(options.data, *samples(options.data))
     if named is not None and named.y is None and step.target == "y":
-        raise LocalError(f"--data {options.data}: it has no targets to score with; give x and y, or leave --data out")
+        raise UsageError(f"--data {options.data}: it has no targets to score with; give x and y, or leave --data out")
     first = calibration or own or named
     return _Data(named or own, calibration, None if first is None else Sample(first.name, first.x), own is not None)
 
@@ -156,7 +156,7 @@ def _levels(text: str | None, densities: Sequence[float]) -> list[int]:
     unknown = [density for density in asked if not any(abs(density - known) < 1e-9 for known in densities)]
     if unknown:
         has = ", ".join(f"{density:g}" for density in densities)
-        raise LocalError(f"--density {unknown[0]:g}: the run has no such level, its own are {has}")
+        raise UsageError(f"--density {unknown[0]:g}: the run has no such level, its own are {has}")
     return [level for level, known in enumerate(densities) if known == 1.0 or any(abs(known - density) < 1e-9 for density in asked)]
 
 
@@ -185,7 +185,7 @@ def find_run(run: Path, runs: Path) -> Path:
     for folder in (run, runs / run):
         if (folder / "log.sqlite").is_file():
             return folder
-    raise LocalError(
+    raise UsageError(
         f"{run}: neither the folder of a run nor the name of one in {runs}; `regrow runs` lists them (simulated runs keep no model)"
     )
 
@@ -198,7 +198,7 @@ def _choices(text: str, known: Sequence[Any], option: str) -> list[Any]:
     chosen = list(dict.fromkeys(text.split(",")))
     for name in chosen:
         if name not in known:
-            raise LocalError(f"{option} {name!r}: {', '.join(known)}, or several with commas between")
+            raise UsageError(f"{option} {name!r}: {', '.join(known)}, or several with commas between")
     return chosen
 
 
@@ -216,6 +216,6 @@ def parse_numbers(text: str, option: str, least: float, most: float) -> list[flo
         except ValueError:
             number = float("nan")
         if not least <= number <= most or (option == "--batch" and number != int(number)):
-            raise LocalError(f"{option}: {part!r} is not a number from {least:g} to {most:g}; several have commas between")
+            raise UsageError(f"{option}: {part!r} is not a number from {least:g} to {most:g}; several have commas between")
         numbers.append(number)
     return list(dict.fromkeys(numbers))

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from edge_agent.agent import read_bundle
 from edge_agent.data.source import DataSource
-from edge_agent.data.sources import open_source
+from edge_agent.data.sources import check_named, open_source
 from edge_agent.inference import Inference
 from edge_agent.model_folder import ModelFolder, Placed
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.local_step import Step
 from regrow.scoring import score_name, score_outputs
 
@@ -25,7 +25,7 @@ from regrow.scoring import score_name, score_outputs
 def predict(options: argparse.Namespace) -> int:
     """Print or write what the model says of every example."""
     if options.out is not None and options.out.suffix not in (".npz", ".csv"):
-        raise LocalError(f"--out {options.out}: name a file that ends in .npz or .csv")
+        raise UsageError(f"--out {options.out}: name a file that ends in .npz or .csv")
     placed = _placed(_state(options.state), options.task)
     head = {} if options.no_head else placed.head()
     x, y = samples(options.data)
@@ -51,14 +51,14 @@ def _state(path: Path) -> Path:
     for folder in (Path(name), path.parent / name):
         if folder.is_dir():
             return folder
-    raise LocalError(f"{path}: there is no {name} here or beside it; name the folder that the agent was given with --state")
+    raise UsageError(f"{path}: there is no {name} here or beside it; name the folder that the agent was given with --state")
 
 
 def _placed(state: Path, task: str | None) -> Placed:
     folders = ModelFolder.all(state)
     there = {name: placed for name, folder in folders.items() if (placed := folder.current()) is not None}
     if task is None and len(there) > 1:
-        raise LocalError(f"{state} holds models of {', '.join(there)}: say which with --task")
+        raise UsageError(f"{state} holds models of {', '.join(there)}: say which with --task")
     chosen = there.get(task or next(iter(there), ""))
     if chosen is None:
         which = f" of {task}" if task else ""
@@ -67,7 +67,7 @@ def _placed(state: Path, task: str | None) -> Placed:
             raise LocalError(
                 f"{state}: the promoted model{which} is damaged: start the agent, which takes the one before it or fetches anew"
             )
-        raise LocalError(f"{state} holds no promoted model{which}: `regrow promote RUN` on the gateway sends one")
+        raise UsageError(f"{state} holds no promoted model{which}: `regrow promote RUN` on the gateway sends one")
     return chosen
 
 
@@ -91,6 +91,7 @@ def samples(spec: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
 
 def _unlabelled(spec: str) -> NDArray[Any] | None:
+    check_named(spec)
     kind, _, rest = spec.partition(":")
     try:
         if kind == "csv" and "?" not in rest:

@@ -28,7 +28,7 @@ from cli.deployable import write_deployable
 from cli.gateway import GATEWAY_HOME, Link, check_run, link_of
 from edge_agent.inference import Inference
 from export.head import with_head
-from regrow.errors import LocalError, PeerError
+from regrow.errors import LocalError, PeerError, UsageError
 from regrow.ledger import Ledger
 from regrow.local_step import METADATA, Step
 from regrow.machine import Disconnected, Publish, Subscribe, Unsubscribe
@@ -44,7 +44,7 @@ def promote(options: argparse.Namespace) -> int:
     run: Path = options.run
     check_run(run)
     if options.withdraw and (options.model or options.local_head):
-        raise LocalError("--withdraw takes back the newest model; it goes with neither --model nor --local-head")
+        raise UsageError("--withdraw takes back the newest model; it goes with neither --model nor --local-head")
     folder = load_task(run / "task")
     promotions = Promotions(run.parent, folder.task.name)
     decision = promotions.withdraw(_who(options)) if options.withdraw else _sign_off(options, folder, promotions)
@@ -77,11 +77,11 @@ def _sign_off(options: argparse.Namespace, folder: TaskFolder, promotions: Promo
     plan = None
     if options.model is not None:
         if options.local_head:
-            raise LocalError("--local-head needs the run's own model: with --model the file goes out as it is")
+            raise UsageError("--local-head needs the run's own model: with --model the file goes out as it is")
         try:
             model, name = options.model.read_bytes(), options.model.name
         except OSError as error:
-            raise LocalError(f"--model {options.model}: {error.strerror or error}") from error
+            raise UsageError(f"--model {options.model}: {error.strerror or error}") from error
     else:
         model, head = _own_model(folder, ledger, options.local_head)
         name = f"{run.name}, version {ledger.version}"

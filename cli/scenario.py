@@ -11,7 +11,7 @@ import tomllib
 from msgspec import UNSET
 
 from broker_server.runs import TaskFolder
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 from testbed.grid import parse_settings
 from testbed.outcome import Spec
 
@@ -37,7 +37,7 @@ def check_out(out: Path) -> None:
     """
     for place in (out, *out.parents):
         if place.exists() and not place.is_dir():
-            raise LocalError(f"--out {out}: {place} is a file; name a folder")
+            raise UsageError(f"--out {out}: {place} is a file; name a folder")
 
 
 def spec_of(options: argparse.Namespace) -> Spec:
@@ -47,7 +47,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         LocalError: one of them is malformed, with the cure.
     """
     if options.step_s is not None and options.steps_trace is not None:
-        raise LocalError("--step-s and --steps-trace both say how long a step takes; give one of them (--slowdown scales either)")
+        raise UsageError("--step-s and --steps-trace both say how long a step takes; give one of them (--slowdown scales either)")
     slowdowns = _numbers("--slowdown", options.slowdown, "how many times slower devices are, each above 0, for example 1,1,4")
     return Spec(
         settings=parse_settings(options.set),
@@ -77,7 +77,7 @@ def _outages(text: str) -> tuple[float, float]:
     cure = "mean seconds with and without a link, each from 0.01 to 1e9, for example 300,20"
     numbers = _numbers("--outages", text, cure)
     if len(numbers) != 2 or not all(0.01 <= number <= 1e9 for number in numbers):  # shorter ones would be too many to count
-        raise LocalError(f"--outages {text!r}: give {cure}")
+        raise UsageError(f"--outages {text!r}: give {cure}")
     return numbers[0], numbers[1]
 
 
@@ -85,7 +85,7 @@ def _latency(text: str) -> tuple[float, float]:
     cure = "seconds one way and, if it varies, the mean of the extra, for example 0.05,0.02"
     numbers = _numbers("--latency", text, cure, zero=True)
     if len(numbers) > 2:
-        raise LocalError(f"--latency {text!r}: give {cure}")
+        raise UsageError(f"--latency {text!r}: give {cure}")
     return numbers[0], numbers[1] if len(numbers) == 2 else 0.0
 
 
@@ -93,13 +93,13 @@ def _memory(text: str) -> tuple[int, ...]:
     cure = "megabytes, each above 0 and up to 9e9, for example 64,512"
     numbers = _numbers("--memory-mb", text, cure)
     if max(numbers) > 9e9:  # a hello says at most 2^53 bytes
-        raise LocalError(f"--memory-mb {text!r}: give {cure}")
+        raise UsageError(f"--memory-mb {text!r}: give {cure}")
     return tuple(int(1e6 * number) for number in numbers)
 
 
 def _by_density(text: str) -> tuple[tuple[float, float], ...]:
     cure = "DENSITY=TIME pairs, densities ascending, above 0 and up to 1, and times relative to density 1, for example 0.05=0.2,1=1"
-    wrong = LocalError(f"--step-by-density {text!r}: give {cure}")
+    wrong = UsageError(f"--step-by-density {text!r}: give {cure}")
     halves = [part.split("=") for part in text.split(",")]
     if any(len(half) != 2 for half in halves):
         raise wrong
@@ -118,7 +118,7 @@ def _numbers(option: str, text: str, cure: str, *, zero: bool = False) -> tuple[
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise LocalError(f"{option} {text!r}: give {cure}") from error
+        raise UsageError(f"{option} {text!r}: give {cure}") from error
     if not all(math.isfinite(number) and (number > 0.0 or (zero and number == 0.0)) for number in numbers):
-        raise LocalError(f"{option} {text!r}: give {cure}")
+        raise UsageError(f"{option} {text!r}: give {cure}")
     return numbers

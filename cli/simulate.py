@@ -42,7 +42,7 @@ def simulate(options: argparse.Namespace) -> int:
             journal = open_journal(path, journal_bytes(options), resume=options.resume)
             outcome = _watched(console, Simulation(folder, task, job.spec, journal), path, journal, job.inputs)
         if outcome is None:
-            return 130
+            raise KeyboardInterrupt  # told already
         _tell(console, outcome, job.spec.method or f"task ({task.method.name})", path)
     return 0
 

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 
 from export.emitter import IR_VERSION
 from export.lowering import OPSET_VERSION
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def from_torch_file(source: str) -> onnx.ModelProto:
     """
     file, _, function = source.rpartition(":")
     if not Path(file).is_file():
-        raise LocalError(f"no file {file!r}: say FILE.py:FUNCTION, where the function returns (module, example input)")
+        raise UsageError(f"no file {file!r}: say FILE.py:FUNCTION, where the function returns (module, example input)")
     torch = _torch()
     try:
         factory = runpy.run_path(file).get(function)
@@ -73,7 +73,7 @@ def from_torch_file(source: str) -> onnx.ModelProto:
     except Exception as error:  # the user's own code may raise anything
         raise LocalError(f"{source} raised {type(error).__name__}: {error}; it must take nothing and return (module, example)") from error
     if not callable(factory):
-        raise LocalError(f"{file} defines no function {function!r} that returns (module, example input)")
+        raise UsageError(f"{file} defines no function {function!r} that returns (module, example input)")
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module) and isinstance(made[1], torch.Tensor)):
         kinds = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
         raise LocalError(f"{source} returned ({kinds}); return a torch.nn.Module and one tensor [batch, ...], as a pair")

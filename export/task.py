@@ -22,7 +22,7 @@ from export.models import MODELS
 from export.programs import build_programs, initial_vector
 from export.unit_programs import build_unit_programs
 from export.ways import OTHERS
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.local_step import step_of
 from regrow.programs import MEMORY, program_file, without_variants
 from regrow.task import DEFAULT_TRAINING, Training
@@ -80,7 +80,7 @@ def model_from(source: str) -> onnx.ModelProto:
         return from_torch_file(source)
     if source in MODELS:
         return MODELS[source](1)
-    raise LocalError(f"{source}: neither a file, nor FILE.py:FUNCTION, nor one of {', '.join(sorted(MODELS))}")
+    raise UsageError(f"{source}: neither a file, nor FILE.py:FUNCTION, nor one of {', '.join(sorted(MODELS))}")
 
 
 def build_task(

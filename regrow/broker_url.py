@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 PORT, TLS_PORT = 1883, 8883
 
@@ -32,7 +32,7 @@ def parse_broker_url(url: str, *, of_device: bool = False) -> BrokerAddress:
         LocalError: it is no such URL. The text is not repeated: it may hold a secret.
     """
     form = "host:port" if of_device else "[user:password@]host:port"
-    wrong = LocalError(f"broker address: expected mqtt://{form}, or mqtts:// for TLS; for example mqtt://192.168.1.10:1883")
+    wrong = UsageError(f"broker address: expected mqtt://{form}, or mqtts:// for TLS; for example mqtt://192.168.1.10:1883")
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -44,7 +44,7 @@ def parse_broker_url(url: str, *, of_device: bool = False) -> BrokerAddress:
     if parts.path not in ("", "/") or parts.query or parts.fragment:
         raise wrong
     if of_device and (parts.username is not None or parts.password is not None):
-        raise LocalError("broker address: leave user and password out, the device's bundle carries them")
+        raise UsageError("broker address: leave user and password out, the device's bundle carries them")
     tls = parts.scheme == "mqtts"
     user = None if parts.username is None else unquote(parts.username)
     password = None if parts.password is None else unquote(parts.password)

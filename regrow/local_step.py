@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from regrow.errors import LocalError, PeerError
+from regrow.errors import LocalError, PeerError, UsageError
 
 METADATA = "regrow.step"
 """The property of a program that holds its step as JSON; without it, the step has all defaults."""
@@ -57,9 +57,9 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         for key, (other, values) in _ONLY_WITH.items():
             if getattr(self, other) not in values and getattr(self, key) != defaults[key]:
                 wanted = " or ".join(f'{other} = "{value}"' for value in values)
-                raise LocalError(f"{key} at $.training: changes nothing without {wanted}; set that, or take {key} out")
+                raise UsageError(f"{key} at $.training: changes nothing without {wanted}; set that, or take {key} out")
         if self.target == "input" and self.classifies:
-            raise LocalError('target at $.training: "input" compares outputs with features; set loss = "mse", "huber" or the like')
+            raise UsageError('target at $.training: "input" compares outputs with features; set loss = "mse", "huber" or the like')
 
     @property
     def classifies(self) -> bool:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 NEVER = 1_000_000_000
 DEFAULT_METHOD = "fedgmr-pace"  # bench/triggers.py: to the same accuracy sooner than by the papers' patience rule
@@ -111,7 +111,7 @@ def named(name: str) -> dict[str, dict[str, Any]]:
     base, addition, ablation = _parts(name)
     if base not in METHODS or (ablation is not None and ablation not in ABLATIONS):
         known = f"known are {', '.join(METHODS)}, each with +restore or +async, or changed in a part: {', '.join(ABLATIONS)}"
-        raise LocalError(f"method {name!r}: {known}")
+        raise UsageError(f"method {name!r}: {known}")
     layers: list[Defaults] = [{"method": {"name": base}}, METHODS[base]]
     if addition:
         layers.append(RESTORED if addition == "restore" else ASYNCHRONOUS)

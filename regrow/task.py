@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.local_rules import LocalRule
 from regrow.local_step import Step
 from regrow.methods import DEFAULT_METHOD, defaults_of, named
@@ -163,37 +163,37 @@ class Task(Section, frozen=True, kw_only=True):
         try:
             named(self.method.name)
         except LocalError as error:
-            raise LocalError(f"name at $.method: {error}") from error
+            raise UsageError(f"name at $.method: {error}") from error
         ladder = self.method.ladder
         if tuple(sorted(set(ladder))) != ladder or ladder[-1] != 1.0:
-            raise LocalError("ladder at $.method: densities must ascend and end at 1.0, for example [0.05, 0.1, 0.2, 0.5, 1.0]")
+            raise UsageError("ladder at $.method: densities must ascend and end at 1.0, for example [0.05, 0.1, 0.2, 0.5, 1.0]")
         if self.restoration.trigger in ("fixed", "mixed") and self.restoration.planned_s is None:
-            raise LocalError("trigger at $.restoration: 'fixed' and 'mixed' also need planned_s, the planned duration in seconds")
+            raise UsageError("trigger at $.restoration: 'fixed' and 'mixed' also need planned_s, the planned duration in seconds")
         planned_end = self.stop.seconds is not None or self.stop.aggregations is not None
         if self.method.granularity == "weight" and self.method.importance in ("first", "rolling"):
-            raise LocalError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
+            raise UsageError('importance at $.method: "first" and "rolling" are orders of units; set granularity = "unit"')
         if self.method.granularity == "unit":
             self._check_units()
         if self.method.local == "ordered_dropout" and self.training.spans_the_round:
             key, cure = ("optimizer", 'set "sgd"') if self.training.slots else ("proximal_mu", "take it out")
-            raise LocalError(f'{key} at $.training: local = "ordered_dropout" takes another part in every step, so nothing lasts; {cure}')
+            raise UsageError(f'{key} at $.training: local = "ordered_dropout" takes another part in every step, so nothing lasts; {cure}')
         if self.method.weigh_by_examples and self.method.aggregation in ("mix", "delta", "adaptive", "recombine"):
-            raise LocalError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
+            raise UsageError("weigh_by_examples at $.method: works with aggregation mask, gradient or plain; take one of the two out")
         rounds_of_full_models = self.method.density == "full" and not self.method.buffered and self.trigger.kind == "all"
         if self.method.aggregation == "recombine" and not rounds_of_full_models:
-            raise LocalError('aggregation at $.method: "recombine" needs density = "full", buffered = false and kind = "all" in [trigger]')
+            raise UsageError('aggregation at $.method: "recombine" needs density = "full", buffered = false and kind = "all" in [trigger]')
         if self.training.final_learning_rate is not None and not planned_end:
-            raise LocalError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
+            raise UsageError("final_learning_rate at $.training: also needs seconds or aggregations in [stop], to know when the end is")
         if self.wire.versions_held < self.wire.versions_on_broker:
-            raise LocalError("versions_held at $.wire: must be at least versions_on_broker")
+            raise UsageError("versions_held at $.wire: must be at least versions_on_broker")
 
     def _check_units(self) -> None:
         if self.method.layer_floor or self.method.layer_costs:
-            raise LocalError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
+            raise UsageError('granularity at $.method: "unit" knows neither layer_floor nor layer_costs; take them out')
         if self.method.local == "personal_masks":
-            raise LocalError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
+            raise UsageError('local at $.method: "personal_masks" are masks of single weights; set granularity = "weight"')
         if self.training.train_last is not None:
-            raise LocalError('train_last at $.training: whole units are of all layers; set granularity = "weight", or take it out')
+            raise UsageError('train_last at $.training: whole units are of all layers; set granularity = "weight", or take it out')
 
 
 def parse_task(text: str, place: str = "task.toml") -> Task:
@@ -209,7 +209,7 @@ def parse_task(text: str, place: str = "task.toml") -> Task:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise LocalError(f"{place}: {error}") from error
+        raise UsageError(f"{place}: {error}") from error
     return task_from_tables(table, place, text)
 
 
@@ -226,7 +226,7 @@ def task_from_tables(tables: dict[str, Any], place: str, text: str = "") -> Task
     except LocalError as error:
         message = str(error)
     line = _line_of(text, message)
-    raise LocalError(f"{place}:{line}: {message}" if line else f"{place}: {message}")
+    raise UsageError(f"{place}:{line}: {message}" if line else f"{place}: {message}")
 
 
 def with_method_defaults(table: dict[str, Any]) -> dict[str, Any]:

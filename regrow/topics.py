@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 ROOT = "regrow/v1"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}\Z")
@@ -18,9 +18,9 @@ _NUMBER = re.compile(r"(0|[1-9][0-9]{0,17})\Z")
 def check_name(name: str, what: str) -> str:
     """Return the name, or raise LocalError if it cannot be one level of a topic."""
     if not NAME.match(name):
-        raise LocalError(f"{what} {name!r}: use 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit")
+        raise UsageError(f"{what} {name!r}: use 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit")
     if name == "device" and what == "task":
-        raise LocalError("task 'device': this name is reserved by the topic layout; choose another")
+        raise UsageError("task 'device': this name is reserved by the topic layout; choose another")
     return name
 
 

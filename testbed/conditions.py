@@ -12,7 +12,7 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from testbed.links import LogNormal
 from testbed.memory import World
 
@@ -41,16 +41,16 @@ class Attendance:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.joins_s < self.leaves_s:
-            raise LocalError(f"attendance: joins at {self.joins_s} s and leaves at {self.leaves_s} s; it must be 0 <= joins < leaves")
+            raise UsageError(f"attendance: joins at {self.joins_s} s and leaves at {self.leaves_s} s; it must be 0 <= joins < leaves")
         if not (math.isfinite(self.period_s) and self.period_s > 0.0):
-            raise LocalError(f"attendance: period of {self.period_s} s, it must be finite and > 0")
+            raise UsageError(f"attendance: period of {self.period_s} s, it must be finite and > 0")
         edges = [edge for window in self.windows_s for edge in window]
         within = not edges or (0.0 <= edges[0] < self.period_s and edges[-1] < edges[0] + self.period_s)
         if not within or any(not later > earlier for earlier, later in pairwise(edges)):
             hours = " ".join(
                 f"{start / 3600.0:g}-{end / 3600.0 if end <= DAY_S else end / 3600.0 - 24.0:g}" for start, end in self.windows_s
             )
-            raise LocalError(f"attendance: the windows {hours} (hours of the day) must lie apart and leave a time between them")
+            raise UsageError(f"attendance: the windows {hours} (hours of the day) must lie apart and leave a time between them")
 
     def available(self, time_s: float) -> bool:
         """Whether the device has a link at this virtual time; at the edge of a window what begins there holds."""
@@ -96,9 +96,9 @@ def nightly(from_hour: float, to_hour: float, *, joins_s: float = 0.0, leaves_s:
 def _window(from_hour: float, to_hour: float) -> tuple[float, float]:
     """(from, to) in seconds; all of the day is 0 to DAY_S."""
     if not (0.0 <= from_hour < 24.0 and 0.0 <= to_hour <= 24.0):
-        raise LocalError(f"attendance: from {from_hour:g} h to {to_hour:g} h; hours of the day are 0..24")
+        raise UsageError(f"attendance: from {from_hour:g} h to {to_hour:g} h; hours of the day are 0..24")
     if from_hour == to_hour:
-        raise LocalError(f"attendance: from {from_hour:g} h to {to_hour:g} h is no time or all day; write 0-24 for always")
+        raise UsageError(f"attendance: from {from_hour:g} h to {to_hour:g} h is no time or all day; write 0-24 for always")
     to_hour += 24.0 if to_hour < from_hour else 0.0
     return 3600.0 * from_hour, 3600.0 * to_hour
 
@@ -118,7 +118,7 @@ def attendances(text: str, names: Sequence[str]) -> dict[str, Attendance]:
     if text.startswith(NIGHTLY):
         hours = text.removeprefix(NIGHTLY)
         if not hours.strip():
-            raise LocalError(f"--attend {text}: it says no hours; {_HOURS}")
+            raise UsageError(f"--attend {text}: it says no hours; {_HOURS}")
         for_all = _attendance(f"--attend {text}", {"hours": hours})
         return {} if for_all == Attendance() else dict.fromkeys(names, for_all)
     path = Path(text)
@@ -126,7 +126,7 @@ def attendances(text: str, names: Sequence[str]) -> dict[str, Attendance]:
     for place, who, values in _toml_rows(path) if path.suffix == ".toml" else _csv_rows(path):
         matching = [name for index, name in enumerate(names) if fnmatchcase(name, who) or who == str(index)]
         if not matching:
-            raise LocalError(f"{place}: no device {who!r}; give 0 to {len(names) - 1}, a name such as {names[-1]} or a pattern with *")
+            raise UsageError(f"{place}: no device {who!r}; give 0 to {len(names) - 1}, a name such as {names[-1]} or a pattern with *")
         found |= dict.fromkeys(matching, _attendance(place, values))
     return found
 
@@ -134,16 +134,16 @@ def attendances(text: str, names: Sequence[str]) -> dict[str, Attendance]:
 def _attendance(place: str, values: Mapping[str, Any]) -> Attendance:
     unknown = sorted(set(values) - {"joins_s", "leaves_s", "hours"})
     if unknown:
-        raise LocalError(f"{place}: {unknown[0]!r} is none of joins_s, leaves_s, hours")
+        raise UsageError(f"{place}: {unknown[0]!r} is none of joins_s, leaves_s, hours")
     try:
         joins_s, leaves_s = float(values.get("joins_s", 0.0)), float(values.get("leaves_s", math.inf))
     except (TypeError, ValueError) as error:
-        raise LocalError(f"{place}: joins_s and leaves_s are seconds, such as 600") from error
+        raise UsageError(f"{place}: joins_s and leaves_s are seconds, such as 600") from error
     try:
         windows = sorted(_window(*_hours(part)) for part in str(values.get("hours", "")).split())
         return Attendance(joins_s, leaves_s, () if windows == [(0.0, DAY_S)] else tuple(windows))
     except LocalError as error:
-        raise LocalError(f"{place}: {error}") from error
+        raise UsageError(f"{place}: {error}") from error
 
 
 def _hours(text: str) -> tuple[float, float]:
@@ -151,21 +151,21 @@ def _hours(text: str) -> tuple[float, float]:
     try:
         return float(start), float(end)
     except ValueError as error:
-        raise LocalError(f"{text!r} is no window of hours; {_HOURS}") from error
+        raise UsageError(f"{text!r} is no window of hours; {_HOURS}") from error
 
 
 def _toml_rows(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     if sys.version_info < (3, 11):
-        raise LocalError(f"{path}: reading TOML needs Python 3.11 or newer; a CSV file does not")
+        raise UsageError(f"{path}: reading TOML needs Python 3.11 or newer; a CSV file does not")
     import tomllib
 
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LocalError(f"{path}: not readable as TOML of attendances: {error}") from error
+        raise UsageError(f"{path}: not readable as TOML of attendances: {error}") from error
     for who, values in tables.items():
         if not isinstance(values, dict):
-            raise LocalError(f'{path}: {who} is no table; write ["{who}"] and below it hours = "22-6"')
+            raise UsageError(f'{path}: {who} is no table; write ["{who}"] and below it hours = "22-6"')
         yield f"{path}, [{who}]", who, values
 
 
@@ -173,16 +173,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LocalError(f"{path}: not readable as a file of attendances: {error}; give a .toml or .csv, or nightly:22-6") from error
+        raise UsageError(f"{path}: not readable as a file of attendances: {error}; give a .toml or .csv, or nightly:22-6") from error
     rows = csv.reader(lines)
     header = [cell.strip() for cell in next(rows, [])]
     if "device" not in header:
-        raise LocalError(f"{path}:1: expected a header such as device,joins_s,leaves_s,hours, got {','.join(header)!r}")
+        raise UsageError(f"{path}:1: expected a header such as device,joins_s,leaves_s,hours, got {','.join(header)!r}")
     for row in rows:
         if not row:
             continue
         if len(row) != len(header):
-            raise LocalError(f"{path}:{rows.line_num}: {len(row)} cells under {len(header)} columns")
+            raise UsageError(f"{path}:{rows.line_num}: {len(row)} cells under {len(header)} columns")
         cells = {name: cell.strip() for name, cell in zip(header, row, strict=True) if cell.strip()}
         yield f"{path}:{rows.line_num}", cells.pop("device", ""), cells
 
@@ -246,9 +246,9 @@ def heterogeneity(kind: str, clients: int) -> list[float]:
     Source: FedGMR's classes for 10 clients (algorithms.md section 4).
     """
     if kind not in PERCENT:
-        raise LocalError(f"heterogeneity {kind!r}: choose one of {', '.join(PERCENT)}")
+        raise UsageError(f"heterogeneity {kind!r}: choose one of {', '.join(PERCENT)}")
     if clients < 1:
-        raise LocalError(f"heterogeneity: {clients} clients; at least 1 is needed")
+        raise UsageError(f"heterogeneity: {clients} clients; at least 1 is needed")
     shares = [divmod(percent * clients, 100) for percent in PERCENT[kind]]
     lacking = clients - sum(whole for whole, _ in shares)
     rounded_up = sorted(range(len(shares)), key=lambda index: (-shares[index][1], index))[:lacking]
@@ -265,7 +265,7 @@ def paper_links(name: str, density: float, model_bytes: int, *, seed: int, perio
     Source: FedGMR: up 5 rho, down 20 rho model megabytes per second, sigma 0.3 (algorithms.md section 4).
     """
     if not 0.0 < density <= 1.0:
-        raise LocalError(f"links of {name}: density {density} is not in (0, 1]")
+        raise UsageError(f"links of {name}: density {density} is not in (0, 1]")
     return _pair(name, density * UP_BYTES_PER_S, density * DOWN_BYTES_PER_S, SIGMA, model_bytes, seed, period_s)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.sources import load_idx
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from testbed import own_data, watch
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -99,7 +99,7 @@ def load(name: str, folder: Path | None = None) -> Loaded:
         LocalError: an unknown name; a missing or malformed file, named, with where to get it.
     """
     if name not in _LOADERS:
-        raise LocalError(f"no data set {name!r}: take one of {', '.join(NAMES)}")
+        raise UsageError(f"no data set {name!r}: take one of {', '.join(NAMES)}")
     return _LOADERS[name](folder)
 
 
@@ -110,7 +110,7 @@ def files_of(name: str, folder: Path | None = None) -> list[Path]:
         LocalError: an unknown name, or files that are not there; nothing is fetched here.
     """
     if name not in _LOADERS:
-        raise LocalError(f"no data set {name!r}: take one of {', '.join(NAMES)}")
+        raise UsageError(f"no data set {name!r}: take one of {', '.join(NAMES)}")
     return _FILES[name](folder)
 
 
@@ -360,7 +360,7 @@ def _npz(folder: Path | None) -> Loaded:
 
 def _given(folder: Path | None, name: str, cure: str) -> Path:
     if folder is None:
-        raise LocalError(f"{name} needs a folder: {cure}")
+        raise UsageError(f"{name} needs a folder: {cure}")
     return folder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import tomllib
 
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 from testbed.outcome import Outcome, Spec
 
 Settings = Mapping[str, Any]
@@ -55,9 +55,9 @@ def variants_of(methods: Sequence[str], grid: Choices, own: Sequence[tuple[str, 
     """
     for method, key, _ in own:
         if method not in methods:
-            raise LocalError(f"--set-for {method}: it is not among --methods {','.join(methods)}")
+            raise UsageError(f"--set-for {method}: it is not among --methods {','.join(methods)}")
         if key in grid:
-            raise LocalError(f"--set-for {method}:{key}: --grid varies this key; give it once")
+            raise UsageError(f"--set-for {method}:{key}: --grid varies this key; give it once")
     variants = []
     for cell in cells_of(grid):
         for method in methods:
@@ -126,7 +126,7 @@ def tuning_variants(variants: Sequence[Variant], tune: Choices, with_base: bool)
     for variant in variants:
         for key in tune:
             if key in variant.settings:
-                raise LocalError(f"--tune {key}: {variant.name} has a value for it from --grid or --set-for; give it once")
+                raise UsageError(f"--tune {key}: {variant.name} has a value for it from --grid or --set-for; give it once")
         method = base_method(variant.method) if with_base else variant.method
         name = row_name(method, variant.cell)
         deciding[variant.name] = by_name.get(name) or Variant(method, variant.cell, variant.cell, name)
@@ -189,9 +189,9 @@ def parse_choices(texts: Sequence[str], option: str) -> dict[str, list[Any]]:
     for text in texts:
         key, values = _parsed(text, option, "[{}]", form)
         if key in choices:
-            raise LocalError(f"{option} {text!r}: {key} is there twice; give all its values at once")
+            raise UsageError(f"{option} {text!r}: {key} is there twice; give all its values at once")
         if not values or len({as_text(value) for value in values}) < len(values):
-            raise LocalError(f"{option} {text!r}: give one value or more, each once")
+            raise UsageError(f"{option} {text!r}: give one value or more, each once")
         choices[key] = values
     return choices
 
@@ -206,7 +206,7 @@ def parse_own(texts: Sequence[str]) -> list[tuple[str, str, Any]]:
     for text in texts:
         method, colon, setting = text.partition(":")
         if not colon:
-            raise LocalError(f"--set-for {text!r}: write METHOD:TABLE.KEY=VALUE, for example fedavg:training.learning_rate=0.1")
+            raise UsageError(f"--set-for {text!r}: write METHOD:TABLE.KEY=VALUE, for example fedavg:training.learning_rate=0.1")
         own += [(method.strip(), key, value) for key, value in parse_settings([setting], "--set-for").items()]
     return own
 
@@ -216,7 +216,7 @@ def _parsed(text: str, option: str, brackets: str, form: str) -> tuple[str, Any]
     try:
         parsed = tomllib.loads(f"value = {brackets.format(value)}")
     except tomllib.TOMLDecodeError as error:
-        raise LocalError(f"{option} {text!r}: {form}") from error
+        raise UsageError(f"{option} {text!r}: {form}") from error
     if not equals or not key.strip() or set(parsed) != {"value"}:
-        raise LocalError(f"{option} {text!r}: {form}")
+        raise UsageError(f"{option} {text!r}: {form}")
     return key.strip(), parsed["value"]

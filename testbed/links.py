@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 BLOCK = 64  # intervals drawn at once: a generator costs more than its numbers
 MEMO_BLOCKS = 4
@@ -41,13 +41,13 @@ def generator(seed: int, stream: str, block: int) -> np.random.Generator:
 def _positive(what: str, **values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0.0):
-            raise LocalError(f"{what}: {name} is {value}, it must be finite and > 0")
+            raise UsageError(f"{what}: {name} is {value}, it must be finite and > 0")
 
 
 def _not_negative(what: str, **values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0.0):
-            raise LocalError(f"{what}: {name} is {value}, it must be finite and >= 0")
+            raise UsageError(f"{what}: {name} is {value}, it must be finite and >= 0")
 
 
 class Link(ABC):
@@ -159,13 +159,13 @@ class Trace(Link):
 
     def __post_init__(self) -> None:
         if not self.times_s or len(self.times_s) != len(self.bps):
-            raise LocalError(f"trace: {len(self.times_s)} times for {len(self.bps)} rates")
+            raise UsageError(f"trace: {len(self.times_s)} times for {len(self.bps)} rates")
         if not all(math.isfinite(number) for number in (*self.times_s, *self.bps)) or min(self.bps) < 0.0:
-            raise LocalError("trace: times and rates must be finite, rates >= 0")
+            raise UsageError("trace: times and rates must be finite, rates >= 0")
         if any(later <= earlier for earlier, later in pairwise(self.times_s)):
-            raise LocalError("trace: times must increase")
+            raise UsageError("trace: times must increase")
         if max(self.bps) == 0.0:
-            raise LocalError("trace: every rate is 0, nothing could ever be sent")
+            raise UsageError("trace: every rate is 0, nothing could ever be sent")
 
     def pieces(self, start_s: float) -> Iterator[tuple[float, float]]:
         first_s, rows = self.times_s[0], len(self.times_s)
@@ -197,13 +197,13 @@ def read_trace(path: Path, *, repeat: bool = True) -> Trace:
     for number, cells in read_rows(path, HEADER):
         seconds, bps = cells
         if times and seconds <= times[-1]:
-            raise LocalError(f"{path}:{number}: {seconds} s does not come after {times[-1]} s; sort the rows and drop repeated ones")
+            raise UsageError(f"{path}:{number}: {seconds} s does not come after {times[-1]} s; sort the rows and drop repeated ones")
         if bps < 0.0:
-            raise LocalError(f"{path}:{number}: a rate of {bps} bit/s; it must be >= 0")
+            raise UsageError(f"{path}:{number}: a rate of {bps} bit/s; it must be >= 0")
         times.append(seconds)
         rates.append(bps)
     if max(rates) == 0.0:
-        raise LocalError(f"{path}:{number}: every rate up to here is 0, nothing could ever be sent; record a longer trace")
+        raise UsageError(f"{path}:{number}: every rate up to here is 0, nothing could ever be sent; record a longer trace")
     return Trace(tuple(times), tuple(rates), repeat)
 
 
@@ -226,9 +226,9 @@ def read_rows(path: Path, header: Sequence[str]) -> list[tuple[int, tuple[float,
                     continue
                 rows.append((number, _numbers(cells, len(header), f"{path}:{number}: expected {wanted}, got {text!r}")))
     except (OSError, UnicodeDecodeError) as error:
-        raise LocalError(f"{path}: not readable as a CSV of {wanted}: {error}") from error
+        raise UsageError(f"{path}: not readable as a CSV of {wanted}: {error}") from error
     if not rows:
-        raise LocalError(f"{path}:1: no rows; expected {wanted}")
+        raise UsageError(f"{path}:1: no rows; expected {wanted}")
     return rows
 
 
@@ -236,9 +236,9 @@ def _numbers(cells: Sequence[str], columns: int, complaint: str) -> tuple[float,
     try:
         numbers = tuple(float(cell) for cell in cells)
     except ValueError:
-        raise LocalError(complaint) from None
+        raise UsageError(complaint) from None
     if len(numbers) != columns or not all(math.isfinite(number) for number in numbers):
-        raise LocalError(complaint)
+        raise UsageError(complaint)
     return numbers
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from testbed.compute import Compute, read_steps
 from testbed.conditions import PERCENT, heterogeneity, paper_links
 from testbed.links import Constant, Latency, Link, WithOutages, read_trace
@@ -28,7 +28,7 @@ def spread(values: Sequence[_Value], clients: int) -> list[_Value]:
         LocalError: there are more values than clients, so that some would mean nothing.
     """
     if len(values) > clients:
-        raise LocalError(
+        raise UsageError(
             f"{len(values)} values for {clients} clients ({values[0]}, ...): give at most one for each, or take more --clients"
         )
     return [values[index * len(values) // clients] for index in range(clients)]
@@ -69,9 +69,9 @@ def _constant(text: str, part: str) -> Pair:
         return Constant(float(up)), Constant(float(down) if slash else 4 * float(up))
     except ValueError as error:
         known = "high, medium, low, trace:FOLDER, or rates in bit/s, UP or UP/DOWN, such as 4000000/16000000,800000,200000"
-        raise LocalError(f"links {text!r}: {part!r} is no rate; give {known}") from error
+        raise UsageError(f"links {text!r}: {part!r} is no rate; give {known}") from error
     except LocalError as error:
-        raise LocalError(f"links {text!r}: {error}") from error
+        raise UsageError(f"links {text!r}: {error}") from error
 
 
 def _traces(folder: str, clients: int) -> list[Pair]:
@@ -85,7 +85,7 @@ def _traces(folder: str, clients: int) -> list[Pair]:
     for name, files in recordings.items():
         if set(files) not in ({"both"}, {"up", "down"}):
             found = ", ".join(sorted(file.name for file in files.values()))
-            raise LocalError(
+            raise UsageError(
                 f"--links {TRACES}{folder}: {found}: give {name}.csv for both directions, or {name}.up.csv and {name}.down.csv"
             )
         traces = {direction: read_trace(file) for direction, file in files.items()}
@@ -97,10 +97,10 @@ def _csv_files(folder: str, option: str, lines: str) -> list[Path]:
     path, cure = Path(folder), f"give a folder of .csv files with lines `{lines}`"
     if not folder.strip() or not path.is_dir():
         what = "it names no folder" if not folder.strip() else "this is a file" if path.exists() else "there is no such folder"
-        raise LocalError(f"{option}{folder}: {what}; {cure}")
+        raise UsageError(f"{option}{folder}: {what}; {cure}")
     files = sorted(path.glob("*.csv"))
     if not files:
-        raise LocalError(f"{option}{folder}: no .csv file there; {cure}")
+        raise UsageError(f"{option}{folder}: no .csv file there; {cure}")
     return files
 
 

@@ -28,7 +28,7 @@ from export.task import programs_of, read_model
 from export.work import relative_work
 from regrow.coordinator import Coordinator
 from regrow.device import Device
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
 from regrow.local_step import step_of
@@ -99,10 +99,10 @@ def _check_method(spec: Spec) -> None:
     method = spec.method or ""
     table = spec.settings.get("method")
     if "method.name" in spec.settings or (isinstance(table, dict) and "name" in table):
-        raise LocalError(f"--set method.name: the run is of {method}, by --method; name another one there")
+        raise UsageError(f"--set method.name: the run is of {method}, by --method; name another one there")
     for shorter in shortened(method):
         if _alone(method) == _alone(shorter):
-            raise LocalError(f"method {method!r} is the same as {shorter!r}: that part changes nothing here; take {shorter!r}")
+            raise UsageError(f"method {method!r} is the same as {shorter!r}: that part changes nothing here; take {shorter!r}")
 
 
 def _alone(method: str) -> Task:
@@ -120,10 +120,10 @@ def _set(tables: dict[str, Any], key: str, value: Any) -> None:
         return
     taken = OF_THE_COMMAND.get(key, OF_THE_COMMAND.get(section))
     if taken is not None:
-        raise LocalError(f"--set {key}: a simulated run does not take this from the task; use {taken}")
+        raise UsageError(f"--set {key}: a simulated run does not take this from the task; use {taken}")
     table = tables.get(section, {})
     if name and not isinstance(table, dict):
-        raise LocalError(f"--set {key}: {section} is no table of task.toml; write {section}=VALUE")
+        raise UsageError(f"--set {key}: {section} is no table of task.toml; write {section}=VALUE")
     tables[section] = {**table, name: value} if name else value
 
 
@@ -325,7 +325,7 @@ def _built(folder: TaskFolder, task: Task) -> Programs:
 
 def _loaded(spec: Spec) -> Loaded:
     if spec.data_folder is not None and not Path(spec.data_folder).is_dir():
-        raise LocalError(f"--data-folder {spec.data_folder}: there is no such folder; leave the option out for the usual place")
+        raise UsageError(f"--data-folder {spec.data_folder}: there is no such folder; leave the option out for the usual place")
     return load(spec.data, None if spec.data_folder is None else Path(spec.data_folder))
 
 

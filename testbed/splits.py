@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from testbed.datasets import Dataset
 
 KINDS = ("iid", "dirichlet", "user", "shards")
@@ -48,13 +48,13 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise LocalError(f"split {self.kind!r} is none of iid, dirichlet:ALPHA, user, shards:COUNT")
+            raise UsageError(f"split {self.kind!r} is none of iid, dirichlet:ALPHA, user, shards:COUNT")
         if (self.alpha is not None) != (self.kind == "dirichlet") or (self.shards is not None) != (self.kind == "shards"):
-            raise LocalError(f"split {self.kind!r}: alpha belongs to dirichlet and shards to shards; write dirichlet:0.3 or shards:2")
+            raise UsageError(f"split {self.kind!r}: alpha belongs to dirichlet and shards to shards; write dirichlet:0.3 or shards:2")
         if self.alpha is not None and not _ALPHA_MIN <= self.alpha <= _ALPHA_MAX:
-            raise LocalError(f"split dirichlet: alpha {self.alpha} is not in {_ALPHA_MIN:g}..{_ALPHA_MAX:g}")
+            raise UsageError(f"split dirichlet: alpha {self.alpha} is not in {_ALPHA_MIN:g}..{_ALPHA_MAX:g}")
         if self.shards is not None and self.shards < 1:
-            raise LocalError(f"split shards: {self.shards} shards per client; give 1 or more")
+            raise UsageError(f"split shards: {self.shards} shards per client; give 1 or more")
 
     def __str__(self) -> str:
         """What `parse_split` reads."""
@@ -73,13 +73,13 @@ def parse_split(text: str) -> Split:
         try:
             return Split(kind, alpha=float(number))
         except ValueError as error:
-            raise LocalError(f"split {text!r}: write dirichlet:ALPHA, for example dirichlet:0.3") from error
+            raise UsageError(f"split {text!r}: write dirichlet:ALPHA, for example dirichlet:0.3") from error
     if kind == "shards":
         if not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise LocalError(f"split {text!r}: write shards:COUNT, for example shards:2")
+            raise UsageError(f"split {text!r}: write shards:COUNT, for example shards:2")
         return Split(kind, shards=int(number))
     if colon and kind in KINDS:
-        raise LocalError(f"split {text!r}: {kind} takes no number")
+        raise UsageError(f"split {text!r}: {kind} takes no number")
     return Split(kind)
 
 
@@ -98,7 +98,7 @@ def split(dataset: Dataset, clients: int, kind: Split | str, seed: int, *, min_e
     """
     how = parse_split(kind) if isinstance(kind, str) else kind
     if clients < 1 or min_examples < 1:
-        raise LocalError(f"{clients} clients with at least {min_examples} examples each: both must be 1 or more")
+        raise UsageError(f"{clients} clients with at least {min_examples} examples each: both must be 1 or more")
     if len(dataset.y) < clients * min_examples:
         cure = f"take fewer clients, {max(len(dataset.y) // min_examples, 1)} at most"
         raise LocalError(f"{dataset.name} has {len(dataset.y)} examples, {clients} clients need {min_examples} each: {cure}")
@@ -140,7 +140,7 @@ def train_validation(
         LocalError: a client without a training example, or arguments out of range.
     """
     if not 0 <= fraction < 1:
-        raise LocalError(f"validation fraction {fraction} is not in [0, 1)")
+        raise UsageError(f"validation fraction {fraction} is not in [0, 1)")
     both = []
     for client, own in enumerate(indices):
         if part is not None:
@@ -157,7 +157,7 @@ def train_validation(
 
 def _rng(seed: int, *stream: int) -> np.random.Generator:
     if seed < 0:
-        raise LocalError(f"seed {seed} is negative: give a whole number from 0")
+        raise UsageError(f"seed {seed} is negative: give a whole number from 0")
     return np.random.default_rng([seed, *stream])
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
 from edge_agent.worker import LevelTrainers, train_job
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.local_training import Training
 from regrow.machine import Train, Trained
 
@@ -49,7 +49,7 @@ def check_trainer(name: str) -> None:
         LocalError: the name is unknown, torch is not installed, or there is no CUDA device.
     """
     if name not in TRAINERS:
-        raise LocalError(f"trainer {name!r}: known are {', '.join(TRAINERS)}")
+        raise UsageError(f"trainer {name!r}: known are {', '.join(TRAINERS)}")
     if name == "onnxruntime":
         return
     if find_spec("torch") is None:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 LIMIT_BYTES = 2 * 2**30
 _IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -73,12 +73,13 @@ def open_source(
         _entry_point(rest)(source)
         return source
     place, _, query = rest.partition("?")
+    check_named(spec)
     if kind in _LOADERS and colon:
         samples = _LOADERS[kind](place, _options(spec, query, _OPTIONS[kind]), limit_bytes)
     elif spec.endswith(".npz"):
         samples = load_npz(Path(spec), limit_bytes)
     else:
-        raise LocalError(f"data {spec!r} is none of FILE.npz, idx:, csv:, images:, entry:")
+        raise UsageError(f"data {spec!r} is none of FILE.npz, idx:, csv:, images:, entry:")
     if not len(samples.y):
         raise LocalError(f"{spec} holds no samples")
     source = DataSource(capacity or len(samples.y), validation_fraction, gap, spec)
@@ -87,6 +88,19 @@ def open_source(
     except LocalError as error:
         raise LocalError(f"{spec}: {error}") from error
     return source
+
+
+def check_named(spec: str) -> None:
+    """Refuse a spec that names a file or folder that is not there.
+
+    Raises:
+        UsageError: it does.
+    """
+    kind, colon, rest = spec.partition(":")
+    named = rest.partition("?")[0] if kind in _LOADERS and colon else spec if spec.endswith(".npz") else ""
+    for place in [named] if kind != "idx" else named.split(",") if "," in named else []:
+        if place and not Path(place).exists():
+            raise UsageError(f"data {spec!r}: there is no file or folder {place}")
 
 
 def load_npz(file: Path, limit_bytes: int = LIMIT_BYTES) -> Samples:
@@ -284,32 +298,32 @@ def _entry_point(name: str) -> Callable[[DataSource], object]:
                 raise LocalError(f"entry point {name!r} of regrow.data is no function of one DataSource")
             return function  # type: ignore[no-any-return]  # what is installed on the device is its owner's word
     known = ", ".join(sorted(entry.name for entry in found)) or "none"
-    raise LocalError(f"no entry point {name!r} in group regrow.data; installed: {known}")
+    raise UsageError(f"no entry point {name!r} in group regrow.data; installed: {known}")
 
 
 def _options(spec: str, query: str, known: tuple[str, ...]) -> dict[str, str]:
     try:
         options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
     except ValueError as error:
-        raise LocalError(f"data {spec!r}: {error}; write ?name=value&name=value") from error
+        raise UsageError(f"data {spec!r}: {error}; write ?name=value&name=value") from error
     if unknown := set(options) - set(known):
-        raise LocalError(f"data {spec!r}: option {min(unknown)!r} is none of {', '.join(known) or 'none'}")
+        raise UsageError(f"data {spec!r}: option {min(unknown)!r} is none of {', '.join(known) or 'none'}")
     return options
 
 
 def _open_idx(place: str, _: dict[str, str], limit_bytes: int) -> Samples:
     images, comma, labels = place.partition(",")
     if not comma:
-        raise LocalError(f"idx:{place} names one file: write idx:IMAGES,LABELS")
+        raise UsageError(f"idx:{place} names one file: write idx:IMAGES,LABELS")
     return load_idx(Path(images), Path(labels), limit_bytes)
 
 
 def _open_csv(place: str, options: dict[str, str], limit_bytes: int) -> Samples:
     if "label" not in options:
-        raise LocalError(f"csv:{place} does not say which column is the label: add ?label=NAME")
+        raise UsageError(f"csv:{place} does not say which column is the label: add ?label=NAME")
     for option in ("float", "tokens"):
         if options.get(option, "0") not in ("0", "1"):
-            raise LocalError(f"csv:{place}: {option}={options[option]} is neither 0 nor 1")
+            raise UsageError(f"csv:{place}: {option}={options[option]} is neither 0 nor 1")
     kinds = {"values": options.get("float") == "1", "tokens": options.get("tokens") == "1"}
     return load_csv(Path(place), options["label"], options.get("group"), limit_bytes, **kinds)
 
@@ -318,9 +332,9 @@ def _open_images(place: str, options: dict[str, str], limit_bytes: int) -> Sampl
     width, x, height = options.get("size", "").partition("x")
     size = (int(width), int(height)) if width.isdecimal() and height.isdecimal() else None
     if "size" in options and (not x or size is None or not 0 < size[0] * size[1] <= _IMAGE_PIXELS):
-        raise LocalError(f"images:{place}: size={options['size']} is not WIDTHxHEIGHT, for example 32x32")
+        raise UsageError(f"images:{place}: size={options['size']} is not WIDTHxHEIGHT, for example 32x32")
     if options.get("gray", "0") not in ("0", "1"):
-        raise LocalError(f"images:{place}: gray={options['gray']} is neither 0 nor 1")
+        raise UsageError(f"images:{place}: gray={options['gray']} is neither 0 nor 1")
     classes = tuple(options["classes"].split(",")) if "classes" in options else ()
     return load_images(Path(place), size, options.get("gray") == "1", classes, limit_bytes)
 

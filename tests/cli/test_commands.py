@@ -21,7 +21,7 @@ from broker_server.credentials import Credentials
 from broker_server.runs import create_run, load_task
 from broker_server.store import Store
 from cli.gateway import link_of as broker_link
-from cli.main import COMMANDS, main, parser
+from cli.main import COMMANDS, FAILED, INTERRUPTED, MISUSED, main, parser
 from export.models import digits_mlp
 from export.task import build_task, save_model
 from regrow import records
@@ -94,7 +94,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     def run(*words: object) -> str:
         """What a command that fails says, after `regrow: `."""
         capsys.readouterr()
-        assert main([str(word) for word in words]) == 1
+        assert main([str(word) for word in words]) in (FAILED, MISUSED)
         said = capsys.readouterr().err.strip()
         assert said.startswith("regrow: ")
         assert "\n" not in said
@@ -309,9 +309,9 @@ def test_ctrl_c_ends_serve_and_agent_and_leaves_nothing(tmp_path: Path) -> None:
         children = family(serve)
         assert children
         os.kill(agent.pid, signal.SIGINT)
-        assert agent.ended() == 0
+        assert agent.ended() == INTERRUPTED
         os.kill(serve.pid, signal.SIGINT)
-        assert serve.ended() == 0
+        assert serve.ended() == INTERRUPTED
         assert not any(child.is_running() for child in children)
         assert "Ctrl-C again quits at once" in serve.text()
         assert "stopped: the same command goes on where it was" in serve.text()
@@ -329,7 +329,7 @@ def test_ctrl_c_ends_the_demo_with_its_report(tmp_path: Path) -> None:
         children = family(demo)
         assert len([child for child in children if "agent" in child.cmdline()]) == 10
         os.kill(demo.pid, signal.SIGINT)
-        assert demo.ended(90) == 130
+        assert demo.ended(90) == INTERRUPTED
     finally:
         demo.kill()
     until(lambda: not any(child.is_running() for child in children), "every child has ended")

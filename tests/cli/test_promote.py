@@ -14,7 +14,7 @@ import pytest
 
 from broker_server.promotions import Promotions
 from broker_server.store import Store
-from cli.main import main
+from cli.main import FAILED, INTERRUPTED, MISUSED, main
 from edge_agent.model_folder import About, ModelFolder
 from export.models import digits_mlp
 from export.task import save_model
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     def check(*arguments: object) -> str:
-        assert main([str(part) for part in arguments]) == 1
+        assert main([str(part) for part in arguments]) in (FAILED, MISUSED)
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
@@ -121,7 +121,7 @@ def test_ctrl_c_ends_the_waiting_and_the_broker_and_keeps_the_decision(run: Path
         brokers = psutil.Process(child.pid).children(recursive=True)
         assert brokers
         child.process.send_signal(signal.SIGINT)
-        assert child.ended() == 0
+        assert child.ended() == INTERRUPTED
     finally:
         child.kill()
     assert "stays signed off" in child.text()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.gateway import built
-from cli.main import main
+from cli.main import MISUSED, main
 from export.models import digits_mlp
 from export.task import save_model
 from regrow.coordinator import Coordinator
@@ -37,7 +37,7 @@ def test_a_method_is_served_by_its_name(tmp_path: Path, method: str) -> None:
 
 def test_serve_refuses_a_wrong_name_with_its_line_and_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = task_folder(tmp_path / "toy", "fiarse+restored")
-    assert main(["serve", str(folder), "--runs", str(tmp_path / "runs"), "--port", "0"]) == 1
+    assert main(["serve", str(folder), "--runs", str(tmp_path / "runs"), "--port", "0"]) == MISUSED
     said = capsys.readouterr().err
     assert "task.toml:4: name at $.method: method 'fiarse+restored'" in said
     assert all(name in said for name in METHODS)

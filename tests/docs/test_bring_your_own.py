@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.main import INTERRUPTED
 from tests.docs.blocks import blocks
 from tests.docs.generate import ROOT
 from tests.docs.terminals import Reader
@@ -23,7 +24,7 @@ def test_the_page_leads_to_a_trained_and_verified_model(reader: Reader) -> None:
     for block in blocks(ROOT / "docs" / "bring-your-own.md"):
         reader.follow(block)
     statuses = reader.leave()
-    assert set(statuses.values()) == {0}, {name: terminal.output for name, terminal in reader.terminals.items()}
+    assert set(statuses.values()) <= {0, INTERRUPTED}, {name: terminal.output for name, terminal in reader.terminals.items()}
     assert "restored device=right" in reader.terminals["serve"].output
     accuracy = re.search(r"accuracy on the left device's data: ([0-9.]+)", reader.output)
     assert accuracy is not None, reader.output

@@ -417,7 +417,7 @@ def test_images_malformed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(LocalError, match=message):
             open_source(f"images:{tmp_path}{query}")
-    with pytest.raises(LocalError, match="no folder"):
+    with pytest.raises(LocalError, match="no file or folder"):
         open_source(f"images:{tmp_path / 'none'}")
     with pytest.raises(LocalError, match="more than 5 bytes"):
         open_source(f"images:{tmp_path}", limit_bytes=5)

@@ -16,7 +16,7 @@ import msgspec
 import psutil
 import pytest
 
-from cli.main import main
+from cli.main import MISUSED, main
 from regrow.errors import LocalError
 from testbed.compare import Failure, in_processes, read_outcome, result_path, run_all, run_spec
 from testbed.grid import by_seed, specs_of, variants_of
@@ -273,6 +273,6 @@ def test_the_command(task: Path, images: Path, tmp_path: Path, capsys: pytest.Ca
     ],
 )
 def test_what_the_command_refuses(task: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(task), "--out", str(tmp_path), *words]) == 1
+    assert main(["compare", str(task), "--out", str(tmp_path), *words]) == MISUSED
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

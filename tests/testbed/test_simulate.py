@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from broker_server.runs import load_task
-from cli.main import main
+from cli.main import MISUSED, main
 from cli.scenario import say_replaced
 from regrow.errors import LocalError
 from testbed.grid import parse_settings
@@ -132,5 +132,5 @@ def test_the_command(task: Path, images: Path, tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr()
     assert "task (fedgmr-pace) on fashion-mnist" in said.out
     assert "regrow: task (fedgmr-pace): nothing was aggregated, so this is the untrained model: " in said.err
-    assert main(["simulate", *scenario, "--split", "random"]) == 1
-    assert main(["simulate", *scenario, "--outages", "soon"]) == 1
+    assert main(["simulate", *scenario, "--split", "random"]) == MISUSED
+    assert main(["simulate", *scenario, "--outages", "soon"]) == MISUSED

@@ -1,0 +1,233 @@
+"""One rule for the exit status of every command: 0 done, 1 failed at work, 2 wrongly asked for, 130 after Ctrl-C; one line says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker_server.runs import create_run, load_task
+from cli.main import FAILED, INTERRUPTED, MISUSED, main
+from export.models import digits_mlp
+from export.task import build_task, save_model
+from tests.docs.generate import commands
+from tests.testbed.processes import ROOT, task_text, write_digits
+
+# {task}, {run}, {runs}, ... are the things of `things`; each command in its own copy of them.
+MISUSES = [
+    "nothing",
+    "demo --seconds 0",
+    "demo --bogus",
+    "task",
+    "task new {tmp}/new",
+    "task new {tmp}/new --model {tmp}/none.onnx",
+    "task new {tmp}/new --model {tmp}/none.py:net",
+    "task new {task} --model digits_mlp",
+    "task new {tmp}/Not_A_Name --model digits_mlp",
+    "task build {tmp}/none",
+    "task build {bad_task}",
+    "serve {tmp}/none --runs {runs}",
+    "serve {bad_task} --runs {runs}",
+    "serve {task} --runs {runs} --run Not_A_Name",
+    "serve {task} --runs {runs} --port 99999",
+    "serve {task} --runs {runs} --broker nowhere",
+    "serve {run} --new-run",
+    "promote {tmp}/none",
+    "promote {run} --withdraw --local-head",
+    "promote {run} --model {tmp}/none.onnx",
+    "device add Not_A_Name --runs {runs}",
+    "device add pi --broker nonsense --runs {runs}",
+    "device remove pi --runs {runs}",
+    "device list --bogus",
+    "agent --bundle {tmp}/none.json --data {data}",
+    "agent --bundle {bad_bundle} --data {data}",
+    "agent --bundle {bundle} --data {data} --validation 2",
+    "agent --bundle {bundle} --data something",
+    "agent --bundle {bundle} --data {tmp}/none.npz",
+    "agent --bundle {bundle} --data csv:{text}",
+    "predict {tmp}/none.json --data {data}",
+    "predict {tmp} --data {data}",
+    "predict {tmp} --data {data} --out x.txt",
+    "runs --bogus",
+    "rollback {tmp}/none",
+    "rollback {run} --to 3",
+    "verify {tmp}/none",
+    "export {tmp}/none --runs {runs}",
+    "export {run} --density 0.33",
+    "export {run} --quantize int3",
+    "export {run} --data {tmp}/none.npz",
+    "model check",
+    "model check {tmp}/none.onnx",
+    "model check digits_mlp --batch x",
+    "simulate {tmp}/none",
+    "simulate {bad_task}",
+    "simulate {task} --outages soon",
+    "simulate {task} --latency fast",
+    "simulate {task} --set model=3",
+    "compare {task} --methods nothing",
+    "compare {task} --methods fedgmr --target 2",
+]
+FAILURES = [
+    "task build {no_model}",
+    "task new {tmp}/new --model {text}",
+    "serve {task} --runs {runs} --port {busy} --broker-kind amqtt",
+    "promote {run} --port {busy} --broker-kind amqtt --by me",
+    "promote {run} --model {text}",
+    "device list --runs {text}",
+    "agent --bundle {bundle} --data {text_npz}",
+    "agent --bundle {bundle} --data {data} --state {text}",
+    "verify {damaged}",
+    "rollback {damaged}",
+    "export {damaged}",
+    "export {run} --data {text_npz}",
+    "model check {text}",
+    "simulate {task} --data npz --data-folder {tmp}",
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that commands are given; not to be changed."""
+    home = tmp_path_factory.mktemp("things")
+    task = home / "digits"
+    task.mkdir()
+    (task / "task.toml").write_text(task_text("digits"))
+    save_model(digits_mlp(1), task / "model.onnx")
+    build_task(task, task / "model.onnx")
+    run = create_run(home / "runs", load_task(task), "one")
+    shutil.copytree(run, home / "runs" / "damaged")
+    (home / "runs" / "damaged" / "log.sqlite").write_bytes(b"not a database, but long enough to look at" * 100)
+    shutil.copytree(task, home / "no-model")
+    (home / "no-model" / "model.onnx").unlink()
+    (home / "bad").mkdir()
+    (home / "bad" / "task.toml").write_text('name = "digits"\n\n[training]\nlocal_stepz = 3\n')
+    (home / "text").write_text("this is no model")
+    (home / "text.npz").write_text("this is no archive")
+    (home / "bad.json").write_text("[]")
+    (home / "pi.json").write_text(json.dumps({"device": "pi", "broker": "mqtt://127.0.0.1:1", "password": "p"}))
+    write_digits(home / "data.npz", seed=1, rows=20)
+    return home
+
+
+@pytest.fixture
+def things(built: Path, tmp_path: Path) -> Mapping[str, Any]:
+    home = Path(shutil.copytree(built, tmp_path / "things"))
+    (tmp_path / "tmp").mkdir()
+    names = {"task": "digits", "bad_task": "bad", "no_model": "no-model", "run": "runs/one", "damaged": "runs/damaged", "runs": "runs"}
+    names |= {"text": "text", "text_npz": "text.npz", "bad_bundle": "bad.json", "bundle": "pi.json", "data": "data.npz"}
+    return {"tmp": tmp_path / "tmp", **{name: home / place for name, place in names.items()}}
+
+
+def status(words: list[str]) -> int:
+    try:
+        return main(words)
+    except SystemExit as ended:  # argparse's
+        return int(ended.code or 0)
+
+
+@pytest.mark.parametrize("line", MISUSES)
+def test_what_is_wrongly_asked_for_is_2(
+    line: str, things: Mapping[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(things["tmp"])
+    assert status(line.format(**things).split()) == MISUSED
+    said = capsys.readouterr().err
+    assert said.startswith(("regrow: ", "usage: regrow"))
+    assert said.startswith("usage") or len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", FAILURES)
+def test_what_fails_at_work_is_1(
+    line: str, things: Mapping[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(things["tmp"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert status(line.format(**things, busy=taken.getsockname()[1]).split()) == FAILED
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("regrow: ")]
+    assert len(said) == 1
+
+
+def test_every_command_is_tried() -> None:
+    names = {name for name, parser in commands() if parser._subparsers is None}
+    assert not {name for name in names if not any(f"regrow {line} ".startswith(f"{name} ") for line in MISUSES)}
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------------------------------
+
+AT_AN_IMPORT = """
+import signal, sys
+class AtImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == {wanted!r}:
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, AtImport())
+from cli.main import main
+sys.exit(main({words!r}))
+"""
+
+
+def ended(code: str, folder: Path) -> tuple[int, str]:
+    command, environment = [sys.executable, "-c", code], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("wanted", ["argparse", "logging", "cli.commands.model", "cli.model_check", "numpy", "onnxruntime", "rich", "onnx"])
+def test_ctrl_c_in_the_middle_of_an_import_is_one_line(wanted: str, tmp_path: Path) -> None:
+    words = ["model", "check", "digits_mlp", "--steps", "0"]
+    assert ended(AT_AN_IMPORT.format(wanted=wanted, words=words), tmp_path) == (INTERRUPTED, "regrow: interrupted\n")
+
+
+NETS = """
+import signal
+import torch
+
+class Pressed(torch.nn.Linear):
+    def forward(self, x):
+        signal.raise_signal(signal.SIGINT)
+        return super().forward(x)
+
+class Late:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def while_it_is_traced():
+    return Pressed(4, 2), torch.zeros(1, 4)
+
+def where_nothing_can_be_raised():
+    Late()
+    return torch.nn.Linear(4, 2), torch.zeros(1, 4)
+"""
+
+
+@pytest.mark.parametrize("function", ["while_it_is_traced", "where_nothing_can_be_raised"])
+def test_ctrl_c_that_others_swallow_counts_all_the_same(function: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    (tmp_path / "nets.py").write_text(NETS)
+    words = ["task", "new", "task", "--model", f"nets.py:{function}"]
+    code = f"import sys\nfrom cli.main import main\nsys.exit(main({words!r}))"
+    assert ended(code, tmp_path) == (INTERRUPTED, "regrow: interrupted\n")
+    assert not (tmp_path / "task").exists()
+
+
+def test_in_a_process_that_heeds_ctrl_c_itself_it_stays_so(capsys: pytest.CaptureFixture[str]) -> None:
+    import signal
+
+    def own(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        assert main(["runs", "--runs", "none"]) == 0
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "no runs" in capsys.readouterr().out
