@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from broker_server.credentials import Credentials, write_private
+from broker_server.credentials import Credentials
+from broker_server.durable import write_private
 from broker_server.stopping import ending_with_parent
 from regrow.errors import LocalError
 
@@ -195,6 +196,7 @@ class Broker:
                 stdout=output,
                 stderr=output,
                 env=environment,
+                process_group=0,  # Ctrl-C at a terminal is for us: an orderly end needs the broker longer
             )
         self._started_at_s = time.monotonic()
 

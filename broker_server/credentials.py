@@ -11,13 +11,13 @@ import base64
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from broker_server.durable import write_private
 from regrow.errors import LocalError, UsageError
 
 COORDINATOR = "coordinator"
@@ -178,25 +178,6 @@ class Credentials:
     def _save(self) -> None:
         state = {"coordinator": self._coordinator, "devices": self._devices}
         write_private(self._path, json.dumps(state, indent=2, sort_keys=True).encode() + b"\n")
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file with mode 0600 so that a power cut leaves the old or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _mosquitto_access() -> str:

@@ -22,7 +22,7 @@ from typing import IO
 
 import msgspec
 
-from broker_server.credentials import write_private
+from broker_server.durable import write_private
 from regrow import wire
 from regrow.errors import LocalError, PeerError
 from regrow.publication import blob

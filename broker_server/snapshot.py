@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from broker_server.durable import sync_folder
 from regrow.errors import LocalError
 
 _HASH_BLOCK_BYTES = 2**20
@@ -102,15 +103,6 @@ def set_aside(file: Path, reason: str) -> None:
         sync_folder(file.parent)
     except OSError as error:
         raise LocalError(f"cannot set aside the damaged snapshot {file} ({reason}): {error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(file: Path) -> str:

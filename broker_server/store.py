@@ -25,8 +25,9 @@ from typing import IO, Any, TypeVar
 from numpy.typing import NDArray
 
 from broker_server import snapshot
+from broker_server.durable import sync_folder
 from broker_server.run_files import CURE, connect, no_access, take_lock
-from broker_server.snapshot import SnapshotFile, sync_folder
+from broker_server.snapshot import SnapshotFile
 from regrow.errors import LocalError
 from regrow.machine import Record
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -47,23 +48,34 @@ def promote(options: argparse.Namespace) -> int:
         raise UsageError("--withdraw takes back the newest model; it goes with neither --model nor --local-head")
     folder = load_task(run / "task")
     promotions = Promotions(run.parent, folder.task.name)
-    decision = promotions.withdraw(_who(options)) if options.withdraw else _sign_off(options, folder, promotions)
-    print(_said(decision, promotions), flush=True)
     if options.no_wait:
+        _decide(options, folder, promotions)
         print(f"`regrow serve` publishes it to devices, now or when it next runs; so does `regrow promote {run}`")
         return 0
     home = run.parent / GATEWAY_HOME
     known = _known_devices(run, home)
-    with herald_of(promotions) as herald:
+    with herald_of(promotions) as herald, ExitStack() as stack:
+        link = None
+        if herald is not None:  # before anything is signed: a port that is taken, or a broker that is away, refuses
+            link = link_of(options, home, resuming=False)
+            stack.callback(link.stop)
+        decision = _decide(options, folder, promotions)
         watch = _Watch(promotions, decision, known, stay=options.stay, score=score_name(folder.task.training))
         stop_at_signals(watch.stop, "stopping; the model stays signed off, and the same command goes on")
-        if herald is None:
+        if herald is None or link is None:
             print(f"a running `regrow serve` publishes it; waiting for {len(known)} devices (Ctrl-C ends the waiting only)", flush=True)
             _follow(watch, promotions)
         else:
-            _publish(options, herald, watch, home)
+            print("publishing; devices that are away take it when they connect (Ctrl-C ends)", flush=True)
+            _turn(link, herald, watch.over)
     watch.show()
     return 0
+
+
+def _decide(options: argparse.Namespace, folder: TaskFolder, promotions: Promotions) -> SignOff:
+    decision = promotions.withdraw(_who(options)) if options.withdraw else _sign_off(options, folder, promotions)
+    print(_said(decision, promotions), flush=True)
+    return decision
 
 
 # ---- signing off -------------------------------------------------------------------------------------------------------------------
@@ -78,6 +90,9 @@ def _sign_off(options: argparse.Namespace, folder: TaskFolder, promotions: Promo
     if options.model is not None:
         if options.local_head:
             raise UsageError("--local-head needs the run's own model: with --model the file goes out as it is")
+        if options.model.suffix == ".py" or ".py:" in options.model.name:
+            cure = "export the module first, or make a task of it with `regrow task new --model`"
+            raise UsageError(f"--model {options.model}: expected an ONNX file, which devices can run, not Python; {cure}")
         try:
             model, name = options.model.read_bytes(), options.model.name
         except OSError as error:
@@ -124,7 +139,8 @@ def check_inference(model: bytes, forward: bytes, name: str) -> None:
         shape = [size if isinstance(size, int) else 1 for size in theirs.input_shape[1:]]
         ours.run(np.zeros((2, *shape), ours.input_kind))
     except PeerError as error:
-        raise LocalError(f"{name} cannot be used on devices: {error}") from error
+        wanted = "give a forward ONNX file (.onnx) with the input and output of the task's model"
+        raise LocalError(f"{name} cannot be used on devices: {error}; {wanted}") from error
 
 
 def _ends(model: Inference) -> tuple[str, str]:
@@ -213,17 +229,8 @@ def _follow(watch: _Watch, promotions: Promotions) -> None:
         time.sleep(POLL_S)
 
 
-def _publish(options: argparse.Namespace, herald: Herald, watch: _Watch, home: Path) -> None:
-    """Publish from here, on the broker that is named or on one of our own, until everybody has answered."""
-    link = link_of(options, home, resuming=False)
-    try:
-        print("publishing; devices that are away take it when they connect (Ctrl-C ends)", flush=True)
-        _turn(link, herald, watch.over)
-    finally:
-        link.stop()
-
-
 def _turn(link: Link, herald: Herald, over: Callable[[], bool]) -> None:
+    """Publish from here until everybody has answered."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     bus = MqttBus(link.url, client_id=link.user, username=link.user, password=link.password, on_event=events.put)
     bus.start()

@@ -1,9 +1,12 @@
 """When to try the broker again, and whether another agent takes the connection away.
 
 Strategy. A wait is drawn from a tenth to the whole of a ceiling that is a quarter of the outage so far, at least 1 s and
-at most 60 s: after a short outage a device is back within a second or so, a broker that stays away for four minutes is
-asked every half a minute on average, and whatever the outage, a fleet that lost its broker at one instant comes back
-spread over a quarter of it. Only a connection that lasted ends an outage: a broker that kicks us is not hammered.
+at most WAIT_MAX_S: after a short outage a device is back within a second or so, a broker that stays away for a minute or a
+month is asked every eight seconds on average, and whatever the outage, a fleet that lost its broker at one instant comes
+back spread over a quarter of it or over WAIT_MAX_S. Asking costs about a hundred bytes where nobody answers, so a device
+that waits for its gateway sends a megabyte a day, and is there within WAIT_MAX_S of the gateway's coming. Only a
+connection that lasted ends an outage: a broker that kicks us is not hammered. An attempt that gets no answer at all (a
+gateway that is switched off, packets that are dropped) lasts up to edge_agent.dial.CONNECT_TIMEOUT_S before its wait.
 
 Two agents with one bundle have one client id, and a broker ends the older connection for the newer one. MQTT 5 would say
 "session taken over"; 3.1.1, which we speak, just closes. So the sign is a broker that lets us in and closes soon after,
@@ -15,12 +18,13 @@ from __future__ import annotations
 import random
 
 FIRST_CEILING_S = 1.0
-WAIT_MAX_S = 60.0
+WAIT_MAX_S = 15.0
+RIVAL_WAIT_MAX_S = 60.0
 OUTAGE_SHARE = 0.25
 STABLE_S = 10.0
 TAKEOVERS = 3
-# One that waits leaves the other alone for up to WAIT_MAX_S: once it has begun, only a longer connection shows that it is over.
-ALONE_S = 2 * WAIT_MAX_S
+# One that waits leaves the other alone for up to RIVAL_WAIT_MAX_S: once it has begun, only a longer connection shows that it is over.
+ALONE_S = 2 * RIVAL_WAIT_MAX_S
 
 
 class Retry:
@@ -69,6 +73,6 @@ class Retry:
 
     def _draw(self, now: float) -> float:
         if self.taken_over:
-            return self._rng.uniform(WAIT_MAX_S / 2, WAIT_MAX_S)
+            return self._rng.uniform(RIVAL_WAIT_MAX_S / 2, RIVAL_WAIT_MAX_S)
         ceiling_s = min(max(OUTAGE_SHARE * (now - self._away_since_s), FIRST_CEILING_S), WAIT_MAX_S)
         return self._rng.uniform(0.1 * ceiling_s, ceiling_s)

@@ -8,7 +8,7 @@ gradients follow by the rules of MatMul. Several to thirty times as fast on maps
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from export.forward import Forward, Shape
+from export.windows import Window
 
 
 def with_depthwise_products(forward: Forward, most_pairs: float) -> Forward:
@@ -28,30 +29,17 @@ def with_depthwise_products(forward: Forward, most_pairs: float) -> Forward:
     nodes: list[onnx.NodeProto] = []
     constants, shapes = dict(forward.constants), dict(forward.shapes)
     for node in forward.program_nodes:
-        geometry = _geometry(forward, node, most_pairs)
-        if geometry is None:
+        window = _window(forward, node, most_pairs)
+        if window is None:
             nodes.append(node)
             continue
-        made = _Product(node, geometry, constants, shapes)
+        made = _Product(node, window, constants, shapes)
         nodes += made.nodes
     return replace(forward, program_nodes=tuple(nodes), constants=constants, shapes=shapes)
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    """One entry per spatial axis."""
-
-    channels: int
-    kernel: tuple[int, ...]
-    sizes: tuple[int, ...]
-    out_sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    begins: tuple[int, ...]
-
-
-def _geometry(forward: Forward, node: onnx.NodeProto, most_pairs: float) -> _Geometry | None:
-    """Of a depthwise Conv whose map is small enough; None for everything else."""
+def _window(forward: Forward, node: onnx.NodeProto, most_pairs: float) -> Window | None:
+    """Of a depthwise Conv whose map is small enough, its group being the channels; None for everything else."""
     options: dict[str, Any] = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     if node.op_type != "Conv" or options.get("group", 1) == 1 or options.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         return None
@@ -64,53 +52,54 @@ def _geometry(forward: Forward, node: onnx.NodeProto, most_pairs: float) -> _Geo
         return None
     rank = len(sizes)
     ones = [1] * rank
-    return _Geometry(
-        weight[0] or 0,
-        tuple(size or 0 for size in weight[2:]),
-        sizes,
-        out_sizes,
-        tuple(options.get("strides", ones)),
-        tuple(options.get("dilations", ones)),
-        tuple(options.get("pads", [0] * 2 * rank)[:rank]),
+    pads = options.get("pads", [0] * 2 * rank)
+    return Window(
+        kernel=tuple(size or 0 for size in weight[2:]),
+        strides=tuple(options.get("strides", ones)),
+        dilations=tuple(options.get("dilations", ones)),
+        pads=tuple(zip(pads[:rank], pads[rank:], strict=True)),
+        sizes=sizes,
+        out_sizes=out_sizes,
+        group=options["group"],
     )
 
 
 class _Product:
     """The nodes of one convolution; writes their constants and shapes into the graph's."""
 
-    def __init__(self, node: onnx.NodeProto, geometry: _Geometry, constants: dict[str, NDArray[Any]], shapes: dict[str, Shape]) -> None:
+    def __init__(self, node: onnx.NodeProto, window: Window, constants: dict[str, NDArray[Any]], shapes: dict[str, Shape]) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self._constants, self._shapes, self._name = constants, shapes, f"product:{node.output[0]}"
-        channels, rank = geometry.channels, len(geometry.kernel)
-        positions, out_positions, taps = (math.prod(sizes) for sizes in (geometry.sizes, geometry.out_sizes, geometry.kernel))
+        channels, rank = window.group, len(window.kernel)
+        positions, out_positions, taps = (math.prod(sizes) for sizes in (window.sizes, window.out_sizes, window.kernel))
         swap = [1, 0, *range(2, 2 + rank)]
-        maps = self._emit("Transpose", [node.input[0]], (channels, None, *geometry.sizes), perm=swap)
+        maps = self._emit("Transpose", [node.input[0]], (channels, None, *window.sizes), perm=swap)
         maps = self._reshaped(maps, (channels, None, positions))
         kernels = self._reshaped(node.input[1], (channels, taps))
-        matrices = self._emit("MatMul", [kernels, self._places(geometry)], (channels, positions * out_positions))
+        matrices = self._emit("MatMul", [kernels, self._places(window)], (channels, positions * out_positions))
         matrices = self._reshaped(matrices, (channels, positions, out_positions))
         found = self._emit("MatMul", [maps, matrices], (channels, None, out_positions))
         if len(node.input) > 2 and node.input[2]:
             column = self._emit("Unsqueeze", [node.input[2], self._integers([1, 2])], (channels, 1, 1))
             found = self._emit("Add", [found, column], (channels, None, out_positions))
-        found = self._reshaped(found, (channels, None, *geometry.out_sizes))
+        found = self._reshaped(found, (channels, None, *window.out_sizes))
         self.nodes.append(helper.make_node("Transpose", [found], [node.output[0]], name=node.name, perm=swap))
 
-    def _places(self, geometry: _Geometry) -> str:
+    def _places(self, window: Window) -> str:
         """float32 [taps, positions * out_positions], 1 where a tap joins the two; in the program as small tables, one for each axis."""
-        rank, beyond = len(geometry.kernel), math.prod(geometry.kernel)
+        rank, beyond = len(window.kernel), math.prod(window.kernel)
         total = ""
         for axis in range(rank):
-            tap = np.arange(geometry.sizes[axis])[:, None] + geometry.begins[axis]
-            tap = tap - np.arange(geometry.out_sizes[axis]) * geometry.strides[axis]
-            index, rest = np.divmod(tap, geometry.dilations[axis])
-            misses = (rest != 0) | (index < 0) | (index >= geometry.kernel[axis])
-            table = np.where(misses, beyond, index * math.prod(geometry.kernel[axis + 1 :]))  # OneHot takes what lies beyond as no tap
+            tap = np.arange(window.sizes[axis])[:, None] + window.pads[axis][0]
+            tap = tap - np.arange(window.out_sizes[axis]) * window.strides[axis]
+            index, rest = np.divmod(tap, window.dilations[axis])
+            misses = (rest != 0) | (index < 0) | (index >= window.kernel[axis])
+            table = np.where(misses, beyond, index * math.prod(window.kernel[axis + 1 :]))  # OneHot takes what lies beyond as no tap
             shape = [1] * 2 * rank
             shape[axis], shape[axis + rank] = table.shape
             part = self._integers(table.reshape(shape))
             total = self._emit("Add", [total, part], ()) if total else part
-        pairs = math.prod(geometry.sizes) * math.prod(geometry.out_sizes)
+        pairs = math.prod(window.sizes) * math.prod(window.out_sizes)
         flat = self._emit("Reshape", [total, self._integers([pairs])], (pairs,))
         values = self._constant(np.array([0, 1], np.float32))
         return self._emit("OneHot", [flat, self._integers([beyond]), values], (beyond, pairs), axis=0)

@@ -8,11 +8,12 @@ while it is tidied, where nothing of that can happen to them, and initializers a
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import runpy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,16 +116,18 @@ def _exported(module: torch.nn.Module, example: torch.Tensor) -> onnx.ModelProto
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not here and on its own deprecations."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Without what the exporter says of its own working, unless somebody wants logs; what fails is raised, and stays."""
+    if logging.getLogger().isEnabledFor(logging.INFO):
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
 
 
 def _take_reals(model: onnx.ModelProto) -> dict[str, TensorProto]:

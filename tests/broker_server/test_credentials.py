@@ -15,8 +15,8 @@ from broker_server.credentials import (
     hash_password,
     may_read,
     may_write,
-    write_private,
 )
+from broker_server.durable import write_private
 from regrow import topics
 from regrow.errors import LocalError
 

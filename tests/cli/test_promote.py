@@ -114,19 +114,37 @@ def test_another_file_goes_out_byte_for_byte(run: Path, tmp_path: Path) -> None:
     assert decision.file == "mine.onnx"
 
 
+def test_a_port_that_is_taken_refuses_before_anything_is_signed(fails: Fails, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = fails("promote", run, "--port", taken.getsockname()[1], "--broker-kind", "amqtt")
+    assert "cannot listen on" in said
+    assert signed(run).history() == []
+    assert "signed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nets.py", "nets.py:small"])
+def test_a_python_file_is_told_what_is_expected(fails: Fails, run: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "nets.py").write_text("x = 1\n")
+    assert "expected an ONNX file" in fails("promote", run, "--model", tmp_path / name)
+    (tmp_path / "model.onnx").write_text("x = 1\n")
+    assert "give a forward ONNX file" in fails("promote", run, "--model", tmp_path / "model.onnx")
+    assert signed(run).history() == []
+
+
 def test_ctrl_c_ends_the_waiting_and_the_broker_and_keeps_the_decision(run: Path, tmp_path: Path) -> None:
     child = Child(["promote", run, "--port", 0, "--broker-kind", "amqtt"], tmp_path / "promote.log")
     try:
         child.said("publishing; devices that are away")
         brokers = psutil.Process(child.pid).children(recursive=True)
         assert brokers
-        child.process.send_signal(signal.SIGINT)
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all that it has in front
         assert child.ended() == INTERRUPTED
     finally:
         child.kill()
     assert "stays signed off" in child.text()
     assert "no answer to model 1 yet from d1" in child.text()
     assert "Traceback" not in child.text()
+    assert "connection lost" not in child.text()
     until(lambda: not any(broker.is_running() for broker in brokers), "the broker has ended")
     assert signed(run).newest_number() == 1
 

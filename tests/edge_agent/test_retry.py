@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from edge_agent.retry import ALONE_S, FIRST_CEILING_S, OUTAGE_SHARE, STABLE_S, TAKEOVERS, WAIT_MAX_S, Retry
+from edge_agent.retry import ALONE_S, FIRST_CEILING_S, OUTAGE_SHARE, RIVAL_WAIT_MAX_S, STABLE_S, TAKEOVERS, WAIT_MAX_S, Retry
 
 
 def back_after(retry: Retry, lost_s: float, back_s: float) -> float:
@@ -18,15 +18,15 @@ def back_after(retry: Retry, lost_s: float, back_s: float) -> float:
     return now
 
 
-@pytest.mark.parametrize("outage_s", [0.5, 2.0, 10.0, 60.0, 600.0])
+@pytest.mark.parametrize("outage_s", [0.5, 2.0, 10.0, 60.0, 600.0, 86_400.0])
 def test_the_wait_is_short_after_a_short_outage(outage_s: float) -> None:
     for seed in range(300):
         late_s = back_after(Retry(random.Random(seed), 0.0), 5000.0, 5000.0 + outage_s) - 5000.0 - outage_s
-        assert late_s <= min(max(FIRST_CEILING_S, OUTAGE_SHARE * outage_s), WAIT_MAX_S)
+        assert late_s <= min(max(FIRST_CEILING_S, OUTAGE_SHARE * outage_s), WAIT_MAX_S) <= 15.0
 
 
-def test_a_broker_that_stays_away_is_asked_about_twice_a_minute() -> None:
-    """And not so seldom before minutes have passed."""
+def test_a_broker_that_stays_away_is_asked_about_eight_times_a_minute() -> None:
+    """And not so seldom in the beginning."""
     retry, now, waits = Retry(random.Random(1), 0.0), 0.0, []
     while now < 4 * 3600:
         wait_s = retry.failed(now)
@@ -35,13 +35,13 @@ def test_a_broker_that_stays_away_is_asked_about_twice_a_minute() -> None:
     late = [wait_s for at, wait_s in waits if at > 300]
     assert WAIT_MAX_S / 2 < sum(late) / len(late) < WAIT_MAX_S * 0.6
     assert 0.9 * WAIT_MAX_S < max(late) <= WAIT_MAX_S
-    assert max(wait_s for at, wait_s in waits if at < 120) <= WAIT_MAX_S / 2
+    assert max(wait_s for at, wait_s in waits if at < 30) <= WAIT_MAX_S / 2
 
 
 @pytest.mark.parametrize("outage_s", [5.0, 60.0])
 def test_a_thousand_devices_do_not_come_back_in_one_burst(outage_s: float) -> None:
     backs = [back_after(Retry(random.Random(seed), 0.0), 100.0, 100.0 + outage_s) for seed in range(1000)]
-    spread_s = max(FIRST_CEILING_S, OUTAGE_SHARE * outage_s)
+    spread_s = min(max(FIRST_CEILING_S, OUTAGE_SHARE * outage_s), WAIT_MAX_S)
     tenths = Counter(int(10 * (back - 100.0 - outage_s) / spread_s) for back in backs)
     assert max(tenths.values()) < 250
 
@@ -72,7 +72,7 @@ def test_only_connections_that_the_broker_ends_soon_and_in_a_row_are_a_takeover(
     assert not taken_over(*(TAKEOVERS - 1) * [quick], None, quick), "the broker was away"
     assert not taken_over(*TAKEOVERS * [(STABLE_S, True)]), "a broker that restarts now and then"
     assert not taken_over(*TAKEOVERS * [(1.0, False)]), "we gave up, not the broker"
-    assert taken_over(quick, *(TAKEOVERS - 1) * [(WAIT_MAX_S, True)]), "the other one waits, and we say so too"
+    assert taken_over(quick, *(TAKEOVERS - 1) * [(RIVAL_WAIT_MAX_S, True)]), "the other one waits, and we say so too"
     assert not taken_over(*TAKEOVERS * [quick], (ALONE_S, True)), "the other one has gone"
 
 
