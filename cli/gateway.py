@@ -31,6 +31,7 @@ from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
 from cli.deployable import held_out, write_deployable
+from edge_agent.inference import Inference
 from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, model_from, save_model
 from regrow.broker_url import parse_broker_url
@@ -74,7 +75,7 @@ def task_new(options: argparse.Namespace) -> int:
         model = _made_model(str(options.model), folder)
     try:
         _build(folder, model, Training(loss=options.loss))  # before anything is copied
-    except LocalError:  # a model that cannot be trained leaves nothing behind
+    except BaseException:  # a model that cannot be trained leaves nothing behind, nor does Ctrl-C
         if made:
             model.unlink()
         if not was_there and folder.is_dir():
@@ -84,7 +85,19 @@ def task_new(options: argparse.Namespace) -> int:
         shutil.copyfile(model, folder / "model.onnx")
     (folder / "task.toml").write_text(TASK_TEXT.format(name=name, loss=options.loss))
     print(f"{folder}/task.toml written; next: regrow serve {folder}")
+    _hint(folder / "model.onnx", options.loss)
     return 0
+
+
+def _hint(model: Path, loss: str) -> None:
+    """Say so where a model that looks like a classifier is to come near to values."""
+    inference = Inference(model.read_bytes())
+    outputs = inference.output_shape[1:]
+    if loss in ("mse", "huber") and len(outputs) == 1 and outputs[0] not in (1, *inference.input_shape[1:]):
+        print(
+            f"a hint: {loss} compares the {outputs[0]} outputs of each example with as many float targets; if they are scores of classes, "
+            'and the labels whole numbers, set loss = "cross_entropy" in task.toml'
+        )
 
 
 def _made_model(name: str, folder: Path) -> Path:
@@ -237,10 +250,12 @@ def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
     own = held_out(folder)
     if own is None:
         raise UsageError("data at $.evaluation: name held-out data to score the model with")
-    _, x, y = own
+    file, x, y = own
     trainer = Trainer(folder.programs)
-    # Data that does not fit the model is refused before the run begins.
-    trainer.evaluate(folder.initial, x, y, statistics=statistics_from(trainer, folder.initial, x))
+    try:  # data that do not fit the model are refused before the run begins
+        trainer.evaluate(folder.initial, x, y, statistics=statistics_from(trainer, folder.initial, x))
+    except LocalError as error:
+        raise LocalError(f"{file}: {error}") from error
 
     def evaluate(effect: Evaluate) -> Evaluated:
         accuracies = {}

@@ -29,15 +29,18 @@ def predict(options: argparse.Namespace) -> int:
     placed = _placed(_state(options.state), options.task)
     head = {} if options.no_head else placed.head()
     x, y = samples(options.data)
-    scores = Inference(placed.model(), options.threads).run(x, head)
     step = Step.from_metadata(placed.about.step or None)
+    try:
+        scores = Inference(placed.model(), options.threads).run(x, head)
+        score = None if y is None and step.target == "y" else score_outputs(scores, x, x if y is None else y, step)
+    except LocalError as error:
+        raise LocalError(f"{options.data}: {error}") from error
     if options.out is not None:
         _write(options.out, scores)
     else:
         _print(scores, classes=step.classifies)
     said = f"{len(x)} examples, {placed.path}{' with its local head' if head else ''}"
-    if y is not None or step.target == "input":
-        score = score_outputs(scores, x, x if y is None else y, step)
+    if score is not None:
         said = f"{said}: {score_name(step)} {score.accuracy:.3f}, loss {score.loss:.3f}"
     print(said, file=sys.stderr)
     return 0

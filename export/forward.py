@@ -12,7 +12,7 @@ Names in every program that we build:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,3 +262,15 @@ def as_inference(node: onnx.NodeProto) -> None:
     kept = [attribute for attribute in node.attribute if attribute.name != "training_mode"]
     del node.attribute[:]
     node.attribute.extend(kept)
+
+
+def known_tokens(graph: onnx.GraphProto, source: str, rows: Mapping[str, Sequence[int]]) -> int:
+    """How many tokens the tables know that an input indexes, the rows of the smallest; 0 where it indexes none directly.
+
+    Args:
+        source: the name of the input.
+        rows: of the graph's parameters, their shapes; its initializers are known.
+    """
+    tables = {**{tensor.name: tensor.dims for tensor in graph.initializer}, **rows}
+    lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[1] == source and node.input[0] in tables]
+    return min((tables[node.input[0]][0] for node in lookups if not any(item.i for item in node.attribute)), default=0)

@@ -18,12 +18,13 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.forward import read_forward
+from export.forward import known_tokens, read_forward
 from export.programs import with_weights
 from export.quantize import as_float16, as_int8, left_float32, write_ort
 from export.slicing import sliced_model
 from export.timing import ORT_ERRORS, medians_s, session_of
 from regrow.errors import LocalError
+from regrow.examples import check_tokens
 from regrow.levels import only_prefix
 from regrow.local_step import Step
 from regrow.order import Order
@@ -135,7 +136,7 @@ def write_forms(
     stated = onnx.ModelProto()
     stated.CopyFrom(model)
     onnx.helper.set_model_props(stated, {entry.key: entry.value for entry in model.metadata_props} | dict(properties or {}))
-    plain = _Runnable(stated.SerializeToString(), "the float32 model")
+    plain = _Runnable(stated.SerializeToString(), "the float32 model", known_tokens(stated.graph, stated.graph.input[0].name, {}))
     if request.calibration is not None:
         plain.check_x(request.calibration)
     if request.held_out is not None:
@@ -188,8 +189,8 @@ def _converted(model: onnx.ModelProto, form: Quantization, calibration: Examples
 class _Runnable:
     """A model in onnxruntime with one input and one output."""
 
-    def __init__(self, model: bytes | Path, name: str) -> None:
-        self._name = name
+    def __init__(self, model: bytes | Path, name: str, tokens: int = 0) -> None:
+        self._name, self._tokens = name, tokens
         try:
             self._session = session_of(model)
         except ORT_ERRORS as error:
@@ -226,14 +227,16 @@ class _Runnable:
             self._check_tokens(examples)
 
     def _check_tokens(self, examples: Examples) -> None:
-        """Only running the model shows which tokens it knows."""
+        """By the size of its table; where that is not to be seen, only running the model shows which tokens it knows."""
+        try:
+            check_tokens(examples.x, self._tokens)
+        except LocalError as error:
+            raise LocalError(f"{examples.name}: {error}") from error
         for start in range(0, len(examples.x), SCORED_AT_ONCE):
             try:
                 self._session.run(None, {self._input.name: examples.x[start : start + SCORED_AT_ONCE]})
             except ORT_ERRORS as error:
-                raise LocalError(
-                    f"{examples.name}: the model does not know all of these tokens, up to {examples.x.max()}: {error}"
-                ) from error
+                raise LocalError(f"{examples.name}: the model does not know all of these tokens, up to {examples.x.max()}") from error
 
     def score(self, examples: Examples, step: Step) -> float:
         """How right the model is on the examples, as regrow.scoring has it.

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export.forward import read_forward
+from export.forward import known_tokens, read_forward
 from export.programs import OUTPUT
 from export.torch_host_ops import HOST_OPS
 from export.torch_ops import OPS as PLAIN_OPS
@@ -138,16 +138,15 @@ def graph_of_program(program: bytes) -> TorchGraph:
     x_dtype = "int64" if inputs["x"].elem_type == onnx.TensorProto.INT64 else "float32"
     y_dtype = None if "y" not in inputs else "int64" if step.classifies else "float32"
     y_shape = _shape(inputs["y"])[1:] if "y" in inputs else ()
-    examples = Examples(x_dtype, _shape(inputs["x"])[1:], y_dtype, y_shape, int(classes), _tokens(graph, parameters))
+    examples = Examples(
+        x_dtype,
+        _shape(inputs["x"])[1:],
+        y_dtype,
+        y_shape,
+        int(classes),
+        known_tokens(graph, "x", {name: shape[:1] for name, shape in parameters.items()}),
+    )
     return _graph(graph.node, output, parameters, constants, examples, step, statistics)
-
-
-def _tokens(graph: onnx.GraphProto, parameters: Mapping[str, tuple[int, ...]]) -> int:
-    """Rows of the smallest parameter that x is an index of; 0 without any."""
-    tables = [
-        node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[1] == "x" and not any(a.i for a in node.attribute)
-    ]
-    return min((parameters[name][0] for name in tables if name in parameters), default=0)
 
 
 def _classified(graph: onnx.GraphProto) -> str:

@@ -165,16 +165,14 @@ class Planner:
 
     def _restore(self, elapsed_s: float, scores: dict[float, float], global_score: float | None) -> None:
         ledger, task = self._ledger, self._ledger.task
-        planned = task.restoration.planned_s
         # Without restoration nobody is raised, and no counter of anybody needs to be kept. Who is excluded has left until another start.
         raisable = ledger.devices.items() if task.restoration.trigger != "none" else ()
         before = {who: device.density for who, device in raisable if not self._coordinator.roster.excluded(device)}
-        progress = elapsed_s / planned if planned else 0.0
-        config = restoration_config(task)
+        progress = elapsed_s / task.restoration.planned_s if task.restoration.planned_s else 0.0
         rounds = ((who, density.mean_round_s(ledger.devices[who].full_round_s)) for who in before)
         state, after, finished, reasons = restoration.evaluate(
             ledger.restoration,
-            config,
+            restoration_config(task),
             before,
             scores,
             global_score,

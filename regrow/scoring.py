@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow.errors import LocalError
-from regrow.examples import described, r_squared
+from regrow.examples import check_labels, described, r_squared
 from regrow.local_step import Step
 from regrow.local_training import Score
 
@@ -47,8 +47,7 @@ def score_outputs(outputs: NDArray[np.float32], x: NDArray[Any], y: NDArray[Any]
 def _classes(scores: NDArray[np.float32], y: NDArray[Any]) -> Score:
     if scores.ndim != 2 or y.dtype.kind != "i" or y.shape != scores.shape[:1]:
         raise LocalError(f"the model gives {described(scores)}, the labels are {described(y)}: expected scores [n, classes] and int64 [n]")
-    if y.min() < 0 or y.max() >= scores.shape[1]:
-        raise LocalError(f"the model knows classes 0 to {scores.shape[1] - 1}, the labels are {y.min()} to {y.max()}")
+    check_labels(y, scores.shape[1])
     wide = scores.astype(np.float64)
     wide -= wide.max(axis=1, keepdims=True)
     chosen = np.take_along_axis(wide, y[:, None], axis=1)[:, 0]

@@ -142,6 +142,15 @@ def test_task_new(fails: Fails, task: Path, tmp_path: Path, capsys: pytest.Captu
     assert "2410 parameters" in capsys.readouterr().out
 
 
+def test_task_new_with_a_loss_for_values_and_what_looks_like_scores_of_classes(
+    task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for loss, hinted in (("mse", True), ("huber", True), ("cross_entropy", False)):
+        assert main(["task", "new", str(tmp_path / loss.replace("_", "-")), "--model", str(task / "model.onnx"), "--loss", loss]) == 0
+        said = capsys.readouterr().out
+        assert ("compares the 10 outputs of each example with as many float targets; if they are scores of classes" in said) == hinted
+
+
 def test_task_build(fails: Fails, task: Path, tmp_path: Path) -> None:
     assert "task.toml" in fails("task", "build", tmp_path / "none")
     (task / "model.onnx").unlink()

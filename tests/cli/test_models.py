@@ -136,7 +136,7 @@ def test_what_export_refuses(fails: Fails, place: Path, tmp_path: Path) -> None:
     for option in ("--data", "--calibrate"):
         for name in ("wide.npz", "text.npz", "none.npz"):
             assert name in fails("export", run, option, tmp_path / name, "--out", out)
-    assert "the model knows classes 0 to 9" in fails("export", run, "--data", tmp_path / "label.npz", "--out", out)
+    assert "but the task's labels are 0 to 9" in fails("export", run, "--data", tmp_path / "label.npz", "--out", out)
     assert not out.exists(), "what fails leaves nothing"
     (tmp_path / "file").write_text("in the way")
     assert "file" in fails("export", run, "--out", tmp_path / "file")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from export.task import save_model
 from regrow import wire
 from tests.broker_server.histories import new_run, play
 from tests.edge_agent.promotion_rig import digits, linear, untrained_head
+from tests.edge_agent.test_scan import words_model
 from tests.testbed.processes import Child, until
 
 Fails = Callable[..., str]
@@ -227,3 +230,19 @@ def test_what_predict_cannot_do_it_says(state: Path, data: Path, tmp_path: Path,
     assert "no array 'x'" in fails("predict", state, "--task", "toy", "--data", tmp_path / "none.npz")
     (tmp_path / "d1.json").write_text(json.dumps({"device": "d9", "broker": "mqtt://127.0.0.1:1", "password": "x"}))
     assert "regrow-state-d9" in fails("predict", tmp_path / "d1.json", "--data", data)
+
+
+def test_a_token_that_the_model_does_not_know_is_one_clear_error(tmp_path: Path, fails: Fails) -> None:
+    state = tmp_path / "regrow-state-d1"
+    state.mkdir()
+    place(state, "toy", words_model().SerializeToString())
+    x = np.zeros((5, 4), np.int64)
+    x[3, 1] = 30
+    np.savez(tmp_path / "t.npz", x=x)
+    said = fails("predict", state, "--data", tmp_path / "t.npz")
+    assert said.endswith("t.npz: row 3 (the first is 0): token 30, but the model's tokens are 0 to 29")
+    x[3, 1] = 29
+    np.savez(tmp_path / "l.npz", x=x, y=np.array([0, 1, 2, 3, 0]))
+    assert "l.npz: row 3 (the first is 0): label 3, but the task's labels are 0 to 2" in fails(
+        "predict", state, "--data", tmp_path / "l.npz"
+    )

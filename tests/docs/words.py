@@ -83,7 +83,9 @@ WIRE = {
     "Pending.sequence": "The update's sequence number.",
     "Pending.count": "Its chunks.",
     "Telemetry.install": "The sender's install nonce. With another one than the coordinator knows, only liveness counts.",
-    "Telemetry.phase": "`idle`, `probing`, `waiting`, `fetching`, `training`, `saving` or `sending`; with `failed` also `diverged`.",
+    "Telemetry.phase": (
+        "`idle`, `probing`, `waiting`, `fetching`, `training`, `saving` or `sending`; with `failed` also `failed`, `diverged` or `declined`."
+    ),
     "Telemetry.assignment": "Number of the assignment at hand, 0 without one.",
     "Telemetry.uplink_bps": "Measured uplink goodput, bit/s.",
     "Telemetry.bytes_up": "Bytes sent since the agent started.",
@@ -308,7 +310,7 @@ HANDLERS = {
     "device._hear_manifest": "Work out which parts lack; drop those that are of no use any more; fetch.",
     "device._hear_part": "Check the digest, keep it, fetch on. With the last one: `training`; if they do not fit together: `waiting`.",
     "device._take_trained": "Encode and save the update (`saving`); not finite: report `diverged` and `waiting`.",
-    "device._training_failed": "Report why. Then `waiting`.",
+    "device._training_failed": "Report why: `failed`, or `declined` where no other job could be done either. Then `waiting`.",
     "device._saved": "Send the first chunks. Then `sending`.",
     "device._chunk_acknowledged": "Send the next chunk, two unacknowledged at most; after the last wait for the receipt.",
     "device._hear_receipt": "`missing`: send those chunks. `rejected` without blame: owe the delta again. Then `waiting`, or `fetching` "

@@ -1,6 +1,8 @@
 """What training needs survives the way in from torch."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from cli.main import main
+from cli.main import MISUSED, main
 from export.forward import read_forward
 from export.from_torch import from_torch, from_torch_file
 from regrow.errors import LocalError
+from tests.testbed.processes import ROOT
 
 torch.set_num_threads(1)
 
@@ -124,7 +127,7 @@ def test_a_task_is_made_from_a_file_with_a_function(tmp_path: Path, capsys: pyte
     )
     assert main(["task", "new", str(tmp_path / "task"), "--model", f"{tmp_path}/network.py:small"]) == 0
     assert list(read_forward(onnx.load(tmp_path / "task" / "model.onnx")).parameters) == ["weight", "bias"]
-    assert main(["task", "new", str(tmp_path / "other"), "--model", f"{tmp_path}/network.py:large"]) == 1
+    assert main(["task", "new", str(tmp_path / "other"), "--model", f"{tmp_path}/network.py:large"]) == MISUSED
     assert "defines no function 'large'" in capsys.readouterr().err
     with pytest.raises(LocalError, match=r"returned \(Linear\); return a torch\.nn\.Module and one tensor"):
         from_torch_file(f"{tmp_path}/network.py:alone")
@@ -132,3 +135,34 @@ def test_a_task_is_made_from_a_file_with_a_function(tmp_path: Path, capsys: pyte
         from_torch_file(f"{tmp_path}/network.py:zeros")
     with pytest.raises(LocalError, match=r"no file 'nowhere\.py'"):
         from_torch_file("nowhere.py:small")
+
+
+BRANCHING = """
+import torch
+
+class Branching(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+def net():
+    return Branching(), torch.zeros(1, 8)
+"""
+
+
+def test_the_exporter_says_nothing_but_its_error(tmp_path: Path) -> None:
+    """In a process of its own: torch's own handlers write where no fixture looks."""
+    (tmp_path / "network.py").write_text(BRANCHING)
+
+    def said(*options: str) -> list[str]:
+        words = [sys.executable, "-m", "cli.main", *options, "task", "new", "task", "--model", "network.py:net"]
+        done = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        return (done.stdout + done.stderr).splitlines()
+
+    (line,) = said()
+    assert line.startswith("regrow: torch cannot export Branching with a dynamic batch: ")
+    assert len(said("--log")) > 1
