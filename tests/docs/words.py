@@ -84,7 +84,7 @@ WIRE = {
     "Pending.count": "Its chunks.",
     "Telemetry.install": "The sender's install nonce. With another one than the coordinator knows, only liveness counts.",
     "Telemetry.phase": (
-        "`idle`, `probing`, `waiting`, `fetching`, `training`, `saving` or `sending`; with `failed` also `failed`, `diverged` or `declined`."
+        "`idle`, `probing`, `waiting`, `fetching`, `training`, `saving` or `sending`; with `failed` also `failed`, `diverged`, `declined`."
     ),
     "Telemetry.assignment": "Number of the assignment at hand, 0 without one.",
     "Telemetry.uplink_bps": "Measured uplink goodput, bit/s.",
