@@ -13,7 +13,6 @@ from edge_agent.inference import Inference  # noqa: E402
 from edge_agent.scan import vocabulary  # noqa: E402
 from edge_agent.trainer import Trainer  # noqa: E402
 from export.programs import build_programs, initial_vector  # noqa: E402
-from export.torch_graph import graph_of_program  # noqa: E402
 from regrow.errors import LocalError, PeerError  # noqa: E402
 
 TOKENS = 30
@@ -53,7 +52,11 @@ def test_every_program_of_a_task_knows_its_vocabulary() -> None:
     ):
         with pytest.raises(LocalError, match=r"row 1 \(the first is 0\): token 30, but the model's tokens are 0 to 29"):
             run()
-    assert graph_of_program(build_programs(model)["evaluate"]).examples.tokens == TOKENS
+
+
+def test_the_trainer_on_torch_knows_it_too() -> None:
+    torch_graph = pytest.importorskip("export.torch_graph", reason="needs torch", exc_type=ImportError)
+    assert torch_graph.graph_of_program(build_programs(words_model())["evaluate"]).examples.tokens == TOKENS
 
 
 def test_an_inference_model_refuses_tokens_that_it_does_not_know() -> None:
