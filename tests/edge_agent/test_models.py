@@ -114,7 +114,7 @@ def test_without_validation_data_there_is_no_score_but_a_model(tmp_path: Path) -
     ("data", "reason"),
     [
         ((np.zeros((9, 5), np.float32), np.zeros(9, np.int64)), r"takes float32"),
-        ((np.zeros((9, 64), np.float32), np.full(9, 11)), "classes 0 to 9"),
+        ((np.zeros((9, 64), np.float32), np.full(9, 11)), "labels are 0 to 9"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_reported_and_the_old_one_stays(tmp_path: Path, data: Any, reason: str) -> None:
