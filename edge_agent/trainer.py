@@ -21,6 +21,7 @@ from regrow.examples import Examples, described, r_squared
 from regrow.local_step import METADATA, Step
 from regrow.local_training import Batch, Score, Statistics, TrainResult, average_statistics
 from regrow.parameters import Layout
+from regrow.programs import IN_ORDER
 from regrow.step_memory import SCORED_AT_ONCE
 
 _ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -195,6 +196,14 @@ def _share_arena() -> bool:
     return True
 
 
+def _keep_in_order(options: ort.SessionOptions) -> list[str]:
+    """Run nodes as they stand in the program, and free each value behind its last use; returns the optimizers to leave out for it."""
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_mem_reuse = False  # a buffer that waits for the next value of its shape is not free meanwhile
+    options.enable_mem_pattern = False  # the block that is planned for all values is larger than what they take one by one
+    return ["MatmulTransposeFusion", "GemmTransposeFusion"]  # what they make runs last of all, and keeps its operands until then
+
+
 class _Session:
     """One program, scanned, loaded and checked against the layout."""
 
@@ -211,8 +220,11 @@ class _Session:
         try:
             if _share_arena():
                 options.add_session_config_entry("session.use_env_allocators", "1")
+            deferring = _keep_in_order(options) if _asks_for_order(name, program) else []
             # Without its fallback onnxruntime neither retries a broken program nor prints about it.
-            self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            self._session = ort.InferenceSession(
+                program, options, providers=["CPUExecutionProvider"], enable_fallback=0, disabled_optimizers=deferring
+            )
             inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
             outputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map
@@ -384,6 +396,13 @@ def scan_program(name: str, program: bytes) -> None:
                 raise PeerError(f"program {name!r} uses an operator outside ai.onnx, which no program of ours does")
             if child:
                 pending.append((child, value))
+
+
+def _asks_for_order(name: str, program: bytes) -> bool:
+    """Whether IN_ORDER is among the metadata of a program that has been scanned."""
+    entries = [value for number, value in _fields(name, memoryview(program)) if number == 14 and not isinstance(value, int)]
+    keys = [value for entry in entries for number, value in _fields(name, entry) if number == 1 and not isinstance(value, int)]
+    return IN_ORDER.encode() in map(bytes, keys)
 
 
 def _fields(name: str, message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
