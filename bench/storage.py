@@ -3,8 +3,9 @@
     python bench/storage.py                         # about ten minutes
     python bench/storage.py --models leaf_cnn       # only these; what is known of the others stays
 
-For each model three processes that do nothing else train with the program of float32 storage, with that of float16 storage, and with the
-same where values beyond float16 would become inf ("unsaturated": what the clipping costs). They take turns, and the ratio is the median
+For each model processes that do nothing else train with the program of float32 storage, with that of float16 storage, with the same where
+values beyond float16 would become inf ("unsaturated": what the clipping costs), and with one that stores nothing as float16, but runs in
+the order of its nodes and compares early like those ("in order": how much of the saving is that). They take turns, and the ratio is the median
 over the turns. Peaks are of the whole processes (VmHWM). The gradient's error is that of one step from the first weights: the worst of a
 tensor, relative to the tensor's own gradient, among those with a hundredth of the whole gradient's norm at least.
 """
@@ -32,15 +33,16 @@ from regrow.programs import program_name
 
 RESULT = Path(__file__).parent / "results" / "storage.json"
 MODELS = ("leaf_cnn", "vgg11", "resnet18_gn", "mobilenet_v2")
-STORAGES = ("float32", "float16", "unsaturated")
+STORAGES = ("float32", "float16", "unsaturated", "in order")
+NOTHING_BYTES = 1 << 50
 TURNS = 7
 LEAST_SHARE = 0.01
 
 
-def stored(float32: Path, folder: Path, *, saturated: bool) -> Path:
+def stored(float32: Path, folder: Path, **options: Any) -> Path:
     """A copy of the folder with the training program of float16 storage."""
     shutil.copytree(float32, folder)
-    program = stored_as_float16((folder / "train.onnx").read_bytes(), saturated=saturated)
+    program = stored_as_float16((folder / "train.onnx").read_bytes(), **options)
     if program is None:
         raise SystemExit("the shape of some value is not known")
     (folder / "train.onnx").write_bytes(program)
@@ -68,8 +70,9 @@ def rows_of(name: str, scratch: Path) -> list[dict[str, Any]]:
     folders["float32"].mkdir()
     command = [sys.executable, str(ROOT / "bench" / "train_step.py"), "--serve", "build", "--models", name]
     subprocess.run([*command, "--folder", str(folders["float32"])], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    folders["float16"] = stored(folders["float32"], scratch / "float16", saturated=True)
+    folders["float16"] = stored(folders["float32"], scratch / "float16")
     folders["unsaturated"] = stored(folders["float32"], scratch / "unsaturated", saturated=False)
+    folders["in order"] = stored(folders["float32"], scratch / "in order", least_bytes=NOTHING_BYTES)
     children: dict[str, Child] = {}
     try:
         for storage in STORAGES:

@@ -136,7 +136,7 @@ def _in_words(note: Note) -> str:
         "restored": "{device} regrows from {density_from:g} to {density:g}",
         "joined": "{device} joined at {uplink_bps:.0f} bit/s with density {density:g}, bound by {bound_by}",
         "declined": (
-            "{device} declined: training takes at least {needs} of memory, it offers {offers}, {missing} too few, and gets no work; "
+            "{device} declined: training takes at least {needs}, it offers {offers}, {missing} too few, and gets no work; "
             "lower [training] batch or the smallest density, or free memory there"
         ),
         "rejected": "{device}: update rejected, {reason}",
@@ -147,7 +147,7 @@ def _in_words(note: Note) -> str:
     }
     if note.kind == "declined":
         needs, half, offers = fields["needs_bytes"], fields.get("needs_bytes_float16"), fields["memory_bytes"]
-        said = f"{needs:,} bytes" + ("" if half is None else f", with float16 storage {half:,}")
+        said = f"{needs:,} bytes of memory" + ("" if half is None else f", with float16 storage {half:,}")
         least = needs if half is None or fields["storage"] == "float32" else half if fields["storage"] == "float16" else min(needs, half)
         fields = {"device": fields["device"], "needs": said, "offers": f"{offers:,}", "missing": f"{least - offers:,}"}
     return words[note.kind].format(**fields) if note.kind in words else ""

@@ -25,8 +25,9 @@ LARGEST = 65504.0
 """Of float16. A Cast makes anything beyond 65520 inf, and inf times a gradient of 0 is NaN: what may be larger is clipped first."""
 LEAST_BYTES = 4096
 """Of a value for each example; below, two more nodes cost more than they save."""
-LEAST_SAVING = 0.1
-"""Of what each example of a step takes: a program that saves less is not worth its download."""
+USUAL_BATCH = 20
+LEAST_SAVING = 0.25
+"""Of what is alive in a step of that many examples. Onnxruntime's arena makes less of it, and nothing of a tenth (bench/storage.py)."""
 
 _BOUNDED = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "Softsign", "Erf", "LSTM", "GRU"})
 """Ops whose output is at most 1, the cell of an LSTM at most the number of steps."""
@@ -82,8 +83,9 @@ def stored_as_float16(program: bytes, *, least_bytes: int = LEAST_BYTES, saturat
 
 
 def _saving(program: bytes, other: bytes) -> float:
-    """How much less an example of a step takes in the other program, 0 to 1."""
-    (_, plain), (_, half) = (most_alive(onnx.ModelProto.FromString(each)) for each in (program, other))
+    """How much less a step takes in the other program, at most 1."""
+    alive = [most_alive(onnx.ModelProto.FromString(each)) for each in (program, other)]
+    plain, half = (fixed + USUAL_BATCH * each for fixed, each in alive)
     return 1 - half / plain
 
 

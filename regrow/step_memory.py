@@ -88,7 +88,7 @@ def needs_bytes(memory: StepMemory, task: Task, storage: Storage = "float32") ->
 def least_bytes(memory: StepMemory, task: Task, rule: StorageRule) -> tuple[int, ...]:
     """What a round takes at every level on a device whose owner has this rule, in whichever storage it then takes less."""
     storages: tuple[Storage, ...] = ("float32", "float16") if rule == "auto" else (rule,)
-    return tuple(map(min, *(needs_bytes(memory, task, storage) for storage in (*storages, storages[0]))))
+    return tuple(map(min, zip(*(needs_bytes(memory, task, storage) for storage in storages), strict=True)))
 
 
 def chosen_storage(rule: StorageRule, float32_bytes: int, memory_bytes: int | None) -> Storage:
