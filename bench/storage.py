@@ -1,13 +1,13 @@
 """What does float16 storage of activations save on a device, and what does it cost?
 
-    python bench/storage.py                         # about ten minutes
+    python bench/storage.py                         # fifteen minutes
     python bench/storage.py --models leaf_cnn       # only these; what is known of the others stays
 
 For each model processes that do nothing else train with the program of float32 storage, with that of float16 storage, with the same where
 values beyond float16 would become inf ("unsaturated": what the clipping costs), and with one that stores nothing as float16, but runs in
-the order of its nodes and compares early like those ("in order": how much of the saving is that). They take turns, and the ratio is the median
-over the turns. Peaks are of the whole processes (VmHWM). The gradient's error is that of one step from the first weights: the worst of a
-tensor, relative to the tensor's own gradient, among those with a hundredth of the whole gradient's norm at least.
+the order of its nodes and compares early like those ("in order": how much of the saving is that). They take turns, and the ratio is the
+median over the turns. Peaks are of the whole processes (VmHWM). The gradient's error is that of one step from the first weights: the worst
+of a tensor, relative to the tensor's own gradient, among those with a hundredth of the whole gradient's norm at least.
 """
 
 from __future__ import annotations
