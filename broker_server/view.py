@@ -142,7 +142,7 @@ def _in_words(note: Note) -> str:
         "restored": "{device} regrows from {density_from:g} to {density:g}",
         "joined": "{device} joined at {uplink_bps:.0f} bit/s with density {density:g}, bound by {bound_by}",
         "declined": (
-            "{device} declined: training takes at least {needs} bytes of memory, it offers {offers}, {missing} too few, and gets no work; "
+            "{device} declined: training takes at least {needs}, it offers {offers}, {missing} too few, and gets no work; "
             "lower [training] batch or the smallest density, or free memory there"
         ),
         "unfit": "{device} declined: {reason}; it gets no work until its data change or it starts anew",
@@ -154,6 +154,8 @@ def _in_words(note: Note) -> str:
     }
     kind = note.kind if note.kind != "declined" or "needs_bytes" in fields else "unfit"
     if kind == "declined":
-        needs, offers = fields["needs_bytes"], fields["memory_bytes"]
-        fields = {"device": fields["device"], "needs": f"{needs:,}", "offers": f"{offers:,}", "missing": f"{needs - offers:,}"}
+        needs, half, offers = fields["needs_bytes"], fields.get("needs_bytes_float16"), fields["memory_bytes"]
+        said = f"{needs:,} bytes of memory" + ("" if half is None else f", with float16 storage {half:,}")
+        least = needs if half is None or fields["storage"] == "float32" else half if fields["storage"] == "float16" else min(needs, half)
+        fields = {"device": fields["device"], "needs": said, "offers": f"{offers:,}", "missing": f"{least - offers:,}"}
     return words[kind].format(**fields) if kind in words else ""

@@ -31,6 +31,8 @@ def agent(options: argparse.Namespace) -> int:
         raise UsageError(f"--gap {options.gap}: at least 0")
     if options.capacity is not None and options.capacity < 1:
         raise UsageError(f"--capacity {options.capacity}: at least 1")
+    if options.storage == "float16" and options.trainer != "onnxruntime":
+        raise UsageError(f"--storage float16: the trainer {options.trainer} stores what torch does; use --trainer onnxruntime")
     make = trainer_of(options.trainer)
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
@@ -44,6 +46,7 @@ def agent(options: argparse.Namespace) -> int:
             software=SOFTWARE,
             memory_bytes=None if options.memory_mb is None else int(options.memory_mb * 1e6),
             local_head=options.local_head,
+            storage=options.storage if options.trainer == "onnxruntime" else "float32",
             make=make,
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
         )

@@ -95,13 +95,21 @@ def seconds_text(seconds: float) -> str:
 
 def _steps(report: dict[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     threads = sorted({count for step in report["steps"] for count in step["seconds"]})
-    head = ("program", "density", "batch", "memory at most", *(f"step, {count} thread{'s' * (count > 1)}" for count in threads))
+    head = (
+        "program",
+        "density",
+        "batch",
+        "memory at most",
+        "float16 storage",
+        *(f"step, {count} thread{'s' * (count > 1)}" for count in threads),
+    )
     rows = []
     for step in report["steps"]:
         density = "below 1" if step["program"] == "train_masked" else f"{step['parameters'] / report['parameters']:.3g}"
         memory = "unknown" if step["memory_bytes"] is None else bytes_text(step["memory_bytes"])
         times = (seconds_text(step["seconds"][count]) if count in step["seconds"] else "" for count in threads)
-        rows.append((step["program"], density, str(step["batch"]), memory, *times))
+        half = "-" if step["memory_float16_bytes"] is None else bytes_text(step["memory_float16_bytes"])
+        rows.append((step["program"], density, str(step["batch"]), memory, half, *times))
     machine = f"on this machine ({report['machine']}, onnxruntime {report['onnxruntime']})"
     return f"A training step {machine}; memory is that of a whole job, estimated", head, rows
 

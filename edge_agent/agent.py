@@ -53,6 +53,7 @@ from regrow.machine import (
 )
 from regrow.outage import Outage
 from regrow.presence import Identity
+from regrow.programs import StorageRule
 
 log = logging.getLogger(__name__)
 IDENTITY = "identity"
@@ -119,6 +120,7 @@ class Agent:
         software: what hello says of us.
         memory_bytes: that a training job may take; None: what is to spare when the agent starts.
         local_head: train the last layer of promoted models here, for use here only.
+        storage: of activations while training: "auto" is float16 where float32 does not fit.
         make: what trains.
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
         companions: what else this process does for the device over the same link.
@@ -136,6 +138,7 @@ class Agent:
         software: str = "",
         memory_bytes: int | None = None,
         local_head: bool = False,
+        storage: StorageRule = "auto",
         make: MakeTrainer = Trainer,
         tune: bool = False,
         companions: Sequence[Companion] = (),
@@ -154,6 +157,7 @@ class Agent:
             validation_examples=source.validation_size,
             software=software,
             memory_bytes=spare_bytes() if memory_bytes is None else memory_bytes,
+            storage=storage,
         )
         self.device = Device(self.identity, saved, self._meter.estimate_bps)
         self._told_bps = self._saved_bps = self._meter.estimate_bps

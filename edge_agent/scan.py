@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from regrow.errors import PeerError
+from regrow.programs import IN_ORDER
 
 _TENSOR, _ATTRIBUTE, _NODE, _GRAPH, _MODEL = "tensor", "attribute", "node", "graph", "model"
 
@@ -60,6 +61,13 @@ def scan_program(name: str, program: bytes) -> None:
                 raise PeerError(f"program {name!r} uses an operator outside ai.onnx, which no program of ours does")
             if child:
                 pending.append((child, value))
+
+
+def asks_for_order(name: str, program: bytes) -> bool:
+    """Whether a program that has been scanned says in its metadata that its nodes shall run as they stand in it."""
+    entries = [value for number, value in _fields(name, memoryview(program)) if number == 14 and not isinstance(value, int)]
+    keys = [value for entry in entries for number, value in _fields(name, entry) if number == 1 and not isinstance(value, int)]
+    return IN_ORDER.encode() in map(bytes, keys)
 
 
 def _fields(name: str, message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from edge_agent.scan import scan_program, vocabulary
+from edge_agent.scan import asks_for_order, scan_program, vocabulary
 from regrow.errors import LocalError, PeerError
 from regrow.examples import Examples, described, r_squared
 from regrow.local_step import METADATA, Step
@@ -202,6 +202,14 @@ def _share_arena() -> bool:
     return True
 
 
+def _keep_in_order(options: ort.SessionOptions) -> list[str]:
+    """Run nodes as they stand in the program, and free each value behind its last use; returns the optimizers to leave out for it."""
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_mem_reuse = False  # a buffer that waits for the next value of its shape is not free meanwhile
+    options.enable_mem_pattern = False  # the block that is planned for all values is larger than what they take one by one
+    return ["MatmulTransposeFusion", "GemmTransposeFusion"]  # what they make runs last of all, and keeps its operands until then
+
+
 class _Session:
     """One program, scanned, loaded and checked against the layout."""
 
@@ -218,8 +226,11 @@ class _Session:
         try:
             if _share_arena():
                 options.add_session_config_entry("session.use_env_allocators", "1")
+            deferring = _keep_in_order(options) if asks_for_order(name, program) else []
             # Without its fallback onnxruntime neither retries a broken program nor prints about it.
-            self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            self._session = ort.InferenceSession(
+                program, options, providers=["CPUExecutionProvider"], enable_fallback=0, disabled_optimizers=deferring
+            )
             inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
             outputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map

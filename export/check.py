@@ -22,6 +22,7 @@ from export.lowering import REPLACED
 from export.memory import step_memory
 from export.programs import initial_vector
 from export.rules import CURES, RULES
+from export.storage import float16_programs
 from export.timing import medians_s, random_feed, session_of
 from export.units import find_units
 from regrow import indexset, values
@@ -29,6 +30,7 @@ from regrow.errors import LocalError
 from regrow.local_step import step_of
 from regrow.order import Order
 from regrow.parameters import Layout
+from regrow.programs import FLOAT16, variant
 from regrow.step_memory import SCORED_AT_ONCE, JobBytes
 from regrow.task import DEFAULT_TRAINING, Training
 from regrow.values import WireDtype
@@ -60,7 +62,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step of a program. `seconds`: median by number of threads; empty where it was not run, and `skipped` says why."""
+    """One training step of a program. `seconds`: median by number of threads; empty where it was not run, and `skipped` says why.
+    `memory_float16_bytes`: with float16 storage; None where that is not published, since it saves too little."""
 
     program: str
     parameters: int
@@ -68,6 +71,7 @@ class Step:
     memory_bytes: int | None
     seconds: Mapping[int, float]
     skipped: str = ""
+    memory_float16_bytes: int | None = None
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------------------------
@@ -236,9 +240,7 @@ def step_costs(
     """
     works = _works(programs, order, flat_weights)
     for batch in batches:
-        needs = [
-            None if work.job is None else work.job.fixed + work.job.trained * batch + work.job.scored * SCORED_AT_ONCE for work in works
-        ]
+        needs = [_job_bytes(work.job, batch) for work in works]
         fits = [need is None or need <= spare_bytes for need in needs]
         together = sum(need or 0 for need in needs) * len(threads) <= spare_bytes
         chosen = [work for work, fit in zip(works, fits, strict=True) if fit and rounds]
@@ -247,23 +249,29 @@ def step_costs(
             took |= _step_s(group, batch, threads, rounds, most_s)
         for work, need, fit in zip(works, needs, fits, strict=True):
             skipped = "" if fit else f"may need {need} bytes, {spare_bytes} are free here"
-            yield Step(work.name, work.size, batch, need, took.get(work.name, {}), skipped)
+            yield Step(work.name, work.size, batch, need, took.get(work.name, {}), skipped, _job_bytes(work.float16_job, batch))
+
+
+def _job_bytes(job: JobBytes | None, batch: int) -> int | None:
+    return None if job is None else job.fixed + job.trained * batch + job.scored * SCORED_AT_ONCE
 
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """A training program with the weights of its level, and what its job takes."""
+    """A training program with the weights of its level, and what its job takes, with float16 storage too where that is published."""
 
     name: str
     program: bytes
     parameters: Mapping[str, NDArray[np.float32]]
     size: int
     job: JobBytes | None
+    float16_job: JobBytes | None
 
 
 def _works(programs: Mapping[str, bytes], order: Order, flat_weights: NDArray[np.float32]) -> list[_Work]:
     """Of single weights the program of the full model and the one with masks; of whole units one for each level."""
-    memory = step_memory(programs).levels
+    half = float16_programs(programs)
+    memory = step_memory({**programs, **half})
     small = sum(name.startswith("train:") for name in programs)
     masked = "train_masked" in programs
     names = ["train", "train_masked"] if masked else [*(f"train:{level}" for level in range(small)), "train"]
@@ -273,8 +281,10 @@ def _works(programs: Mapping[str, bytes], order: Order, flat_weights: NDArray[np
         coordinates = order.coordinates[: order.lengths[int(level)]] if level else order.coordinates
         layout = Layout.from_json(programs[f"layout:{level}" if level else "layout"])
         parameters = layout.unflatten(flat_weights[np.sort(coordinates)])
-        job = memory[0 if masked else number] if memory else None
-        works.append(_Work(name, programs[name], parameters, coordinates.size, job))
+        place = 0 if masked else number
+        job = memory.levels[place] if memory.levels else None
+        float16_job = memory.float16[place] if memory.float16 and variant(name, FLOAT16) in half else None
+        works.append(_Work(name, programs[name], parameters, coordinates.size, job, float16_job))
     return works
 
 

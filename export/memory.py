@@ -15,7 +15,7 @@ import onnx
 from onnx import helper
 
 from export.programs import BATCH
-from regrow.programs import VARIANT
+from regrow.programs import VARIANT, offers_float16, stored_as
 from regrow.step_memory import JobBytes, StepMemory
 
 SESSIONS_BYTES = 16_000_000
@@ -34,7 +34,7 @@ CONSTANT_COPIES = 2
 Values = dict[str, int]
 
 
-class _UnknownShapeError(Exception):
+class UnknownShapeError(Exception):
     """The shape of this value is only known at run time."""
 
 
@@ -43,13 +43,18 @@ def step_memory(programs: Mapping[str, bytes]) -> StepMemory:
 
     Where the shape of some value does not follow from the batch, there are no figures, and memory binds nobody.
     """
+    try:
+        levels = _levels(stored_as(programs, "float32"))
+        return StepMemory(levels, _levels(stored_as(programs, "float16")) if offers_float16(programs) else [])
+    except UnknownShapeError:
+        return StepMemory([])
+
+
+def _levels(programs: Mapping[str, bytes]) -> list[JobBytes]:
     small = sum(name.startswith("layout:") for name in programs)
     found = [(programs[f"train:{level}"], programs[f"evaluate:{level}"], programs.get(f"statistics:{level}")) for level in range(small)]
     found.append((programs.get("train_masked", programs["train"]), programs["evaluate"], programs.get("statistics")))
-    try:
-        return StepMemory([_job_bytes(*of_level) for of_level in found])
-    except _UnknownShapeError:
-        return StepMemory([])
+    return [_job_bytes(*of_level) for of_level in found]
 
 
 def lean_variants(programs: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -59,8 +64,8 @@ def lean_variants(programs: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def _is_lean(programs: Mapping[str, bytes], name: str) -> bool:
     try:
-        sizes = [_most_alive(onnx.ModelProto.FromString(programs[each])) for each in (name, name.partition(VARIANT)[0])]
-    except _UnknownShapeError:
+        sizes = [most_alive(onnx.ModelProto.FromString(programs[each])) for each in (name, name.partition(VARIANT)[0])]
+    except UnknownShapeError:
         return False
     (fixed, trained), (default_fixed, default_trained) = sizes
     return trained <= default_trained and fixed + trained <= default_fixed + default_trained  # whatever the batch
@@ -75,26 +80,36 @@ def _job_bytes(train: bytes, evaluate: bytes, statistics: bytes | None) -> JobBy
     masked = any(name.startswith("mask:") for name in inputs)
     anchored = any(name.startswith("anchor:") for name in inputs)
     vectors = (WORKER_VECTORS + MASK_VECTORS * masked) * parameters + STATE_COPIES * (state + anchored * parameters)
-    fixed, trained = _most_alive(model)
+    fixed, trained = most_alive(model)
     scoring = onnx.ModelProto.FromString(evaluate)
-    also, scored = _most_alive(scoring)
+    also, scored = most_alive(scoring)
     programs = [model, scoring]
     if statistics is not None:  # a third session, with batches of the size that is trained
         programs.append(onnx.ModelProto.FromString(statistics))
-        once, more = _most_alive(programs[-1])
+        once, more = most_alive(programs[-1])
         fixed, trained = fixed + once, trained + more
     vectors += CONSTANT_COPIES * sum(len(tensor.raw_data) for each in programs for tensor in each.graph.initializer)
     return JobBytes(SESSIONS_BYTES + vectors + math.ceil(ARENA * (fixed + also)), math.ceil(ARENA * trained), math.ceil(ARENA * scored))
 
 
-def _most_alive(model: onnx.ModelProto) -> tuple[int, int]:
+def most_alive(model: onnx.ModelProto) -> tuple[int, int]:
     """(a, b) so that a + b * batch bytes bound what is alive at any time, the program's inputs not counted.
 
     The two are the most over the steps, each for itself, so their sum is at least the most of the sum.
     """
+    fixed, each = fixed_and_each(model)
+    return _peak(model, fixed), _peak(model, each)
+
+
+def fixed_and_each(model: onnx.ModelProto) -> tuple[Values, Values]:
+    """Bytes of every value that a node makes: whatever the batch, and for each example.
+
+    Raises:
+        UnknownShapeError: the shape of some value does not follow from the batch.
+    """
     one, two = _bytes_of(model, 1), _bytes_of(model, 2)
     each = {name: two[name] - one[name] for name in one}
-    return _peak(model, {name: one[name] - each[name] for name in one}), _peak(model, each)
+    return {name: one[name] - each[name] for name in one}, each
 
 
 def _peak(model: onnx.ModelProto, sizes: Values) -> int:
@@ -128,6 +143,6 @@ def _bytes_of(model: onnx.ModelProto, batch: int) -> Values:
 def _bytes(value: onnx.ValueInfoProto | None, name: str) -> int:
     dims = value.type.tensor_type.shape.dim if value is not None else ()
     if value is None or not value.type.tensor_type.HasField("shape") or not all(dim.HasField("dim_value") for dim in dims):
-        raise _UnknownShapeError(name)
+        raise UnknownShapeError(name)
     item_bytes: int = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
     return item_bytes * math.prod(int(dim.dim_value) for dim in dims)

@@ -20,6 +20,7 @@ from export.from_torch import from_torch_file
 from export.memory import lean_variants, step_memory
 from export.models import MODELS
 from export.programs import build_programs, initial_vector
+from export.storage import float16_programs
 from export.unit_programs import build_unit_programs
 from export.ways import OTHERS
 from regrow.errors import LocalError, UsageError
@@ -28,7 +29,7 @@ from regrow.programs import MEMORY, program_file, without_variants
 from regrow.task import DEFAULT_TRAINING, Training
 from regrow.wire import MAX_PROGRAMS
 
-BUILDER_VERSION = 5
+BUILDER_VERSION = 6
 """Raise it whenever the same model would give other programs."""
 
 
@@ -44,7 +45,8 @@ def programs_of(
 def published_programs(
     model: onnx.ModelProto, unit_densities: Sequence[float] | None = None, training: Training = DEFAULT_TRAINING
 ) -> dict[str, bytes]:
-    """Those of programs_of, and the training programs in other ways, which devices may find faster and which take no more memory.
+    """Those of programs_of, the training programs in other ways, which devices may find faster and which take no more memory, and those
+    with float16 storage, for devices whose memory is short.
 
     In the default way alone where a manifest could not name them all.
     """
@@ -52,7 +54,7 @@ def published_programs(
         programs = build_programs(model, training=training, others=OTHERS)
     else:
         programs = build_unit_programs(model, unit_densities, training, OTHERS)
-    programs = lean_variants(programs)
+    programs = lean_variants(programs) | float16_programs(programs)
     return programs if len(programs) <= MAX_PROGRAMS else without_variants(programs)
 
 

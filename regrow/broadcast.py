@@ -3,7 +3,7 @@ a reconnect (the broker carries, the coordinator remembers), and cleared when no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from regrow import topics, wire
 from regrow.ledger import Ledger
@@ -20,9 +20,15 @@ class Broadcast:
     """The retained messages of one run, in the order that keeps devices right: chunks, manifest, assignment, then clearing."""
 
     def __init__(
-        self, ledger: Ledger, roster: Roster, names: topics.Run, programs: Mapping[str, bytes], emit: Callable[[Effect], None]
+        self,
+        ledger: Ledger,
+        roster: Roster,
+        names: topics.Run,
+        programs: Mapping[str, bytes],
+        emit: Callable[[Effect], None],
+        float32_bytes: Sequence[int] = (),
     ) -> None:
-        self.ledger, self.names, self.programs = ledger, names, programs
+        self.ledger, self.names, self.programs, self._float32_bytes = ledger, names, programs, float32_bytes
         self._roster, self._blobs = roster, program_blobs(programs)
         self.fetching: dict[int, set[str]] = {}
         self._emit = emit
@@ -56,7 +62,7 @@ class Broadcast:
             self._order(publication.order.epoch, coded)
         for index, chunk in enumerate(publication.chunks):
             self._retain(self.names.chunk(version, index), publication.chunk_data(chunk.start, chunk.stop))
-        message = manifest(publication, coded, self._blobs, self._term, self.ledger.task.method.local)
+        message = manifest(publication, coded, self._blobs, self._term, self.ledger.task.method.local, self._float32_bytes)
         self._retain(self.names.manifest(version), wire.encode(message))
         self.fetching[version] = set()
 

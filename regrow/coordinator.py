@@ -38,7 +38,7 @@ from regrow.publication import version_of
 from regrow.receipts import missing_of, receipt
 from regrow.records import Entry, Joined, Led, Rejected, Released, to_record
 from regrow.roster import Roster
-from regrow.step_memory import memory_of
+from regrow.step_memory import memory_of, needs_bytes
 from regrow.trigger import due_s, has_quorum
 
 MIN_LINK_BPS = 1.0  # a claimed link below this would make a deadline that is not a number any more
@@ -70,7 +70,8 @@ class Coordinator:
         self.memory = memory_of(programs, ledger.task)
         self.programs = {name: data for name, data in programs.items() if name != MEMORY}
         self.roster = Roster(ledger)
-        self.broadcast = Broadcast(ledger, self.roster, self.names, self.programs, self.emit)
+        float32_bytes = needs_bytes(self.memory, ledger.task) if self.memory.float16 else ()
+        self.broadcast = Broadcast(ledger, self.roster, self.names, self.programs, self.emit, float32_bytes)
         self.planner = Planner(self)
         self.telemetry: dict[str, wire.Telemetry] = {}
         self.step_s: dict[str, float] = {}

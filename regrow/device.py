@@ -273,7 +273,7 @@ class Device:
     def _hear_manifest(self, manifest: wire.Manifest) -> None:
         if self.names is None or self.assignment is None or manifest.term < self.term or self._fetching.wanted is not None:
             return
-        self._effects += self._fetching.plan(self.assignment, manifest, self.names, self.now)
+        self._effects += self._fetching.plan(self.assignment, manifest, self.names, self.now, self.identity)
         self._fetch_on()
 
     def _hear_part(self, event: Received) -> None:

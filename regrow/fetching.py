@@ -16,7 +16,10 @@ from regrow import indexset, topics, values, wire
 from regrow.errors import LocalError, PeerError
 from regrow.machine import Drop, Effect, Note, Save, Unsubscribe
 from regrow.parameters import Layout
+from regrow.presence import Identity
+from regrow.programs import Storage, StorageRule, offers_float16, stored_as
 from regrow.publication import version_of
+from regrow.step_memory import chosen_storage
 
 FILTERS_AT_ONCE = 16
 PATIENCE_S = 60.0
@@ -25,12 +28,14 @@ PART = "part-"
 
 @dataclass(frozen=True, eq=False)
 class Shopping:
-    """What one assignment needs. `parts`: digest -> topic, in the order of fetching."""
+    """What one assignment needs. `programs`: by the names that they are run by; `parts`: digest -> topic, in the order of fetching."""
 
     assignment: wire.Assignment
     manifest: wire.Manifest
     longest: int
     levels: int
+    storage: Storage
+    programs: Mapping[str, wire.Blob]
     parts: Mapping[bytes, str]
 
 
@@ -65,8 +70,18 @@ class Known:
         return (self.layout_digest, self.lengths[:levels], self.sets[:levels]) == (layout_digest, lengths, sets)
 
 
-def shopping(assignment: wire.Assignment, manifest: wire.Manifest, names: topics.Run) -> Shopping:
-    """The parts that an assignment needs of its version.
+def shopping(
+    assignment: wire.Assignment,
+    manifest: wire.Manifest,
+    names: topics.Run,
+    rule: StorageRule = "float32",
+    memory_bytes: int | None = None,
+) -> Shopping:
+    """The parts that an assignment needs of its version; of programs only those with the storage that this device trains in.
+
+    Args:
+        rule: the owner's, for the storage of activations.
+        memory_bytes: that a training job may take here; None: as much as it wants.
 
     Raises:
         PeerError: assignment and manifest do not belong together, or the manifest contradicts itself.
@@ -79,7 +94,11 @@ def shopping(assignment: wire.Assignment, manifest: wire.Manifest, names: topics
         highest = len(manifest.lengths) - 1
     longest = manifest.lengths[highest]
     parts: dict[bytes, str] = {}
-    for blob in manifest.programs:
+    float32_bytes = manifest.float32_bytes[assignment.level] if manifest.float32_bytes else 0
+    offered = {blob.name: blob for blob in manifest.programs}
+    storage = chosen_storage(rule, float32_bytes, memory_bytes) if offers_float16(offered) else "float32"
+    programs = stored_as(offered, storage)
+    for blob in programs.values():
         parts.update({digest: names.program(blob.digest, piece) for piece, digest in enumerate(blob.pieces)})
     for level, blob in enumerate(manifest.levels[: highest + 1]):
         if blob.size:
@@ -87,13 +106,15 @@ def shopping(assignment: wire.Assignment, manifest: wire.Manifest, names: topics
     for index, chunk in enumerate(manifest.chunks):
         if chunk.stop <= longest:
             parts[chunk.digest] = names.chunk(manifest.version, index)
-    return Shopping(assignment, manifest, longest, highest + 1, parts)
+    return Shopping(assignment, manifest, longest, highest + 1, storage, programs, parts)
 
 
 def _check(manifest: wire.Manifest, highest: int) -> None:
     lengths = manifest.lengths
     if highest >= len(lengths) or len(manifest.levels) != len(lengths) or sorted(lengths) != lengths:
         raise PeerError(f"manifest {manifest.version}: {len(lengths)} lengths, {len(manifest.levels)} level sets, level {highest}")
+    if len(manifest.float32_bytes) not in (0, len(lengths)):
+        raise PeerError(f"manifest {manifest.version}: {len(lengths)} levels, memory of {len(manifest.float32_bytes)}")
     if manifest.dtype in values.DELTA_DTYPES or not manifest.always_kept <= lengths[0]:
         raise PeerError(f"manifest {manifest.version}: {manifest.dtype} values, {manifest.always_kept} of {lengths[0]} always kept")
     stops = [0, *(chunk.stop for chunk in manifest.chunks)]
@@ -115,7 +136,7 @@ def assemble(wanted: Shopping, parts: Mapping[bytes, bytes], known: Known | None
         PeerError: they are not what the manifest says, whoever made them.
     """
     manifest = wanted.manifest
-    programs = {blob.name: _whole(blob, parts) for blob in manifest.programs}
+    programs = {name: _whole(blob, parts) for name, blob in wanted.programs.items()}
     if "layout" not in programs:
         raise PeerError(f"manifest {manifest.version}: no program named 'layout'")
     known = _decoded(wanted, programs["layout"], parts, known)
@@ -165,6 +186,7 @@ class Fetching:
         subscribed: topics that are asked for now.
         progress_s: when something last came, monotonic seconds.
         known: what the last assembly has decoded.
+        storage: of activations, in the job before.
     """
 
     parts: dict[bytes, bytes] = field(default_factory=dict)
@@ -172,6 +194,7 @@ class Fetching:
     subscribed: set[str] = field(default_factory=set)
     progress_s: float = 0.0
     known: Known | None = None
+    storage: Storage = "float32"
 
     def load(self, saved: Mapping[str, bytes]) -> list[Effect]:
         """Take in the saved parts; those whose digest is not that of their name are dropped."""
@@ -209,13 +232,13 @@ class Fetching:
         asked, self.subscribed = tuple(sorted(self.subscribed)), set()
         return [Unsubscribe(asked)] if asked and connected else []
 
-    def plan(self, assignment: wire.Assignment, manifest: wire.Manifest, names: topics.Run, now: float) -> list[Effect]:
+    def plan(self, assignment: wire.Assignment, manifest: wire.Manifest, names: topics.Run, now: float, me: Identity) -> list[Effect]:
         """The manifest has come: want what the assignment needs, and let go of the parts that it has no use for.
 
         Raises:
             PeerError: as shopping.
         """
-        self.wanted = shopping(assignment, manifest, names)
+        self.wanted = shopping(assignment, manifest, names, me.storage, me.memory_bytes)
         counts = {"parts": len(self.wanted.parts), "lacking": len(self.lacking())}
         unwanted = [digest for digest in self.parts if digest not in self.wanted.parts]
         for digest in unwanted:
@@ -224,7 +247,17 @@ class Fetching:
             Note("fetching", {"number": assignment.number, "version": version_of(manifest.version), **counts}),
             self._got(names.manifest(manifest.version), now),
             *(Drop(PART + digest.hex()) for digest in unwanted),
+            *self._storage_told(me),
         ]
+
+    def _storage_told(self, me: Identity) -> list[Effect]:
+        """What activations are stored as from now on, where it is another than before, and why."""
+        if self.wanted is None or self.wanted.storage == self.storage:
+            return []
+        self.storage = self.wanted.storage
+        needed = self.wanted.manifest.float32_bytes[self.wanted.assignment.level : self.wanted.assignment.level + 1]
+        fields = {"activations": self.storage, "rule": me.storage, "memory_bytes": me.memory_bytes}
+        return [Note("storage", fields | {"float32_needs_bytes": needed[0] if needed else None})]
 
     def _got(self, topic: str, now: float) -> Unsubscribe:
         self.progress_s = now

@@ -18,7 +18,7 @@ from regrow.order import importance
 from regrow.precision import update_dtype
 from regrow.publication import CodedOrder, number_of, version_of
 from regrow.restarts import Restarts
-from regrow.step_memory import largest_density, needs_bytes
+from regrow.step_memory import largest_density, least_bytes, needs_bytes
 from regrow.task import Task
 from regrow.values import WireDtype
 
@@ -52,7 +52,7 @@ class Planner:
         anew = known is not None and (known.boot, known.install) != (hello.boot.hex(), hello.install.hex())
         if anew and not self.restarts.counts(who, hello, uplink_bps, coordinator.now):
             return
-        needs = needs_bytes(coordinator.memory, self._ledger.task)
+        needs = least_bytes(coordinator.memory, self._ledger.task, hello.storage)
         join = records.Joined(
             device=who,
             install=hello.install.hex(),
@@ -64,7 +64,7 @@ class Planner:
         )
         if join.memory_density == 0.0 and self._declined.get(who) != join.boot:  # said once, not with every hello
             self._declined[who] = join.boot
-            coordinator.emit(Note("declined", {"device": who, "needs_bytes": min(needs), "memory_bytes": hello.memory_bytes}))
+            coordinator.emit(Note("declined", {"device": who, **self._least_needs(hello), "memory_bytes": hello.memory_bytes}))
         if known is None:
             if join.memory_density > 0.0:
                 coordinator.waiting[who] = join
@@ -77,6 +77,13 @@ class Planner:
             if known.lease is not None and (other_install or other_memory):
                 coordinator.release_lease(who, "reinstalled" if other_install else "started with other memory")
             coordinator.commit(join)
+
+    def _least_needs(self, hello: wire.Hello) -> dict[str, int | str]:
+        """What the smallest level takes, in every storage that there is, and which of them the device may use."""
+        memory, task = self._coordinator.memory, self._ledger.task
+        needs: dict[str, int | str] = {"needs_bytes": min(needs_bytes(memory, task))}
+        half = {"needs_bytes_float16": min(needs_bytes(memory, task, "float16")), "storage": hello.storage} if memory.float16 else {}
+        return needs | half
 
     def join_due_s(self) -> float | None:
         """When waiting devices get their first density, or None while the fleet is too small."""

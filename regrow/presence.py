@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from regrow import topics, wire
 from regrow.machine import DataChanged, Note, Publish
+from regrow.programs import StorageRule
 
 HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
@@ -18,7 +19,7 @@ LEADER_SILENT_S = 60.0  # a leader beats every two seconds; after this long it m
 class Identity:
     """What a device says of itself. install: new with every installation; boot: new with every start (16 bytes each).
 
-    memory_bytes: that a training job may take.
+    memory_bytes: that a training job may take; storage: of activations, meanwhile.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Identity:
     validation_examples: int = 0
     software: str = ""
     memory_bytes: int | None = None
+    storage: StorageRule = "float32"
 
 
 @dataclass(slots=True)
@@ -122,6 +124,7 @@ class Presence:
             step_s=self.meters.full_step_s,
             software=me.software,
             memory_bytes=me.memory_bytes,
+            storage=me.storage,
         )
         self.hello_s = now + (self._hello_wait_s if again else LEADER_SILENT_S)
         self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_AGAIN_S)

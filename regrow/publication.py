@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -109,9 +109,19 @@ def program_blobs(programs: Mapping[str, bytes]) -> list[wire.Blob]:
 
 
 def manifest(
-    publication: Publication, coded: CodedOrder, programs: list[wire.Blob], term: int, local: LocalRule = "plain"
+    publication: Publication,
+    coded: CodedOrder,
+    programs: list[wire.Blob],
+    term: int,
+    local: LocalRule = "plain",
+    float32_bytes: Sequence[int] = (),
 ) -> wire.Manifest:
-    """Everything that a device needs to know in order to fetch, check and train this version. programs: `program_blobs`."""
+    """Everything that a device needs to know in order to fetch, check and train this version.
+
+    Args:
+        programs: `program_blobs`.
+        float32_bytes: what a round takes at each level with float32 storage, where programs with float16 storage are there too.
+    """
     return wire.Manifest(
         term=term,
         version=publication.version,
@@ -123,4 +133,5 @@ def manifest(
         levels=coded.blobs,
         programs=programs,
         local=local,
+        float32_bytes=list(float32_bytes),
     )

@@ -1,6 +1,7 @@
 """How much memory a device's training job takes, by level: the exporter's figures (export/memory.py), and the largest level that fits.
 
-Only the coordinator reads them, from the task's build; they never travel.
+Only the coordinator reads them, from the task's build. Where programs with float16 storage are published too, the manifest says what
+float32 takes at each level, so that both sides choose alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import msgspec
 
 from regrow.errors import LocalError
 from regrow.levels import densities_of
-from regrow.programs import MEMORY
+from regrow.programs import MEMORY, Storage, StorageRule
 from regrow.task import Task
 
 SCORED_AT_ONCE = 256
@@ -33,10 +34,11 @@ class JobBytes(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 class StepMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`levels`: one entry for each level of whole units; a single one where every level trains the full model, with masks or without.
 
-    None at all where the exporter could not tell; then memory binds nobody.
+    None at all where the exporter could not tell; then memory binds nobody. `float16`: the same with float16 storage, where that is there.
     """
 
     levels: Annotated[list[JobBytes], msgspec.Meta(max_length=256)]
+    float16: Annotated[list[JobBytes], msgspec.Meta(max_length=256)] = []
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self) + b"\n"
@@ -61,11 +63,11 @@ def memory_of(programs: Mapping[str, bytes], task: Task) -> StepMemory:
         LocalError: it is malformed, or of another number of levels.
     """
     memory = StepMemory.from_json(programs[MEMORY]) if MEMORY in programs else StepMemory([])
-    needs_bytes(memory, task)
+    least_bytes(memory, task, "auto")
     return memory
 
 
-def needs_bytes(memory: StepMemory, task: Task) -> tuple[int, ...]:
+def needs_bytes(memory: StepMemory, task: Task, storage: Storage = "float32") -> tuple[int, ...]:
     """What a round takes at every level, bytes.
 
     Scoring counts with all that is scored at once: a device's validation data may grow after it has said how many they are.
@@ -75,11 +77,25 @@ def needs_bytes(memory: StepMemory, task: Task) -> tuple[int, ...]:
         LocalError: the figures are those of another number of levels.
     """
     count = len(densities_of(task))
-    levels = (memory.levels or [JobBytes(0, 0, 0)]) * (count if len(memory.levels) <= 1 else 1)
+    found = memory.float16 if storage == "float16" and memory.float16 else memory.levels
+    levels = (found or [JobBytes(0, 0, 0)]) * (count if len(found) <= 1 else 1)
     if len(levels) != count:
         raise LocalError(f"memory.json is of {len(levels)} levels, the task has {count}; run `regrow task build`")
     needs = tuple(each.fixed + each.trained * task.training.batch + each.scored * SCORED_AT_ONCE for each in levels)
-    return tuple(accumulate(needs)) if task.method.local == "ordered_dropout" and len(memory.levels) > 1 else needs
+    return tuple(accumulate(needs)) if task.method.local == "ordered_dropout" and len(found) > 1 else needs
+
+
+def least_bytes(memory: StepMemory, task: Task, rule: StorageRule) -> tuple[int, ...]:
+    """What a round takes at every level on a device whose owner has this rule, in whichever storage it then takes less."""
+    storages: tuple[Storage, ...] = ("float32", "float16") if rule == "auto" else (rule,)
+    return tuple(map(min, zip(*(needs_bytes(memory, task, storage) for storage in storages), strict=True)))
+
+
+def chosen_storage(rule: StorageRule, float32_bytes: int, memory_bytes: int | None) -> Storage:
+    """What a device stores activations as: float16 where its owner wants that, or allows it and float32 does not fit."""
+    if rule != "auto":
+        return rule
+    return "float16" if memory_bytes is not None and float32_bytes > memory_bytes else "float32"
 
 
 def largest_density(needs: Sequence[int], densities: Sequence[float], memory_bytes: int) -> float:

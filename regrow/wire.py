@@ -18,6 +18,7 @@ import msgspec
 from regrow.errors import LocalError, PeerError
 from regrow.local_rules import LocalRule
 from regrow.machine import Payload
+from regrow.programs import StorageRule
 from regrow.values import WireDtype
 
 MAGIC = b"RG"
@@ -60,6 +61,7 @@ class Hello(Message, frozen=True, kw_only=True, omit_defaults=True):
     step_s: Rate | None = None
     software: Text = ""
     memory_bytes: Count | None = None
+    storage: StorageRule = "float32"
 
 
 class Status(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -119,6 +121,7 @@ class Manifest(Message, frozen=True, kw_only=True, omit_defaults=True):
     levels: Annotated[list[Blob], msgspec.Meta(min_length=1, max_length=256)]
     programs: Annotated[list[Blob], msgspec.Meta(max_length=MAX_PROGRAMS)]
     local: LocalRule = "plain"
+    float32_bytes: Annotated[list[Count], msgspec.Meta(max_length=256)] = []
 
 
 class Assignment(Message, frozen=True, kw_only=True, omit_defaults=True):

@@ -32,5 +32,7 @@ def add_parser(commands: Commands) -> None:
     agent.add_argument("--trainer", choices=["onnxruntime", "torch", "torch-cuda"], default="onnxruntime", help=trainer)
     memory = "memory that training may take, in 10^6 bytes (default: nine tenths of what is free at the start, within its cgroup)"
     agent.add_argument("--memory-mb", type=memory_mb, metavar="N", help=memory)
+    storage = "what activations are kept as between the passes of a step; auto: float16, which is slower, where float32 does not fit"
+    agent.add_argument("--storage", choices=["auto", "float32", "float16"], default="auto", help=storage)
     head = "train the last layer of promoted models on the data here, for use here only, and use it where it gains"
     agent.add_argument("--local-head", action="store_true", help=head)

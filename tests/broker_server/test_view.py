@@ -21,6 +21,10 @@ def test_declined_devices_are_counted_until_they_take_part() -> None:
     assert "declined" not in shown(view)
     for who in ("d0", "d1"):
         view.note(Note("declined", {"device": who, "needs_bytes": 4000, "memory_bytes": 399}))
+    both = {"needs_bytes": 9000, "needs_bytes_float16": 7000, "storage": "auto", "memory_bytes": 500}
+    view.note(Note("declined", {"device": "d1", **both}))
+    said = "d1 declined: training takes at least 9,000 bytes of memory, with float16 storage 7,000, it offers 500, 6,500 too few"
+    assert said in shown(view)
     view.note(Note("telemetry", {"device": "d1", "phase": "waiting"}))
     picture = shown(view)
     assert "2 declined for memory" in picture.splitlines()[0]

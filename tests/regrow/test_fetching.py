@@ -103,6 +103,7 @@ LENGTHS = MANIFEST.lengths
         (changed(chunks=[CHUNKS[0], *CHUNKS]), 0, "cover"),
         (changed(chunks=[wire.Chunk(0, 0, bytes(16)), *CHUNKS]), 0, "cover"),
         (changed(chunks=[wire.Chunk(0, LENGTHS[-1], bytes(16))]), 0, "crosses"),
+        (changed(float32_bytes=[1, 2]), 0, "memory of 2"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(bad: wire.Manifest, level: int, why: str) -> None:
