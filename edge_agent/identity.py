@@ -37,17 +37,18 @@ _CURE = "ask for a new claim on the gateway with `regrow fleet add NAME`, then `
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to be certified once, until `expires` (text for people: this machine's clock may be wrong)."""
+    """The right to be certified once, until then (unix seconds)."""
 
     token: str
-    expires: str
+    expires_s: int
 
 
 @dataclass(frozen=True, slots=True)
 class About:
     """device.json: where the fleet is, and who speaks for it.
 
-    coordinator_keys: Ed25519 public keys, 32 bytes each; authority: the fleet's CA, PEM, of the claim or of ca.crt; claim: not yet used.
+    coordinator_keys: Ed25519 public keys, 32 bytes each; authority: the fleet's CA, PEM, of the claim or of ca.crt; since_s: unix
+    seconds at which the gateway wrote this: it is later now, whatever the clock says; claim: not yet used.
     """
 
     device: str
@@ -56,6 +57,7 @@ class About:
     enrol: str
     coordinator_keys: tuple[bytes, ...]
     authority: str
+    since_s: int
     claim: Claim | None = None
 
 
@@ -115,6 +117,7 @@ class Identity:
     Attributes:
         device, fleet, broker: name of the device and of its fleet, and the broker's mqtts:// address.
         coordinator_keys: Ed25519 public keys of who may give it work, 32 bytes each.
+        signing_key: the public half of what `sign` signs with, Ed25519, 32 bytes.
         serial: of the certificate in use, lower-case hexadecimal; not_after_s: its end, unix seconds.
     """
 
@@ -123,7 +126,8 @@ class Identity:
         self.device, self.fleet, self.broker, self.coordinator_keys = about.device, about.fleet, about.broker, about.coordinator_keys
         self.serial = f"{certificate.serial_number:x}"
         self.not_after_s = certificate.not_valid_after_utc.timestamp()
-        self._signing_key = signing_key
+        self.signing_key = signing_key.public_key().public_bytes_raw()
+        self._private = signing_key
 
     @classmethod
     def load(cls, folder: Path) -> Identity:
@@ -157,7 +161,7 @@ class Identity:
 
     def sign(self, data: bytes) -> bytes:
         """This device's Ed25519 signature, 64 bytes."""
-        return self._signing_key.sign(data)
+        return self._private.sign(data)
 
     def next_start(self) -> int:
         """A number above that of every earlier start, durable before it is returned: the high half of the device's stamps.
@@ -293,7 +297,8 @@ def _about(path: Path) -> About:
             enrol=_text(said, "enrol"),
             coordinator_keys=tuple(bytes.fromhex(key) for key in said["coordinator_keys"]),
             authority=_text(claim, "ca") if claim is not None else (path.parent / _AUTHORITY).read_text(),
-            claim=None if claim is None else Claim(_text(claim, "token"), _text(claim, "expires")),
+            since_s=_seconds(said, "since_s"),
+            claim=None if claim is None else Claim(_text(claim, "token"), _seconds(claim, "expires_s")),
         )
     except OSError as error:
         raise LocalError(f"{error.filename or path}: {error.strerror}; {_CURE}") from error
@@ -310,6 +315,13 @@ def _about(path: Path) -> About:
 def _text(said: Any, name: str) -> str:
     value = said[name]
     if not isinstance(value, str) or not value:
+        raise TypeError(name)
+    return value
+
+
+def _seconds(said: Any, name: str) -> int:
+    value = said[name]
+    if type(value) is not int or not 0 <= value < 2**53:
         raise TypeError(name)
     return value
 

@@ -9,7 +9,6 @@ import json
 import random
 import re
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -56,9 +55,7 @@ def init(folder: Path, name: str, hosts: Sequence[str], *, tls_port: int = TLS_P
     if (folder / "fleet.json").exists():
         raise LocalError(f"{folder} holds a fleet already, and its keys cannot be made twice; another fleet needs another --fleet")
     if (folder / "ca.key").exists():
-        raise LocalError(
-            f"{folder} holds keys but no fleet.json: an init was cut off, or a backup half restored; remove or restore it"
-        )
+        raise LocalError(f"{folder} holds keys but no fleet.json: an init was cut off, or a backup half restored; remove or restore it")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
     fleet = Fleet(name=name, id=secrets.token_hex(8), hosts=list(hosts), tls_port=tls_port, enrol_port=enrol_port, created_s=now_s())
@@ -92,8 +89,7 @@ def claim(registry: Registry, name: str, *, days: float = CLAIM_DAYS, board: str
             devices[name] = Device(state="claimed", added_s=now_s(), percentile=round(random.uniform(0, 100), 2), board=board, claim=right)
         else:
             devices[name] = replace(known, state="claimed", claim=right, replace=None, board=board or known.board)
-    expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(expires_s))
-    return {**_about(fleet, authority, name), "claim": {"token": token, "expires": expires, "ca": authority.certificate_pem}}
+    return {**_about(fleet, authority, name), "claim": {"token": token, "expires_s": expires_s, "ca": authority.certificate_pem}}
 
 
 def enrol(registry: Registry, authority: Authority, name: str, token: str, request: Request) -> str:
@@ -140,19 +136,32 @@ def renew(registry: Registry, authority: Authority, request: Request) -> str:
 
 
 def in_use(registry: Registry, authority: Authority, name: str, serial: str) -> bool:
-    """The device has said over its link which certificate it uses: older ones are revoked now. Returns whether any was."""
+    """The device has said over its link which certificate it uses: older ones are revoked now. Returns whether any was.
+
+    Nearly every call changes nothing, and then writes nothing.
+    """
+    known = registry.devices().get(name)
+    if known is None or _after_use(known, serial) == known:
+        return False
     with registry.change() as devices:
         device = devices.get(name)
-        if device is None or not any(certified.serial == serial for certified in device.good):
+        if device is None:
             return False
-        used = [replace(certified, used=certified.used or certified.serial == serial) for certified in device.certificates]
-        claim_left = device.claim if device.claim is not None and device.claim.key is None else None
-        old = [certified.serial for certified in device.good[: [c.serial for c in device.good].index(serial)]]
-        kept = None if device.replace in old else device.replace
-        devices[name] = _revoke(replace(device, certificates=used, claim=claim_left, replace=kept, seen_s=now_s()), old)
-        if old:
+        devices[name] = _after_use(device, serial)
+        if old := len(device.good) > len(devices[name].good):
             authority.write_list(revoked(devices))
-    return bool(old)
+    return old
+
+
+def _after_use(device: Device, serial: str) -> Device:
+    serials = [certified.serial for certified in device.good]
+    if serial not in serials:
+        return device
+    old = serials[: serials.index(serial)]
+    used = [replace(certified, used=certified.used or certified.serial == serial) for certified in device.certificates]
+    claim_left = device.claim if device.claim is not None and device.claim.key is None else None
+    kept = None if device.replace in old else device.replace
+    return _revoke(replace(device, certificates=used, claim=claim_left, replace=kept), old)
 
 
 # ---- standing -----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def wiped(registry: Registry, authority: Authority, name: str) -> None:
         device = devices.get(name)
         if device is not None and device.state == "wiping":
             serials = [certified.serial for certified in device.good]
-            devices[name] = _revoke(replace(device, state="wiped", claim=None, replace=None, seen_s=now_s()), serials)
+            devices[name] = _revoke(replace(device, state="wiped", claim=None, replace=None), serials)
             authority.write_list(revoked(devices))
 
 
@@ -222,7 +231,8 @@ def write_claim(registry: Registry, name: str, folder: Path, *, days: float = CL
 
 def _about(fleet: Fleet, authority: Authority, name: str) -> dict[str, Any]:
     keys = [authority.signing_key.hex()]
-    return {"device": name, "fleet": fleet.name, "broker": fleet.broker, "enrol": fleet.enrol, "coordinator_keys": keys}
+    where = {"device": name, "fleet": fleet.name, "broker": fleet.broker, "enrol": fleet.enrol}
+    return {**where, "coordinator_keys": keys, "since_s": now_s()}
 
 
 def _member(devices: Mapping[str, Device], name: str) -> Device:

@@ -83,7 +83,6 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     claim: Claim | None = None
     certificates: list[Certified] = []
     replace: Hex | None = None
-    seen_s: Seconds | None = None
 
     @property
     def good(self) -> list[Certified]:
