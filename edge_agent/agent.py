@@ -19,6 +19,7 @@ from edge_agent.data.source import DataSource
 from edge_agent.memory import spare_bytes
 from edge_agent.models import Models
 from edge_agent.promotion import Settled
+from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
@@ -29,6 +30,7 @@ from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
 from regrow.errors import LocalError
 from regrow.fetching import PART
+from regrow.guards import REFUSED
 from regrow.machine import (
     Acknowledged,
     Connected,
@@ -61,7 +63,7 @@ TUNING = "tuning"
 POLL_S = 1.0
 UPLINK_DRIFT = 0.2
 OWN_TOKEN = -1
-COMPLAINTS = ("gave up", "rejected", "refused", "set aside", "without work")
+COMPLAINTS = ("gave up", "rejected", "refused", REFUSED, "set aside", "without work")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class Agent:
         make: what trains.
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
         companions: what else this process does for the device over the same link.
+        sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
     """
 
     def __init__(
@@ -138,8 +141,9 @@ class Agent:
         make: MakeTrainer = Trainer,
         tune: bool = False,
         companions: Sequence[Companion] = (),
+        sealing: Sealing | None = None,
     ) -> None:
-        self._companions = companions
+        self._companions, self._sealing = companions, sealing
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
         self._meter = self._load_meter()
@@ -160,7 +164,8 @@ class Agent:
             device_id=bundle.device,
             password=bundle.password,
             rng=random.Random(self.identity.boot),
-            will=(topics.status(bundle.device), wire.encode(wire.Status(online=False))),
+            # Bare, so a fleet with keys would not hear it.
+            will=(topics.status(bundle.device), wire.encode(wire.Status(online=False))) if sealing is None else None,
             max_uplink_bps=max_uplink_bps,
             max_downlink_bps=max_downlink_bps,
         )
@@ -237,17 +242,23 @@ class Agent:
                 self._folder.check()  # an agent that waits for work writes nothing, and would not notice
                 wait_s = min(max(self._timer_s - time.monotonic(), 0.0), POLL_S)
                 for event in self._link.poll(wait_s):
-                    self._take(event)
+                    heard = event if self._sealing is None else self._sealing.open(event, time.monotonic())
+                    if heard is not None:
+                        self._take(heard)
                 while not self._results.empty():
                     self._take_result(self._results.get())
                 self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
                 self._accompany(None)
+                if self._sealing is not None:
+                    self._perform(self._sealing.tend(time.monotonic()))
                 if self._timer_s <= time.monotonic():
                     self._timer_s = float("inf")
                     self._step(Woken())
         finally:
             self._worker.close()
             self._link.close()
+            if self._sealing is not None:
+                self._sealing.close(time.monotonic())
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Acknowledged):
@@ -326,7 +337,7 @@ class Agent:
         if effect.token is None:
             effect = replace(effect, token=OWN_TOKEN)
         self._sent[effect.token or OWN_TOKEN] = effect.topic
-        self._link.perform(effect)
+        self._link.perform(effect if self._sealing is None else self._sealing.seal(effect, time.monotonic()))
 
     def _trained(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         self._results.put(result)
