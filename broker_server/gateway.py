@@ -35,6 +35,7 @@ from regrow.machine import (
     Persisted,
     Publish,
     SetTimer,
+    Standing,
     Subscribe,
     Unsubscribe,
     Woken,
@@ -238,6 +239,8 @@ class Gateway:
             elif isinstance(effect, Note):
                 self.store.metric(effect.kind, effect.fields)
                 self._on_note(effect)
+            elif isinstance(effect, Standing):
+                self._events.put(effect)
             elif isinstance(effect, Finished):
                 self._finished = effect.reason
 
