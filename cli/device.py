@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from edge_agent.agent import Agent, read_bundle
+from edge_agent.agent import Agent
+from edge_agent.bundle import read_bundle
 from edge_agent.data.sources import open_source
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer, scan_program
