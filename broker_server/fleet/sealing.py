@@ -9,15 +9,20 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from broker_server.fleet.registry import Device, Registry
 from broker_server.fleet.stamps import CLOCK_MS, LEAP_MS, Stamps, begin_clock, implausible, write_clock
 from regrow import seal, topics
 from regrow.fleet_time import FleetTime
 from regrow.guards import FromCoordinator, FromDevices
 from regrow.machine import Disconnected, Event, Note, Payload, Publish, Received
+
+if TYPE_CHECKING:
+    from broker_server.fleet.authority import Authority
 
 log = logging.getLogger(__name__)
 SHORT_S = 600  # of what is said anew all the time, or waited for now: claims, receipts
@@ -129,3 +134,28 @@ class Sealing:
         """Save how far everybody is. Not after an error: then the last reservation holds."""
         self._stamps.save(*self._devices.ended(), clean=True)
         self._save_clock(now)
+
+
+def sealing_of(registry: Registry, authority: Authority, role: str) -> Sealing:
+    """What seals and opens for one process of this fleet.
+
+    Args:
+        authority: signs for the coordinator.
+        role: as in Sealing.
+
+    Raises:
+        LocalError: what earlier lives have saved does not check out.
+    """
+    from broker_server.fleet.authority import verify
+
+    known: tuple[tuple[int, int], Mapping[str, Device]] = ((-1, -1), {})
+
+    def keys_of(device: str) -> tuple[bytes, ...]:
+        """As the registry says at this moment: who was put out is not heard any more."""
+        nonlocal known
+        stamp = registry.stamp()
+        if stamp != known[0]:
+            known = (stamp, registry.devices())
+        return known[1][device].signing_keys if device in known[1] else ()
+
+    return Sealing(Keys(authority.signing_key, authority.sign, keys_of, verify), registry.folder, role, time.monotonic())
