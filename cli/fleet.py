@@ -17,6 +17,7 @@ from broker_server.fleet.registry import Device, Registry, now_s
 from broker_server.fleet.steward import read_seen
 from cli.arguments import own_fleet
 from edge_agent import identity
+from edge_agent.identity_folder import adopt
 from regrow.errors import LocalError
 
 COLUMNS = ("device", "state", "doing", "heard of", "certificate until", "board")
@@ -67,7 +68,7 @@ def _offline(registry: Registry, options: argparse.Namespace) -> Path:
         raise LocalError(f"{folder} is there already; remove it, or choose another --out")
     path = members.write_claim(registry, options.name, options.out, days=options.days, board=options.board)
     try:
-        about = identity.adopt(folder, path)
+        about = adopt(folder, path)
         asked = identity.request(folder)
         request = check_request(asked.csr, asked.signing_key, asked.proof, options.name)
         token = "" if about.claim is None else about.claim.token

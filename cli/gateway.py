@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from broker_server.audit import audit
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
+from broker_server.fleet.sealing import Sealing
 from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
 from broker_server.promotions import Promotions, use_of
@@ -174,7 +175,7 @@ def _unlocked(run: Path) -> tuple[TaskFolder, Path]:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How the coordinator reaches its broker, what ends the broker, what keeps it alive, and what else speaks over it."""
+    """How the coordinator reaches its broker, what ends the broker, what keeps it alive, what else speaks over it, and what seals it."""
 
     url: str
     user: str
@@ -182,6 +183,7 @@ class Link:
     stop: Callable[[], None] = lambda: None
     keep: Callable[[], str | None] = lambda: None
     companions: tuple[Companion, ...] = ()
+    sealing: Callable[[str], Sealing | None] = lambda _: None
 
 
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
@@ -226,7 +228,7 @@ def _with_fleet(link: Link, doors: Doors) -> Link:
     def keep() -> str | None:
         return "; ".join(filter(None, (doors.look(), link.keep()))) or None
 
-    return replace(link, stop=stop, keep=keep, companions=doors.companions)
+    return replace(link, stop=stop, keep=keep, companions=doors.companions, sealing=doors.sealing)
 
 
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
@@ -243,7 +245,14 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
         companions = (*link.companions, *(() if herald is None else (herald,)))
         gateway = Gateway(
-            coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate, companions=companions
+            coordinator,
+            store,
+            url=link.url,
+            username=link.user,
+            password=link.password,
+            evaluate=evaluate,
+            companions=companions,
+            sealing=link.sealing(f"serve-{folder.task.name}"),
         )
         reason = _serve(options, gateway, path, folder, link.keep)
         finish(store, path, folder, ledger)

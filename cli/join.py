@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from edge_agent import identity
 from edge_agent.enrolment import enrol
+from edge_agent.identity_folder import adopt
 from regrow.errors import LocalError, PeerError
 
 
 def join(options: argparse.Namespace) -> int:
     """Get the certificate that the claim is for."""
-    about = identity.adopt(options.identity, options.claim)
+    about = adopt(options.identity, options.claim)
     try:
         joined = enrol(options.identity)
     except PeerError as error:

@@ -281,9 +281,8 @@ class CertificateRequest(Message, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Certificate(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Coordinator -> device: the certificate that was asked for, or why there is none. request: digest of the CSR."""
+    """Coordinator -> device: the certificate that was asked for (PEM), or why there is none."""
 
-    request: Digest
     certificate: Annotated[bytes, msgspec.Meta(max_length=8192)] = b""
     reason: Text = ""
 
