@@ -28,9 +28,10 @@ from broker_server.herald import Herald
 from broker_server.promotions import Promotions
 from broker_server.runs import create_run, load_task, recover
 from broker_server.store import Store
-from edge_agent import identity
+from edge_agent import identity, identity_folder
 from edge_agent import sealing as device_sealing
-from edge_agent.agent import Agent, Bundle
+from edge_agent.agent import Agent
+from edge_agent.bundle import Bundle
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
 from regrow import topics
@@ -46,7 +47,7 @@ NAMES = topics.Run(TASK, RUN)
 
 def enrolled(registry: Registry, name: str, folder: Path) -> identity.Identity:
     """The identity of a new device of the fleet, made as by `regrow fleet add` and `regrow join`, but for the way of the request."""
-    about = identity.adopt(folder, members.write_claim(registry, name, folder.parent))
+    about = identity_folder.adopt(folder, members.write_claim(registry, name, folder.parent))
     assert about.claim is not None
     asked, authority = identity.request(folder), Authority(registry.folder)
     request = check_request(asked.csr, asked.signing_key, asked.proof, name)
@@ -54,13 +55,14 @@ def enrolled(registry: Registry, name: str, folder: Path) -> identity.Identity:
 
 
 class Mallory:
-    """Reads everything, publishes anything."""
+    """Reads everything, publishes anything. seen: what others have said."""
 
     def __init__(self, port: int, password: str) -> None:
         self.seen: list[tuple[str, bytes]] = []
+        self._said: set[tuple[str, bytes]] = set()
         self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=MALLORY)
         self._client.username_pw_set(MALLORY, password)
-        self._client.on_message = lambda _client, _data, message: self.seen.append((message.topic, bytes(message.payload)))
+        self._client.on_message = lambda _client, _data, message: self._hear(message.topic, bytes(message.payload))
         ready: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._client.on_connect = lambda *_: self._client.subscribe([("regrow/v1/#", 1), ("to/#", 1)])
         self._client.on_subscribe = lambda *_: ready.put(None)
@@ -68,7 +70,12 @@ class Mallory:
         self._client.loop_start()
         ready.get(timeout=10)
 
+    def _hear(self, topic: str, payload: bytes) -> None:
+        if (topic, payload) not in self._said:
+            self.seen.append((topic, payload))
+
     def say(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        self._said.add((topic, payload))
         self._client.publish(topic, payload, qos=1, retain=retain)
 
     def hand(self, device: str, topic: str, payload: bytes) -> None:
@@ -124,16 +131,14 @@ class SealedFleet:
         self.credentials = Credentials(folder / "home")
         for name in ("one", "two", MALLORY):
             self.credentials.add_device(name)
-        self._start_broker()
         text = task_text(TASK, fleet="min_devices = 2", stop="seconds = 1000")
         self.run = create_run(folder / "runs", load_task(make_task(folder / "task", text)), RUN)
         self.promotions = Promotions(folder / "runs", TASK)
         self.notes: list[Note] = []
-        self._gateway_thread: threading.Thread | None = None
-        self.mallory = Mallory(self.port, self.credentials.password(MALLORY))
-        self.start_gateway()
         self.owners = {name: enrolled(self.registry, name, folder / f"{name}.identity") for name in ("one", "two")}
-        self.devices = {name: self.device(name) for name in self.owners}
+        self.devices: dict[str, Device] = {}
+        self._gateway_thread: threading.Thread | None = None
+        self._start_broker()
 
     def _start_broker(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -155,6 +160,13 @@ class SealedFleet:
         return True
 
     def __enter__(self) -> SealedFleet:
+        try:
+            self.mallory = Mallory(self.port, self.credentials.password(MALLORY))
+            self.start_gateway()
+            self.devices = {name: self.device(name) for name in self.owners}
+        except BaseException:
+            self._end_broker()
+            raise
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
@@ -163,6 +175,9 @@ class SealedFleet:
         if self._gateway_thread is not None:
             self.stop_gateway()
         self.mallory.close()
+        self._end_broker()
+
+    def _end_broker(self) -> None:
         self._broker.terminate()
         self._broker.wait(10)
 
