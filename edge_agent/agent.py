@@ -239,7 +239,7 @@ class Agent:
         finally:
             self._worker.close()
             self._link.close()
-            if self._sealing is not None:
+            if self._sealing is not None and not self._clearing:
                 self._sealing.close(time.monotonic())
 
     def _take(self, event: Event) -> None:
