@@ -186,6 +186,8 @@ class Gateway:
             if self._sealing is not None:
                 self._sealing.close(time.monotonic())
         finally:
+            if self._sealing is not None:
+                self._sealing.abandon()
             self._writer.close()
             self._bus.close()
         return self._finished

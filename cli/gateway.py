@@ -252,7 +252,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             password=link.password,
             evaluate=evaluate,
             companions=companions,
-            sealing=link.sealing(f"serve-{folder.task.name}"),
+            sealing=link.sealing(f"serve-{path.name}"),
         )
         reason = _serve(options, gateway, path, folder, link.keep)
         finish(store, path, folder, ledger)

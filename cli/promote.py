@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from broker_server.credentials import Credentials
+from broker_server.fleet.sealing import Sealing
 from broker_server.herald import Herald, herald_of
 from broker_server.promotions import HeadPlan, Promotions, SignOff, in_words
 from broker_server.runs import TaskFolder, joined_devices, load_task, recover
@@ -30,9 +31,10 @@ from cli.gateway import Link, check_run, link_of
 from edge_agent.inference import Inference
 from export.head import with_head
 from regrow.errors import LocalError, PeerError
+from regrow.guards import REFUSED
 from regrow.ledger import Ledger
 from regrow.local_step import METADATA, Step
-from regrow.machine import Disconnected, Publish, Subscribe, Unsubscribe
+from regrow.machine import Disconnected, Note, Publish, Subscribe, Unsubscribe
 from regrow.scoring import score_name
 from regrow.task import Training
 
@@ -62,7 +64,7 @@ def promote(options: argparse.Namespace) -> int:
             print(f"a running `regrow serve` publishes it; waiting for {len(known)} devices (Ctrl-C ends the waiting only)", flush=True)
             _follow(watch, promotions)
         else:
-            _publish(options, herald, watch, home)
+            _publish(options, herald, watch, home, f"promote-{folder.task.name}")
     watch.show()
     return 0
 
@@ -214,19 +216,26 @@ def _follow(watch: _Watch, promotions: Promotions) -> None:
         time.sleep(POLL_S)
 
 
-def _publish(options: argparse.Namespace, herald: Herald, watch: _Watch, home: Path) -> None:
+def _publish(options: argparse.Namespace, herald: Herald, watch: _Watch, home: Path, role: str) -> None:
     """Publish from here, on the broker that is named or on one of our own, until everybody has answered."""
     link = link_of(options, home, resuming=False)
     try:
         print("publishing; devices that are away take it when they connect (Ctrl-C ends)", flush=True)
-        _turn(link, herald, watch.over)
+        sealing = link.sealing(role)
+        try:
+            _turn(link, herald, watch.over, sealing)
+        finally:
+            if sealing is not None:
+                sealing.close(time.monotonic())
     finally:
         link.stop()
 
 
-def _turn(link: Link, herald: Herald, over: Callable[[], bool]) -> None:
+def _turn(link: Link, herald: Herald, over: Callable[[], bool], sealing: Sealing | None) -> None:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     bus = MqttBus(link.url, client_id=link.user, username=link.user, password=link.password, on_event=events.put)
+    if sealing is not None:
+        time.sleep(sealing.quiet_s)
     bus.start()
     try:
         while not over():
@@ -239,8 +248,15 @@ def _turn(link: Link, herald: Herald, over: Callable[[], bool]) -> None:
                 event = None
             if isinstance(event, Disconnected):
                 print(f"{event.reason}; trying again", file=sys.stderr, flush=True)
-            for effect in herald.step(event, time.monotonic()):
-                if isinstance(effect, (Publish, Subscribe, Unsubscribe)):
+            now = time.monotonic()
+            heard = event if event is None or sealing is None else sealing.open(event, now)
+            effects = herald.step(heard, now)
+            for effect in effects if sealing is None else (*effects, *sealing.tend(now)):
+                if isinstance(effect, Publish):
+                    bus.perform(effect if sealing is None else sealing.seal(effect, now))
+                elif isinstance(effect, (Subscribe, Unsubscribe)):
                     bus.perform(effect)
+                elif isinstance(effect, Note) and effect.kind == REFUSED:
+                    print(" ".join(f"{name}={value}" for name, value in effect.fields.items()), file=sys.stderr, flush=True)
     finally:
         bus.close()

@@ -131,9 +131,14 @@ class Sealing:
         return [*due, *self._devices.refusals.notes(now), *self._coordinators.refusals.notes(now)]
 
     def close(self, now: float) -> None:
-        """Save how far everybody is. Not after an error: then the last reservation holds."""
+        """Save how far everybody is."""
         self._stamps.save(*self._devices.ended(), clean=True)
         self._save_clock(now)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End without that, after an error: the last reservation holds."""
+        self._stamps.close()
 
 
 def sealing_of(registry: Registry, authority: Authority, role: str) -> Sealing:

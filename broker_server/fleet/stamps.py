@@ -2,28 +2,33 @@
 
     FLEET/stamps/clock        the fleet's time, unix milliseconds: written about once a minute by every process that seals
     FLEET/stamps/ROLE.json    of one process: below which stamp each key is refused in its next life, and what it has heard
+    FLEET/stamps/ROLE.lock    held while that process lives
 
-Each process writes its own file, and reads those of the others once: what another has heard is old for this one, too.
+Each process writes its own file. It begins with what the others have heard, which is old for this one, too, and takes over the files of
+those that have ended.
 """
 
 from __future__ import annotations
 
+import fcntl
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from broker_server.credentials import write_private
 from regrow.errors import LocalError
 from regrow.guards import RESERVE_MS
-from regrow.topics import check_name
 
 FOLDER = "stamps"
 CLOCK = "clock"
 CLOCK_MS = 60_000
 LEAP_MS = 400 * 24 * 3600 * 1000
+_ROLE = re.compile(r"[a-z0-9-]{1,100}")
 
 
 class _Stamps(msgspec.Struct, frozen=True):
@@ -35,7 +40,7 @@ class _Stamps(msgspec.Struct, frozen=True):
 
 
 class Stamps:
-    """The stamps of devices, as one process of the gateway keeps them.
+    """The stamps of devices, as one process of the gateway keeps them until it ends.
 
     Args:
         fleet: the fleet's folder.
@@ -43,26 +48,52 @@ class Stamps:
 
     Attributes:
         floors: key -> below this everything is refused.
-        quiet_s: how long devices may still be below their floors, because the last life had no end.
+        quiet_s: how long devices may still be below their floors, because an earlier life had no end.
 
     Raises:
-        LocalError: a file does not check out, or cannot be read.
+        LocalError: another process has this role, or a file does not check out or cannot be read or written.
     """
 
     def __init__(self, fleet: Path, role: str) -> None:
+        if not _ROLE.fullmatch(role):
+            raise LocalError(f"role {role!r}: 1 to 100 of a-z, 0-9 and '-'")
         folder = fleet / FOLDER
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path = folder / f"{check_name(role, 'role')}.json"
+        self._path = folder / f"{role}.json"
         self.floors: dict[str, int] = {}
         self.quiet_s = 0.0
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with (folder / "lock").open("ab") as alone:
+                fcntl.flock(alone, fcntl.LOCK_EX)
+                self._take_over(folder, role)
+        except OSError as error:
+            raise LocalError(f"{error.filename or folder}: {error.strerror or error}; check its owner and the disk") from error
+
+    def _take_over(self, folder: Path, role: str) -> None:
+        own = _locked(folder / f"{role}.lock")
+        if own is None:
+            raise LocalError(f"another process of this fleet does the same as this one ({role}): stop it first")
+        self._lock = own
+        ended = []
         for path in folder.glob("*.json"):
-            known = _read(path)
-            own = path == self._path
-            for key, stamp in (known.reserved if own else {name: last + 1 for name, last in known.heard.items()}).items():
-                self.floors[key] = max(stamp, self.floors.get(key, 0))
-            if own and not known.clean:
-                age_s = time.time() - path.stat().st_mtime
-                self.quiet_s = min(max(RESERVE_MS / 1000 - age_s, 0.0), RESERVE_MS / 1000)
+            lock = own if path == self._path else _locked(path.with_suffix(".lock"))
+            self._heed(path, lives=lock is None)
+            if lock is not None and lock is not own:
+                lock.close()
+                ended.append(path)
+        self.save(self.floors, {key: floor - 1 for key, floor in self.floors.items()}, clean=not self.quiet_s)
+        for path in ended:
+            path.unlink()
+            path.with_suffix(".lock").unlink(missing_ok=True)
+
+    def _heed(self, path: Path, *, lives: bool) -> None:
+        """What a process that lives has heard is old; one that has ended may have heard all that it had reserved."""
+        known = _read(path)
+        for key, floor in ((key, last + 1) for key, last in known.heard.items()) if lives else known.reserved.items():
+            self.floors[key] = max(floor, self.floors.get(key, 0))
+        if not lives and not known.clean:
+            age_s = time.time() - path.stat().st_mtime
+            self.quiet_s = max(self.quiet_s, min(max(RESERVE_MS / 1000 - age_s, 0.0), RESERVE_MS / 1000))
 
     def save(self, reserved: Mapping[str, int], heard: Mapping[str, int], *, clean: bool = False) -> None:
         """Durable when it returns. Raises LocalError: it could not be written, so nothing that depends on it may count."""
@@ -72,14 +103,31 @@ class Stamps:
         except OSError as error:
             raise LocalError(f"{self._path}: {error.strerror or error}; free space on the disk") from error
 
+    def close(self) -> None:
+        """Let another process take this role."""
+        self._lock.close()
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The lock of a role, or None while its process lives."""
+    lock = path.open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
 
 def _read(path: Path) -> _Stamps:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Stamps)
-    except (OSError, msgspec.DecodeError, ValueError) as error:
-        raise LocalError(
-            f"{path} does not check out: {error}; restore it from a backup, or remove it: what devices said before can then be replayed"
-        ) from error
+    except (msgspec.DecodeError, ValueError) as error:
+        cure = "restore it from a backup, or remove it: what devices said before can then be replayed"
+        raise LocalError(f"{path} does not check out: {error}; {cure}") from error
+
+
+# ---- the fleet's time --------------------------------------------------------------------------------------------------------------
 
 
 def begin_clock(fleet: Path, wall_ms: int) -> tuple[int, str]:

@@ -201,7 +201,7 @@ class SealedFleet:
                 username=COORDINATOR,
                 password=self.credentials.coordinator_password,
                 companions=(Herald(self.promotions),),
-                sealing=sealing_of(self.registry, self.authority, f"serve-{TASK}"),
+                sealing=sealing_of(self.registry, self.authority, f"serve-{RUN}"),
             )
             started.put(gateway)
             try:

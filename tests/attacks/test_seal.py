@@ -6,10 +6,8 @@ no key. The table of these attempts is in docs/fleet.md.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -19,6 +17,8 @@ pytest.importorskip("amqtt")
 
 from broker_server.audit import audit
 from broker_server.fleet import members
+from broker_server.fleet.authority import verify
+from edge_agent.identity import Identity
 from edge_agent.model_folder import ModelFolder
 from regrow import seal, topics, wire
 from regrow.coordinator import Phase
@@ -45,18 +45,16 @@ def moves_on(fleet: SealedFleet) -> None:
     until(lambda: all(fleet.accepted(who) > before[who] for who in before), lambda: f"new updates; {fleet.notes[-5:]}")
 
 
-def sealed(fleet: SealedFleet, topic: str, message: wire.Message, *, lasts_s: int = 600, key: object = None) -> bytes:
+def sealed(fleet: SealedFleet, topic: str, message: wire.Message, *, lasts_s: int = 600) -> bytes:
     """What the coordinator itself would say now; lasts_s < 0: it has expired."""
     now_ms, authority = fleet.sealing.time.at_ms(time.monotonic()), fleet.authority
     expires_s = now_ms // 1000 + lasts_s
     return seal.seal(topic, wire.encode(message), stamp=now_ms, expires_s=expires_s, key=authority.signing_key, sign=authority.sign)
 
 
-def told(fleet: SealedFleet, name: str, message: wire.Message, topic: str, *, sequence_ms: int = 1 << 31) -> bytes:
-    """What a device itself would say, at a time that is ahead of all that it has said in this life."""
-    owner, sealing = fleet.owners[name], fleet.devices[name].sealing
-    stamp = sealing._start << 32 | sequence_ms
-    return seal.seal(topic, wire.encode(message), stamp=stamp, expires_s=0, key=owner.signing_key, sign=owner.sign)
+def told(owner: Identity, topic: str, message: wire.Message) -> bytes:
+    """What the owner of this identity can say, with a stamp above all others."""
+    return seal.seal(topic, wire.encode(message), stamp=1 << 60, expires_s=0, key=owner.signing_key, sign=owner.sign)
 
 
 def test_two_agents_and_a_gateway_finish_rounds_and_everything_that_is_said_is_sealed(fleet: SealedFleet) -> None:
@@ -65,18 +63,12 @@ def test_two_agents_and_a_gateway_finish_rounds_and_everything_that_is_said_is_s
     assert {topic.split("/")[-1] for topic, _ in said} >= {"hello", "tasks", "claim", "assignment", "telemetry", "receipt", "0"}
     for topic, data in said:
         who = topics.device_of(topic)
-        keys = [fleet.authority.signing_key, *(fleet.owners[who].signing_key,)] if who is not None else [fleet.authority.signing_key]
-        assert seal.open_seal(topic, data, keys, members_verify).frame[:2] == b"RG"
+        keys = [fleet.authority.signing_key, *([fleet.owners[who].signing_key] if who is not None else [])]
+        assert seal.open_seal(topic, data, keys, verify).frame[:2] == b"RG"
     assert not any(topic.endswith("/status") for topic, _ in fleet.mallory.seen)
     assert not [note for note in fleet.notes if note.kind == "seal refused"]
     for device in fleet.devices.values():
         assert not [note for note in device.notes if note.kind == "seal refused"]
-
-
-def members_verify(key: bytes, data: bytes, signature: bytes) -> bool:
-    from broker_server.fleet.authority import verify
-
-    return verify(key, data, signature)
 
 
 # ---- what a device is told -----------------------------------------------------------------------------------------------------------
@@ -91,37 +83,32 @@ def works_for(device: Device) -> str:
     return "" if names is None else names.run
 
 
-def attempt(fleet: SealedFleet, kind: str, act: Callable[[], None], device: Device) -> None:
+def attempt(device: Device, kind: str, act: Callable[[], None]) -> None:
     """Do it, wait until it was refused for this reason, and see that the device still works for its coordinator."""
     before = device.refused(kind)
     act()
     until(lambda: device.refused(kind) > before, f"refused as {kind!r}")
     assert works_for(device) == RUN
-    del fleet
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_unsigned_altered_older_expired_and_moved_work_is_refused(fleet: SealedFleet, name: str) -> None:
     device, mallory, topic = fleet.devices[name], fleet.mallory, topics.tasks(name)
     other = topics.tasks({"one": "two", "two": "one"}[name])
-    evil = wire.encode(led_away("evil"))
-    genuine, expired = sealed(fleet, topic, led_away("evil")), sealed(fleet, topic, led_away("evil"), lasts_s=-1)
-    (_, old) = mallory.last(topic)
-    own = fleet.owners[name]
-    by_device = seal.seal(topic, evil, stamp=1 << 60, expires_s=0, key=own.signing_key, sign=own.sign)
+    genuine, (_, old) = sealed(fleet, topic, led_away("evil")), mallory.last(topic)
     attempts = {
-        "unsealed": evil,
+        "unsealed": wire.encode(led_away("evil")),
         "altered": genuine[:-1] + bytes([genuine[-1] ^ 1]),
-        "expired": expired,
-        "unknown key": by_device,
+        "expired": sealed(fleet, topic, led_away("evil"), lasts_s=-1),
+        "unknown key": told(fleet.owners[name], topic, led_away("evil")),
     }
     for kind, payload in attempts.items():
-        attempt(fleet, kind, lambda payload=payload: mallory.say(topic, payload), device)  # type: ignore[misc]
-    attempt(fleet, "altered", lambda: mallory.hand(name, topic, sealed(fleet, other, led_away("evil"))), device)
-    attempt(fleet, "another device's", lambda: mallory.hand(name, other, sealed(fleet, other, led_away("evil"))), device)
+        attempt(device, kind, lambda payload=payload: mallory.say(topic, payload))  # type: ignore[misc]
+    attempt(device, "altered", lambda: mallory.hand(name, topic, sealed(fleet, other, led_away("evil"))))
+    attempt(device, "another device's", lambda: mallory.hand(name, other, sealed(fleet, other, led_away("evil"))))
     later = sealed(fleet, topic, led_away(RUN))
     mallory.hand(name, topic, later)
-    attempt(fleet, "older", lambda: mallory.hand(name, topic, old), device)
+    attempt(device, "older", lambda: mallory.hand(name, topic, old))
 
     def taken() -> bool:
         """The control: what the coordinator seals now is taken (and soon after replaced by what it says itself)."""
@@ -151,19 +138,14 @@ def test_an_older_state_of_the_broker_is_refused_after_a_restart_of_the_device(f
         manifest_topic: manifest,
         topics.claim(TASK): claim,
     }.items():
-        attempt_at_start(device, lambda topic=topic, data=data: mallory.hand(name, topic, data), "older")  # type: ignore[misc]
+        before = device.refused("older")
+
+        def refused(topic: str = topic, data: bytes = data, before: int = before) -> bool:
+            mallory.hand(name, topic, data)  # again and again: the device may not be connected yet
+            return device.refused("older") > before
+
+        until(refused, f"{topic} is refused")
     moves_on(fleet)
-
-
-def attempt_at_start(device: Device, act: Callable[[], None], kind: str) -> None:
-    """The device may not be connected yet: again until it is refused."""
-    before = device.refused(kind)
-
-    def refused() -> bool:
-        act()
-        return device.refused(kind) > before
-
-    until(refused, f"refused as {kind!r}")
 
 
 def test_an_altered_chunk_is_never_trained_on(fleet: SealedFleet) -> None:
@@ -187,7 +169,7 @@ def test_a_promotion_that_nobody_signed_off_is_not_placed(fleet: SealedFleet) ->
     announced = wire.Promotion(number=9, run=RUN, model=blob("model", model))
     assert announced.model is not None
     fleet.mallory.say(topics.promoted_file(TASK, announced.model.digest, 0), model, retain=True)
-    attempt(fleet, "unsealed", lambda: fleet.mallory.say(topic, wire.encode(announced)), device)
+    attempt(device, "unsealed", lambda: fleet.mallory.say(topic, wire.encode(announced)))
     assert ModelFolder(fleet.folder / "one.state", TASK).current() is None
     fleet.promotions.sign_off(model, run=RUN, version=1, who="ada", file="m.onnx")
     until(lambda: ModelFolder(fleet.folder / "one.state", TASK).current(), "the control: the same model, signed off, is placed")
@@ -256,7 +238,7 @@ def test_nobody_speaks_for_a_device_that_is_not_theirs_and_strangers_not_at_all(
     hello = wire.Hello(boot=bytes(16), install=bytes(16), uplink_bps=1e6)
     say, topic = fleet.mallory.say, topics.hello("one")
     refuse(fleet, "unsealed", lambda: say(topic, wire.encode(hello)))
-    refuse(fleet, "unknown key", lambda: say(topic, told(fleet, "two", hello, topic)))
+    refuse(fleet, "unknown key", lambda: say(topic, told(fleet.owners["two"], topic, hello)))
     refuse(fleet, "unknown key", lambda: say(topic, sealed(fleet, topic, hello)))
     refuse(fleet, "not in the fleet", lambda: say(topics.hello("mallory"), wire.encode(hello)))
     fleet.mallory.say(topics.status("one"), wire.encode(wire.Status(online=False)))
@@ -302,25 +284,17 @@ def test_a_flood_is_told_rarely_and_work_goes_on(fleet: SealedFleet) -> None:
 
 
 def test_a_device_that_is_put_out_is_not_heard_any_more_and_comes_back_with_other_keys(fleet: SealedFleet) -> None:
-    heard = threading.Event()
+    topic, hello = topics.hello("two"), wire.Hello(boot=bytes(16), install=bytes(16), uplink_bps=1e6)
     members.revoke(fleet.registry, "two")
-    refuse(fleet, "not in the fleet", heard.set)
-    old = fleet.owners["two"]
+    refuse(fleet, "not in the fleet", lambda: fleet.mallory.say(topic, told(fleet.owners["two"], topic, hello)))
     fleet.devices["two"].close()
-    fleet.owners["two"] = enrolled(fleet.registry, "two", fleet.folder / "two.new")
-    refuse(fleet, "unknown key", lambda: fleet.mallory.say(topics.hello("two"), by(old, topics.hello("two"))))
+    old, fleet.owners["two"] = fleet.owners["two"], enrolled(fleet.registry, "two", fleet.folder / "two.new")
+    refuse(fleet, "unknown key", lambda: fleet.mallory.say(topic, told(old, topic, hello)))
     fleet.devices["two"] = fleet.device("two")
     moves_on(fleet)
 
 
-def by(owner: object, topic: str) -> bytes:
-    key, sign = owner.signing_key, owner.sign  # type: ignore[attr-defined]
-    hello = wire.Hello(boot=bytes(16), install=bytes(16), uplink_bps=1e6)
-    return seal.seal(topic, wire.encode(hello), stamp=1 << 60, expires_s=0, key=key, sign=sign)
-
-
-def test_at_the_end_the_model_is_what_the_accepted_updates_give(fleet: SealedFleet, tmp_path: Path) -> None:
-    del tmp_path
+def test_at_the_end_the_model_is_what_the_accepted_updates_give(fleet: SealedFleet) -> None:
     fleet.stop_gateway()
     outcome = audit(fleet.run)
     assert outcome.updates > 10

@@ -39,6 +39,11 @@ def life(folder: Path, wall: Wall | None = None, *, role: str = "serve", now: fl
     return Sealing(keys, folder, role, now, wall=wall or Wall())
 
 
+def killed(sealing: Sealing) -> None:
+    """The process is gone, and with it its lock; nothing more is saved."""
+    sealing.abandon()
+
+
 def opened(sealing: Sealing, now: float, topic: str = ASSIGNMENT, *, retain: bool = True, frame: bytes = b"frame") -> Opened:
     sealed = sealing.seal(Publish(topic, frame, retain=retain, token=7), now)
     assert (sealed.topic, sealed.retain, sealed.token) == (topic, retain, 7)
@@ -135,6 +140,8 @@ def test_a_restart_with_a_wrong_clock_goes_on_above_what_was_sealed(
         stamps.append(opened(first, second).stamp)
     if clean:
         first.close(200.0)
+    else:
+        killed(first)
     with caplog.at_level(logging.WARNING):
         again = life(tmp_path, Wall(starts_ms))
     assert stamps[-1] < opened(again, 0.0).stamp < stamps[-1] + 4 * CLOCK_MS
@@ -143,8 +150,10 @@ def test_a_restart_with_a_wrong_clock_goes_on_above_what_was_sealed(
 
 def test_restarts_with_a_right_clock_do_not_run_ahead_of_it(tmp_path: Path) -> None:
     wall = Wall()
-    for _ in range(1000):
-        assert opened(life(tmp_path, wall), 0.0).stamp == wall.at_ms
+    for _ in range(300):
+        sealing = life(tmp_path, wall)
+        assert opened(sealing, 0.0).stamp == wall.at_ms
+        killed(sealing)
         wall.at_ms += 2000
 
 
@@ -170,13 +179,22 @@ def test_a_killed_gateway_takes_nothing_twice_and_waits_until_devices_are_past_i
     assert first.quiet_s == 0.0
     message = told(1 << 32 | 5)
     assert first.open(message, 0.0)
+    killed(first)
     again = life(tmp_path)
     assert 0 < again.quiet_s <= RESERVE_MS / 1000
     assert again.open(message, 0.0) is None
     assert again.open(told(1 << 32 | 5 + RESERVE_MS), 0.0)
-    path = tmp_path / FOLDER / "serve.json"
-    os.utime(path, (0, 0))
+    killed(again)
+    os.utime(tmp_path / FOLDER / "serve.json", (0, 0))
     assert life(tmp_path).quiet_s == 0.0
+
+
+def test_killed_twice_before_anything_was_heard_it_still_waits(tmp_path: Path) -> None:
+    first = life(tmp_path)
+    assert first.open(told(1 << 32 | 5), 0.0)
+    killed(first)
+    killed(life(tmp_path))
+    assert life(tmp_path).quiet_s > 0
 
 
 def test_after_a_clean_end_it_hears_at_once(tmp_path: Path) -> None:
@@ -189,13 +207,37 @@ def test_after_a_clean_end_it_hears_at_once(tmp_path: Path) -> None:
     assert again.open(told(1 << 32 | 6), 0.0)
 
 
-def test_what_another_process_has_heard_is_old_here_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["lives", "closed", "killed"])
+def test_what_another_process_has_heard_is_old_here_too(tmp_path: Path, ending: str) -> None:
+    hello = topics.hello("d1")
     first = life(tmp_path, role="one")
-    assert first.open(told(1 << 32 | 5, topics.hello("d1")), 0.0)
-    first.close(0.0)
+    assert first.open(told(1 << 32 | 5, hello), 0.0)
+    assert first.open(told(1 << 32 | 20_000, hello), 20.0)
+    if ending == "closed":
+        first.close(20.0)
+    elif ending == "killed":
+        killed(first)
     other = life(tmp_path, role="two")
-    assert other.open(told(1 << 32 | 5, topics.hello("d1")), 0.0) is None
-    assert other.open(told(1 << 32 | 6, topics.hello("d1")), 0.0)
+    assert (other.quiet_s > 0) == (ending == "killed")
+    assert other.open(told(1 << 32 | 5, hello), 0.0) is None
+    assert other.open(told(1 << 32 | 20_001 + (RESERVE_MS if ending == "killed" else 0), hello), 0.0)
+
+
+def test_files_of_processes_that_have_ended_are_taken_over(tmp_path: Path) -> None:
+    for number in range(20):
+        sealing = life(tmp_path, role=f"serve-{number}")
+        assert sealing.open(told((number + 1) << 32), 10.0 * number)
+        sealing.close(10.0 * number)
+    assert [path.name for path in (tmp_path / FOLDER).glob("*.json")] == ["serve-19.json"]
+    assert life(tmp_path, role="other").open(told(20 << 32), 0.0) is None
+
+
+def test_a_role_is_one_process_at_a_time(tmp_path: Path) -> None:
+    first = life(tmp_path)
+    with pytest.raises(LocalError, match="another process"):
+        life(tmp_path)
+    first.close(0.0)
+    life(tmp_path).close(0.0)
 
 
 def test_what_devices_say_and_what_coordinators_say_is_held_against_their_own_keys(tmp_path: Path) -> None:
