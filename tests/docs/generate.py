@@ -31,7 +31,7 @@ from tests.docs import words
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md", "zoo.md")
 PAGES = tuple(Path("docs") / name for name in NAMES)
-ZOO, STEPS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json"))
+ZOO, STEPS, SEALS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json", "seal.json"))
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -228,8 +228,11 @@ def _topics(_: str) -> str:
         "certificate_request": topics.certificate_request("{id}"),
         "certificate": topics.certificate("{id}"),
     }
-    rows = ((f"`{topic}`", *words.TOPICS[name]) for name, topic in shown.items())
-    return table(("topic", "publisher", "retained", "payload"), rows)
+    rows = []
+    for name, topic in shown.items():
+        publisher, retained, payload = words.TOPICS[name]
+        rows.append((f"`{topic}`", publisher, retained, "yes" if topics.is_sealed(topic) else "no", payload))
+    return table(("topic", "publisher", "retained", "sealed", "payload"), rows)
 
 
 def _access(_: str) -> str:
@@ -299,6 +302,14 @@ def _train_step(_: str) -> str:
     return table(head, [*lines, ("geometric mean", *means)])
 
 
+def _seal_cost(_: str) -> str:
+    """Bytes and microseconds of a message, bare and sealed."""
+    rows = json.loads(SEALS.read_text())["messages"]
+    head = ("message", "bytes, bare", "sealed", "us to write", "to seal besides", "to read", "to open before")
+    keys = ("bytes", "sealed_bytes", "encode_us", "seal_us", "decode_us", "open_us")
+    return table(head, ((name, *(f"{row[key]:g}" for key in keys)) for name, row in rows.items()))
+
+
 def table(head: tuple[str, ...], rows: Any) -> str:
     """A Markdown table; cells are escaped where they would end early."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -313,6 +324,7 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "mosquitto-access": _mosquitto_access,
     "operators": _operators,
     "phases": _phases,
+    "seal-cost": _seal_cost,
     "task": _task,
     "topics": _topics,
     "train-step": _train_step,
