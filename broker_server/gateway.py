@@ -170,7 +170,7 @@ class Gateway:
         """
         self._on_note, self._housekeeping = on_note, housekeeping
         if self._sealing is not None:
-            time.sleep(self._sealing.quiet_s)
+            self._sealing.wait()
         self._bus.start()
         try:
             while not self._finished:

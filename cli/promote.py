@@ -235,7 +235,7 @@ def _turn(link: Link, herald: Herald, over: Callable[[], bool], sealing: Sealing
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     bus = MqttBus(link.url, client_id=link.user, username=link.user, password=link.password, on_event=events.put)
     if sealing is not None:
-        time.sleep(sealing.quiet_s)
+        sealing.wait()
     bus.start()
     try:
         while not over():

@@ -57,7 +57,7 @@ class Sealing:
         wall: the gateway's clock, unix seconds.
 
     Attributes:
-        quiet_s: wait so long before listening, or what devices say in that time is refused.
+        quiet_s: for so long what devices say may still be refused; `wait` lets it pass.
     """
 
     def __init__(self, keys: Keys, folder: Path, role: str, now: float, *, wall: Callable[[], float] = time.time) -> None:
@@ -74,6 +74,12 @@ class Sealing:
         self._stamp = 0
         self._live: OrderedDict[str, tuple[Payload, float]] = OrderedDict()
         self._save_s = now
+
+    def wait(self) -> None:
+        """To be called before listening, for what is refused may not be said again."""
+        if self.quiet_s:
+            log.warning("a process of this fleet was killed: listening in %.0f s, when devices are past what it heard", self.quiet_s)
+            time.sleep(self.quiet_s)
 
     # ---- what leaves -------------------------------------------------------------------------------------------------------------
 

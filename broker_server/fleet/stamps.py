@@ -27,7 +27,7 @@ from regrow.guards import RESERVE_MS
 FOLDER = "stamps"
 CLOCK = "clock"
 CLOCK_MS = 60_000
-LEAP_MS = 400 * 24 * 3600 * 1000
+LEAP_MS = 100 * 24 * 3600 * 1000  # less than a third of a certificate's life: one wrong clock makes none of them look expired
 _ROLE = re.compile(r"[a-z0-9-]{1,100}")
 
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> _Stamps:
 def begin_clock(fleet: Path, wall_ms: int) -> tuple[int, str]:
     """(the fleet's time now, a warning or nothing).
 
-    The gateway's clock is believed unless it is behind what was written, as on a board without a battery, or more than a year ahead.
+    The gateway's clock is believed unless it is behind what was written, as on a board without a battery, or months ahead.
     Then the time goes on from there, above everything that an earlier life can have sealed.
 
     Args:

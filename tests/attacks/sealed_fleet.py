@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -17,8 +18,8 @@ import numpy as np
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from broker_server.broker import MAX_CONNECTIONS, MESSAGE_LIMIT_BYTES
-from broker_server.credentials import COORDINATOR, Credentials
+from broker_server.broker import MAX_CONNECTIONS, MESSAGE_LIMIT_BYTES, Broker, Kind
+from broker_server.credentials import COORDINATOR, BrokerFiles, Credentials
 from broker_server.fleet import members
 from broker_server.fleet.authority import Authority, check_request
 from broker_server.fleet.registry import Registry
@@ -54,12 +55,27 @@ def enrolled(registry: Registry, name: str, folder: Path) -> identity.Identity:
     return identity.accept(folder, members.enrol(registry, authority, name, about.claim.token, request).encode())
 
 
-class Mallory:
-    """Reads everything, publishes anything. seen: what others have said."""
+class Lax(Broker):
+    """mosquitto with an access list that gives somebody everything."""
 
-    def __init__(self, port: int, password: str) -> None:
+    def _render(self) -> BrokerFiles:
+        files = super()._render()
+        files.access.write_text(f"{files.access.read_text()}user {MALLORY}\ntopic readwrite #\n")
+        return files
+
+
+class Mallory:
+    """Reads everything, publishes anything.
+
+    hands: the broker hands on to whoever has not subscribed, too; seen: what others have said.
+    """
+
+    def __init__(self, port: int, password: str, *, hands: bool) -> None:
         self.seen: list[tuple[str, bytes]] = []
         self._said: set[tuple[str, bytes]] = set()
+        self._spoil: tuple[str, Callable[[str, bytes], bytes]] | None = None
+        self._spoiled: dict[str, bytes] = {}
+        self._hands = hands
         self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=MALLORY)
         self._client.username_pw_set(MALLORY, password)
         self._client.on_message = lambda _client, _data, message: self._hear(message.topic, bytes(message.payload))
@@ -71,16 +87,34 @@ class Mallory:
         ready.get(timeout=10)
 
     def _hear(self, topic: str, payload: bytes) -> None:
-        if (topic, payload) not in self._said:
-            self.seen.append((topic, payload))
+        if (topic, payload) in self._said:
+            return
+        self.seen.append((topic, payload))
+        if self._spoil is not None and payload and self._spoil[0] in topic:
+            self._spoiled[topic] = payload
+            self.say(topic, self._spoil[1](topic, payload), retain=True)
+        elif not payload:
+            self._spoiled.pop(topic, None)
+
+    @contextmanager
+    def spoiling(self, part: str, with_what: Callable[[str, bytes], bytes]) -> Iterator[None]:
+        """Put something else in the place of everything retained on topics with this part; in the end what was there again."""
+        self._spoil = (part, with_what)
+        try:
+            yield
+        finally:
+            self._spoil = None
+            for topic, payload in list(self._spoiled.items()):
+                self.say(topic, payload, retain=True)
+            self._spoiled.clear()
 
     def say(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         self._said.add((topic, payload))
         self._client.publish(topic, payload, qos=1, retain=retain)
 
     def hand(self, device: str, topic: str, payload: bytes) -> None:
-        """Give a device a message that the broker never had."""
-        self.say(f"to/{device}/{topic}", payload)
+        """Give one device a message."""
+        self.say(f"to/{device}/{topic}" if self._hands else topic, payload)
 
     def last(self, wanted: str | Callable[[str], bool]) -> tuple[str, bytes]:
         """The newest message on a topic, or on one that fits; waits for the first."""
@@ -122,10 +156,12 @@ class Device:
 
 
 class SealedFleet:
-    """All of it in one folder; a context manager that ends every thread and process."""
+    """All of it in one folder; a context manager that ends every thread and process. kind: "amqtt" is the compromised one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.fleet = folder, folder / "fleet"
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self.folder, self.fleet, self.kind = folder, folder / "fleet", kind
+        self._mosquitto: Broker | None = None
+        self._embedded: subprocess.Popen[bytes] | None = None
         members.init(self.fleet, "meadow", ["127.0.0.1"])
         self.registry, self.authority = Registry(self.fleet), Authority(self.fleet)
         self.credentials = Credentials(folder / "home")
@@ -141,18 +177,23 @@ class SealedFleet:
         self._start_broker()
 
     def _start_broker(self) -> None:
+        if self.kind == "mosquitto":
+            self._mosquitto = Lax(self.folder / "home", self.credentials, kind="mosquitto")
+            self._mosquitto.start()
+            self.port = self._mosquitto.port
+            return
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
         config = self.folder / "broker.json"
-        self._alter = Path(f"{config}.alter")
         settings = {"host": "127.0.0.1", "port": self.port, "users": str(self.credentials.render(self.folder / "home").embedded)}
         more = {"log": str(self.folder / "broker.log"), "message_limit_bytes": MESSAGE_LIMIT_BYTES, "max_connections": MAX_CONNECTIONS}
         config.write_text(json.dumps({**settings, **more}))
-        self._broker = subprocess.Popen([sys.executable, "-m", "tests.attacks.compromised_broker", str(config)], cwd=ROOT)
+        self._embedded = subprocess.Popen([sys.executable, "-m", "tests.attacks.compromised_broker", str(config)], cwd=ROOT)
         until(self._answers, "the broker answers")
 
     def _answers(self) -> bool:
-        assert self._broker.poll() is None
+        assert self._embedded is not None
+        assert self._embedded.poll() is None
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
@@ -161,7 +202,7 @@ class SealedFleet:
 
     def __enter__(self) -> SealedFleet:
         try:
-            self.mallory = Mallory(self.port, self.credentials.password(MALLORY))
+            self.mallory = Mallory(self.port, self.credentials.password(MALLORY), hands=self.kind == "amqtt")
             self.start_gateway()
             self.devices = {name: self.device(name) for name in self.owners}
         except BaseException:
@@ -178,8 +219,11 @@ class SealedFleet:
         self._end_broker()
 
     def _end_broker(self) -> None:
-        self._broker.terminate()
-        self._broker.wait(10)
+        if self._mosquitto is not None:
+            self._mosquitto.stop()
+        if self._embedded is not None:
+            self._embedded.terminate()
+            self._embedded.wait(10)
 
     # ---- the gateway -----------------------------------------------------------------------------------------------------------------
 
@@ -243,10 +287,3 @@ class SealedFleet:
         self.devices[name].close()
         self.devices[name] = self.device(name)
         return self.devices[name]
-
-    def alter(self, part: str) -> None:
-        """From now on the broker changes what it delivers on topics with this part; "": it changes nothing."""
-        if part:
-            self._alter.write_text(part)
-        else:
-            self._alter.unlink()

@@ -32,9 +32,9 @@ from tests.testbed.processes import until
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SealedFleet]:
-    with SealedFleet(tmp_path_factory.mktemp("sealed")) as fleet:
+@pytest.fixture(scope="module", params=["amqtt", pytest.param("mosquitto", marks=pytest.mark.network)])
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SealedFleet]:
+    with SealedFleet(tmp_path_factory.mktemp("sealed"), request.param) as fleet:
         until(lambda: min(fleet.accepted("one"), fleet.accepted("two")) >= 1, lambda: f"two updates of each; {fleet.notes[-5:]}")
         yield fleet
 
@@ -105,7 +105,8 @@ def test_unsigned_altered_older_expired_and_moved_work_is_refused(fleet: SealedF
     for kind, payload in attempts.items():
         attempt(device, kind, lambda payload=payload: mallory.say(topic, payload))  # type: ignore[misc]
     attempt(device, "altered", lambda: mallory.hand(name, topic, sealed(fleet, other, led_away("evil"))))
-    attempt(device, "another device's", lambda: mallory.hand(name, other, sealed(fleet, other, led_away("evil"))))
+    if fleet.kind == "amqtt":  # whose hands give what nobody asked for
+        attempt(device, "another device's", lambda: mallory.hand(name, other, sealed(fleet, other, led_away("evil"))))
     later = sealed(fleet, topic, led_away(RUN))
     mallory.hand(name, topic, later)
     attempt(device, "older", lambda: mallory.hand(name, topic, old))
@@ -120,24 +121,14 @@ def test_unsigned_altered_older_expired_and_moved_work_is_refused(fleet: SealedF
 
 
 def test_an_older_state_of_the_broker_is_refused_after_a_restart_of_the_device(fleet: SealedFleet) -> None:
-    """Claim, assignment, manifest and tasks of a minute ago, handed to a device that has just started."""
+    """What was said a while ago, to a device that has just started."""
     mallory, name = fleet.mallory, "one"
-    _, assignment = mallory.last(NAMES.assignment(name))
-    manifest_topic, manifest = mallory.last(lambda topic: "/manifest/" in topic)
-    _, tasks = mallory.last(topics.tasks(name))
-    _, claim = mallory.last(topics.claim(TASK))
-    moves_on(fleet)
-    mallory.hand(name, topics.tasks(name), sealed(fleet, topics.tasks(name), wire.Tasks(tasks=[wire.TaskRef(task=TASK, run=RUN, term=1)])))
-    mallory.hand(name, manifest_topic, sealed(fleet, manifest_topic, wire.Claim(run=RUN, term=1)))
-    until(lambda: fleet.devices[name].sealing._guard.heard.get(manifest_topic, 0), "the manifest's topic was heard")
+    old = [mallory.last(topics.tasks(name)), mallory.last(NAMES.assignment(name)), mallory.last(topics.claim(TASK))]
+    until(lambda: mallory.last(topics.claim(TASK)) != old[2], "another beat")
+    mallory.hand(name, topics.tasks(name), sealed(fleet, topics.tasks(name), led_away(RUN)))
     moves_on(fleet)
     device = fleet.restart_device(name)
-    for topic, data in {
-        topics.tasks(name): tasks,
-        NAMES.assignment(name): assignment,
-        manifest_topic: manifest,
-        topics.claim(TASK): claim,
-    }.items():
+    for topic, data in old:
         before = device.refused("older")
 
         def refused(topic: str = topic, data: bytes = data, before: int = before) -> bool:
@@ -148,17 +139,25 @@ def test_an_older_state_of_the_broker_is_refused_after_a_restart_of_the_device(f
     moves_on(fleet)
 
 
+def test_an_older_manifest_in_the_place_of_a_new_one_is_refused(fleet: SealedFleet) -> None:
+    _, old = fleet.mallory.last(lambda topic: "/manifest/" in topic)
+    before = {name: device.refused("altered") for name, device in fleet.devices.items()}
+    with fleet.mallory.spoiling("/manifest/", lambda _topic, _data: old):
+        until(lambda: any(device.refused("altered") > before[name] for name, device in fleet.devices.items()), "a device refuses it")
+    for name in fleet.devices:  # what it has asked for does not come again: a restart asks anew
+        fleet.restart_device(name)
+    moves_on(fleet)
+
+
 def test_an_altered_chunk_is_never_trained_on(fleet: SealedFleet) -> None:
     before = {name: len(device.notes) for name, device in fleet.devices.items()}
-    fleet.alter("/chunk/")
-    try:
-        until(
-            lambda: any(note.kind == "refused" for name, device in fleet.devices.items() for note in device.notes[before[name] :]),
-            "a device refuses an altered chunk",
-        )
-    finally:
-        fleet.alter("")
-    for name in fleet.devices:  # what it had asked for does not come again: a restart asks anew
+
+    def refused() -> bool:
+        return any(note.kind == "refused" for name, device in fleet.devices.items() for note in device.notes[before[name] :])
+
+    with fleet.mallory.spoiling("/chunk/", lambda _topic, data: data[:-1] + bytes([data[-1] ^ 1])):
+        until(refused, "a device refuses an altered chunk")
+    for name in fleet.devices:
         fleet.restart_device(name)
     moves_on(fleet)
     assert audit(fleet.run).worst <= 1.0, "the model is the one that honest updates give"
