@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from broker_server.broker import Kind
 from edge_agent.model_folder import ModelFolder
 from tests.testbed.certified import CertifiedFleet
 from tests.testbed.processes import accepted, task_text, until, wide_mlp
@@ -14,8 +15,9 @@ pytest.importorskip("cryptography")
 pytestmark = pytest.mark.timeout(240)
 
 
-def test_a_sealed_fleet_goes_on_after_kills_and_takes_a_promotion(tmp_path: Path) -> None:
-    with CertifiedFleet(tmp_path / "f", wide_mlp(0, 32), task_text("digits", stop="seconds = 3000"), kind="amqtt") as fleet:
+@pytest.mark.parametrize("kind", ["amqtt", pytest.param("mosquitto", marks=pytest.mark.network)])
+def test_a_sealed_fleet_goes_on_after_kills_and_takes_a_promotion(tmp_path: Path, kind: Kind) -> None:
+    with CertifiedFleet(tmp_path / "f", wide_mlp(0, 32), task_text("digits", stop="seconds = 3000"), kind=kind) as fleet:
         serve = fleet.serve()
         agents = {name: fleet.member(name) for name in ("d0", "d1")}
         everybody_works(fleet)
@@ -28,7 +30,7 @@ def test_a_sealed_fleet_goes_on_after_kills_and_takes_a_promotion(tmp_path: Path
         everybody_works(fleet)
         assert serve.stop() == 0
 
-        said = fleet.start(["promote", fleet.run, "--port", 0, "--host", "127.0.0.1", "--broker-kind", "amqtt"], "promote.log")
+        said = fleet.start(["promote", fleet.run, "--port", 0, "--host", "127.0.0.1", "--broker-kind", kind], "promote.log")
         assert said.ended(90) == 0, said.text()
         for name in agents:
             assert f"{name}: placed" in said.text()
