@@ -19,20 +19,23 @@ from rich.console import Console
 from rich.table import Table
 
 from broker_server.credentials import Credentials
+from broker_server.fleet.sealing import Sealing
 from broker_server.herald import Herald, herald_of
 from broker_server.promotions import HeadPlan, Promotions, SignOff, in_words
 from broker_server.runs import TaskFolder, joined_devices, load_task, recover
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import Event, MqttBus
+from cli.arguments import GATEWAY_HOME
 from cli.deployable import write_deployable
-from cli.gateway import GATEWAY_HOME, Link, check_run, link_of
+from cli.gateway import Link, check_run, link_of
 from edge_agent.inference import Inference
 from export.head import with_head
 from regrow.errors import LocalError, PeerError, UsageError
+from regrow.guards import REFUSED
 from regrow.ledger import Ledger
 from regrow.local_step import METADATA, Step
-from regrow.machine import Disconnected, Publish, Subscribe, Unsubscribe
+from regrow.machine import Disconnected, Note, Publish, Subscribe, Unsubscribe
 from regrow.scoring import score_name
 from regrow.task import Training
 
@@ -67,7 +70,12 @@ def promote(options: argparse.Namespace) -> int:
             _follow(watch, promotions)
         else:
             print("publishing; devices that are away take it when they connect (Ctrl-C ends)", flush=True)
-            _turn(link, herald, watch.over)
+            sealing = link.sealing(f"promote-{folder.task.name}")
+            try:
+                _turn(link, herald, watch.over, sealing)
+            finally:
+                if sealing is not None:
+                    sealing.close(time.monotonic())
     watch.show()
     return 0
 
@@ -229,10 +237,12 @@ def _follow(watch: _Watch, promotions: Promotions) -> None:
         time.sleep(POLL_S)
 
 
-def _turn(link: Link, herald: Herald, over: Callable[[], bool]) -> None:
+def _turn(link: Link, herald: Herald, over: Callable[[], bool], sealing: Sealing | None) -> None:
     """Publish from here until everybody has answered."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     bus = MqttBus(link.url, client_id=link.user, username=link.user, password=link.password, on_event=events.put)
+    if sealing is not None:
+        sealing.wait()
     bus.start()
     try:
         while not over():
@@ -245,8 +255,15 @@ def _turn(link: Link, herald: Herald, over: Callable[[], bool]) -> None:
                 event = None
             if isinstance(event, Disconnected):
                 print(f"{event.reason}; trying again", file=sys.stderr, flush=True)
-            for effect in herald.step(event, time.monotonic()):
-                if isinstance(effect, (Publish, Subscribe, Unsubscribe)):
+            now = time.monotonic()
+            heard = event if event is None or sealing is None else sealing.open(event, now)
+            effects = herald.step(heard, now)
+            for effect in effects if sealing is None else (*effects, *sealing.tend(now)):
+                if isinstance(effect, Publish):
+                    bus.perform(effect if sealing is None else sealing.seal(effect, now))
+                elif isinstance(effect, (Subscribe, Unsubscribe)):
                     bus.perform(effect)
+                elif isinstance(effect, Note) and effect.kind == REFUSED:
+                    print(" ".join(f"{name}={value}" for name, value in effect.fields.items()), file=sys.stderr, flush=True)
     finally:
         bus.close()

@@ -31,7 +31,7 @@ from tests.docs import words
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md", "zoo.md")
 PAGES = tuple(Path("docs") / name for name in NAMES)
-ZOO, STEPS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json"))
+ZOO, STEPS, SEALS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json", "seal.json"))
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -90,11 +90,10 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 
 def _wire(name: str) -> str:
-    """The table of one struct of wire.py: in the order of the array, or of the map's keys without what every message may have."""
+    """The table of one struct of wire.py: in the order of the array, or of the map's keys."""
     struct = getattr(wire, name)
     info: Any = inspect.type_info(struct)
-    own = [field for field in info.fields if field.name not in ("signature", "key_id") or struct is wire.Message]
-    rows = [(f"`{f.name}`", type_text(f.type), default_text(f), words.WIRE[f"{name}.{f.name}"]) for f in own]
+    rows = [(f"`{f.name}`", type_text(f.type), default_text(f), words.WIRE[f"{name}.{f.name}"]) for f in info.fields]
     if struct.__struct_config__.array_like:
         numbered = ((str(place), *row) for place, row in enumerate(rows))
         return table(("place", "field", "type and bounds", "default", "meaning"), numbered)
@@ -224,9 +223,16 @@ def _topics(_: str) -> str:
         "promotion": topics.promotion("{task}"),
         "promoted_file": topics.promoted_file("{task}", _Shown(), "{i}"),  # type: ignore[arg-type]  # a place for the number
         "promotion_report": topics.promotion_report("{id}", "{task}"),
+        "control": topics.control("{id}"),
+        "control_report": topics.control_report("{id}"),
+        "certificate_request": topics.certificate_request("{id}"),
+        "certificate": topics.certificate("{id}"),
     }
-    rows = ((f"`{topic}`", *words.TOPICS[name]) for name, topic in shown.items())
-    return table(("topic", "publisher", "retained", "payload"), rows)
+    rows = []
+    for name, topic in shown.items():
+        publisher, retained, payload = words.TOPICS[name]
+        rows.append((f"`{topic}`", publisher, retained, "yes" if topics.is_sealed(topic) else "no", payload))
+    return table(("topic", "publisher", "retained", "sealed", "payload"), rows)
 
 
 def _access(_: str) -> str:
@@ -296,6 +302,14 @@ def _train_step(_: str) -> str:
     return table(head, [*lines, ("geometric mean", *means)])
 
 
+def _seal_cost(_: str) -> str:
+    """Bytes and microseconds of a message, bare and sealed."""
+    rows = json.loads(SEALS.read_text())["messages"]
+    head = ("message", "bytes, bare", "sealed", "us to write", "to seal besides", "to read", "to open before")
+    keys = ("bytes", "sealed_bytes", "encode_us", "seal_us", "decode_us", "open_us")
+    return table(head, ((name, *(f"{row[key]:g}" for key in keys)) for name, row in rows.items()))
+
+
 def table(head: tuple[str, ...], rows: Any) -> str:
     """A Markdown table; cells are escaped where they would end early."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -310,6 +324,7 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "mosquitto-access": _mosquitto_access,
     "operators": _operators,
     "phases": _phases,
+    "seal-cost": _seal_cost,
     "task": _task,
     "topics": _topics,
     "train-step": _train_step,

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from regrow import indexset, personal, topics, values, wire
+from edge_agent.identity import verify
+from regrow import indexset, personal, seal, topics, values, wire
 from regrow.order import Order
+from regrow.seal import open_seal
 from tests.docs.generate import ROOT
 
 PAGE = (ROOT / "docs" / "protocol.md").read_text()
@@ -39,7 +41,7 @@ def floats(*numbers: float) -> NDArray[np.float32]:
 
 
 def test_golden_blocks_are_these_and_no_others() -> None:
-    assert golden().keys() == {*MESSAGES, "float32", "float16", "int8", "int4", "index-set", "personal-mask"}
+    assert golden().keys() == {*MESSAGES, "sealed-claim", "float32", "float16", "int8", "int4", "index-set", "personal-mask"}
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -48,6 +50,16 @@ def test_messages(name: str) -> None:
     assert wire.encode(message, payload) == golden()[name]
     decoded, rest = wire.decode(golden()[name], type(message))
     assert (decoded, bytes(rest)) == (message, payload)
+
+
+def test_sealed_message() -> None:
+    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+    private = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    key, topic, expires_s = private.public_key().public_bytes_raw(), topics.claim("watch"), 1_800_000_600
+    data = seal.seal(topic, golden()["claim"], stamp=1_800_000_000_000, expires_s=expires_s, key=key, sign=private.sign)
+    assert data == golden()["sealed-claim"]
+    assert f"{seal.SEAL_BYTES - 1} | Ed25519 signature |" in PAGE
+    assert open_seal(topic, data, [key], verify).frame == golden()["claim"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int4"])
