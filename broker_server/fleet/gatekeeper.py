@@ -30,18 +30,30 @@ class Gatekeeper:
         self._devices: Mapping[str, Device] = registry.devices()
         self._revoked = _revoked(self._devices)
         self._ending: set[str] = set()
-        self._dates_s = self._open_s = float("-inf")
+        self._dates_s = self._open_s = self._complain_s = float("-inf")
 
     def look(self, now: float) -> str | None:
-        """Do what has become due at monotonic time `now`; returns what happened, for the log, or None."""
+        """Do what has become due at monotonic time `now`; returns what happened, for the log, or None.
+
+        Files that do not check out, or belong to somebody else, leave the doors as they are: a fleet at work does not end for them.
+        """
+        try:
+            return self._look(now)
+        except (LocalError, OSError) as error:
+            if now < self._complain_s:
+                return None
+            self._complain_s = now + DATES_S
+            return f"the fleet's doors stay as they are: {error}"
+
+    def _look(self, now: float) -> str | None:
         said: list[str] = []
         if now >= self._dates_s:
             self._dates_s = now + DATES_S
             said += self._renew()
         stamp = self._registry.stamp()
         if stamp != self._stamp:
-            self._stamp = stamp
             self._heed(self._registry.devices())
+            self._stamp = stamp
         self._end_sessions()
         said += self._open_or_close(now)
         return "; ".join(said) or None

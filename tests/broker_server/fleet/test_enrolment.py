@@ -223,3 +223,24 @@ def test_the_gateway_renews_what_runs_out(tmp_path: Path, monkeypatch: pytest.Mo
     keeper.look(now + 2 * DATES_S)
     assert all((gate.registry.folder / name).read_bytes() != data for name, data in before.items())
     keeper.close()
+
+
+def test_files_that_do_not_check_out_leave_the_doors_as_they_are(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    keeper = Gatekeeper(gate.registry, gate.authority, None, gate.enrolment)
+    now = time.monotonic()
+    keeper.look(now)
+    kept = (gate.registry.folder / "devices.json").read_bytes()
+    for damage in (b"{", None):
+        (gate.registry.folder / "devices.json").unlink()
+        if damage is not None:
+            (gate.registry.folder / "devices.json").write_bytes(damage)
+        now += DATES_S
+        assert "the fleet's doors stay as they are" in str(keeper.look(now))
+        assert keeper.look(now + 1) is None  # said once a minute
+    (gate.registry.folder / "devices.json").write_bytes(kept)
+    folder = gate.claimed("d1")
+    keeper.look(now + DATES_S)
+    assert gate.enrolment.is_open
+    joining.enrol(folder)
+    keeper.close()
