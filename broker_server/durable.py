@@ -8,10 +8,11 @@ from pathlib import Path
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file with mode 0600 so that a power cut leaves the old or the new one, never a part."""
+    """Replace a file with mode 0600 so that a power cut leaves the old or the new one, never a part; root writes for the folder's owner."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            keep_owner(file.fileno(), path.parent)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -29,3 +30,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def keep_owner(descriptor: int, folder: Path) -> None:
+    """Give a file that root has made to the folder's owner: a service that runs as another user must be able to read it."""
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
