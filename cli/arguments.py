@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 MEMORY_MOST_BYTES = 2**53  # that a hello can say
+FOR_ONE_START = "for this start only"  # options that no file and no variable may say for ever (cli.settings)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -36,6 +37,12 @@ def runs_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs and the gateway's secrets are kept")
 
 
+def config_option(command: argparse.ArgumentParser, file: str) -> None:
+    """Add --config: with it every option of the command is a setting that a file and the environment may say (cli.settings)."""
+    text = "settings, `key = value` a line, where key is an option, max_uplink_bps for example; below REGROW_KEY in the environment, "
+    command.add_argument("--config", type=Path, default=Path(file), metavar="FILE", help=f"{text}which is below an option here")
+
+
 def broker_options(command: argparse.ArgumentParser) -> None:
     """Add what `cli.gateway.link_of` reads."""
     command.add_argument(
@@ -43,12 +50,21 @@ def broker_options(command: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="mqtt://user:password@host:port of a broker that is there (or REGROW_BROKER in the environment, which `ps` does not show)",
     )
+    password = "first line: the password, when the URL has none: a systemd credential or a container's secret"
+    command.add_argument("--broker-password-file", type=Path, metavar="FILE", help=password)
     command.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
     command.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
     command.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
 
 
 # ---- kinds of values: each raises ArgumentTypeError, which argparse tells with the option and the usage -----------------------------
+
+
+def port(text: str) -> int:
+    """A TCP port, or 0."""
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535, or 0 for a free one")
+    return int(text)
 
 
 def count(text: str) -> int:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,8 @@ from regrow.local_training import statistics_from
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.task import Training
 from regrow.topics import check_name
+
+Callbacks = tuple[Callable[[Note], None], Callable[[], str | None]]  # on_note and housekeeping of `Gateway.run`
 
 GATEWAY_HOME = ".gateway"
 TASK_TEXT = """name = "{name}"
@@ -180,6 +183,22 @@ class Link:
     password: str
     stop: Callable[[], None] = lambda: None
     keep: Callable[[], str | None] = lambda: None
+    restarts: Callable[[], int] = lambda: 0
+
+
+def password_in(file: Path) -> str:
+    """The first line of a file of the owner's, a systemd credential or a container's secret.
+
+    Raises:
+        LocalError: it is empty or unreadable.
+    """
+    try:
+        password = file.read_text().partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalError(f"--broker-password-file {file}: {error}") from error
+    if not password:
+        raise LocalError(f"--broker-password-file {file} is empty: its first line is the password of the user in --broker")
+    return password
 
 
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
@@ -189,9 +208,10 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
         address = parse_broker_url(url)
         if not address.username:
             raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
+        password = address.password or ("" if options.broker_password_file is None else password_in(options.broker_password_file))
         if not resuming:  # a run that is there waits for its broker
-            check_broker(url, address.username, address.password or "")
-        return Link(url, address.username, address.password or "")
+            check_broker(url, address.username, password)
+        return Link(url, address.username, password)
     if not 0 <= options.port <= 65535:
         raise LocalError(f"--port {options.port}: 1 to 65535, or 0 for a free one")
     credentials = Credentials(home)
@@ -200,7 +220,7 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     broker.start()
     hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
     print(f"{broker.kind} on {options.host}:{broker.port}; {hint}", flush=True)
-    return Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
+    return Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home), lambda: broker.restarts)
 
 
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
@@ -219,7 +239,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
         gateway = Gateway(
             coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate, companions=companions
         )
-        reason = _serve(options, gateway, path, folder, link.keep)
+        reason = _serve(options, gateway, path, folder, link)
         finish(store, path, folder, ledger)
         if reason and not ledger.finished:
             raise LocalError(reason)
@@ -268,13 +288,25 @@ def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
     return keep
 
 
-def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, keep: Callable[[], str | None]) -> str:
+def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, link: Link) -> str:
     stop_at_signals(gateway.stop, "stopping: writing the model and the metrics")
     print(f"run {path}", flush=True)
-    if options.plain:
-        return gateway.run(on_note=_print_note, housekeeping=keep)
-    view = FleetView(path.name, folder.task.stop.seconds)
-    return watch(view, lambda: gateway.run(on_note=view.note, housekeeping=keep))
+    view = None if options.plain else FleetView(path.name, folder.task.stop.seconds)
+    with _measured(options, gateway, link, _print_note if view is None else view.note) as (note, keep):
+
+        def work() -> str:
+            return gateway.run(on_note=note, housekeeping=keep)
+
+        return work() if view is None else watch(view, work)
+
+
+def _measured(options: argparse.Namespace, gateway: Gateway, link: Link, note: Callable[[Note], None]) -> AbstractContextManager[Callbacks]:
+    """(on_note, housekeeping) for the gateway, with its metrics where somebody wants them."""
+    if options.metrics_port is None:
+        return nullcontext((note, link.keep))
+    from broker_server.metrics import measured
+
+    return measured(gateway, note, link.keep, host=options.metrics_host, port=options.metrics_port, broker_restarts=link.restarts)
 
 
 def _print_note(note: Note) -> None:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from cli import settings
 from regrow.errors import RegrowError
 
+WRONG_SETTINGS = 2  # as argparse; the units do not start again after it
 INTERRUPTED = 130
 # In the order of --help. A module has `add_parser(commands)` and is imported when its command is asked for; it imports no room itself.
 COMMANDS = {
@@ -20,6 +22,9 @@ COMMANDS = {
     "device": "cli.commands.device",
     "agent": "cli.commands.agent",
     "predict": "cli.commands.predict",
+    "config": "cli.commands.config",
+    "backup": "cli.commands.backup",
+    "restore": "cli.commands.backup",
     "runs": "cli.commands.runs",
     "rollback": "cli.commands.runs",
     "verify": "cli.commands.runs",
@@ -31,9 +36,14 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 an error that one line explains, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 1 an error that one line explains, 2 wrong options or settings, 130 interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
-    options = parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
+    name = next((word for word in words if not word.startswith("-")), None)
+    try:
+        options = settings.parse(parser(name), name, words, lambda: settings.variables(parser()))
+    except RegrowError as error:
+        print(f"regrow: {error}", file=sys.stderr)
+        return WRONG_SETTINGS
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO if options.log else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, memory_mb, positive, threads_of
+from cli.arguments import Commands, add_command, config_option, memory_mb, positive, threads_of
 
 
 def add_parser(commands: Commands) -> None:
@@ -16,6 +16,7 @@ def add_parser(commands: Commands) -> None:
         "Runs until it is stopped, through reboots and lost links. Its data never leaves it.",
     )
     agent.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="NAME.json from `regrow device add`")
+    config_option(agent, "/etc/regrow/agent.toml")
     sources = "x.npz, idx:IMAGES,LABELS, csv:FILE?label=y, images:DIR or entry:NAME"
     agent.add_argument("--data", required=True, metavar="SOURCE", help=sources)
     agent.add_argument("--state", type=Path, metavar="DIR", help="durable state (default: regrow-state-NAME here)")
