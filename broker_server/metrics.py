@@ -34,6 +34,7 @@ class Metrics:
 
     def __init__(self, gateway: Gateway, broker_restarts: Callable[[], int] = lambda: 0) -> None:
         self._gateway, self._broker_restarts = gateway, broker_restarts
+        self._told = 0, 0  # bytes written and restarts, as far as they were counted
         self._classes: set[str] = set()
         self._devices: set[str] = set()
         self._bytes: dict[str, tuple[int, int]] = {}  # what each device had sent and received when it last said so
@@ -72,9 +73,9 @@ class Metrics:
         self._device_heard = gauge("device_heard_timestamp_seconds", "When a device last said something, unix time", "device")
         self._device_updates = counter("device_updates", "Accepted updates of a device", "device")
         self._lag = gauge("store_lag_seconds", "Age of the oldest record that is not on the disk yet")
-        self._written = gauge("store_written_bytes", "Bytes that this process gave to the store")
+        self._written = counter("store_written_bytes", "Bytes that this process gave to the store")
         self._connected = gauge("broker_connected", "1 while the coordinator is connected to its broker")
-        self._restarts = gauge("broker_restarts", "How often this process has started its broker again")
+        self._restarts = counter("broker_restarts", "How often this process has started its broker again")
         for result in ("accepted", "rejected"):
             self._updates.labels(result)
         ProcessCollector(registry=registry)
@@ -98,9 +99,11 @@ class Metrics:
         if ledger.devices:
             self._density.set(roster.mean_density())
         self._lag.set(self._gateway.store_lag_s)
-        self._written.set(store.bytes_written)
+        written, restarts = store.bytes_written, self._broker_restarts()
+        self._written.inc(written - self._told[0])
+        self._restarts.inc(restarts - self._told[1])
+        self._told = written, restarts
         self._connected.set(self._gateway.connected)
-        self._restarts.set(self._broker_restarts())
 
     def note(self, note: Note) -> None:
         """Count what has happened."""

@@ -31,6 +31,7 @@ from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
+from cli.broker_files import GATEWAY_HOME, password_in
 from cli.deployable import held_out, write_deployable
 from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, model_from, save_model
@@ -46,7 +47,6 @@ from regrow.topics import check_name
 
 Callbacks = tuple[Callable[[Note], None], Callable[[], str | None]]  # on_note and housekeeping of `Gateway.run`
 
-GATEWAY_HOME = ".gateway"
 TASK_TEXT = """name = "{name}"
 model = "model.onnx"
 
@@ -184,21 +184,6 @@ class Link:
     stop: Callable[[], None] = lambda: None
     keep: Callable[[], str | None] = lambda: None
     restarts: Callable[[], int] = lambda: 0
-
-
-def password_in(file: Path) -> str:
-    """The first line of a file of the owner's, a systemd credential or a container's secret.
-
-    Raises:
-        LocalError: it is empty or unreadable.
-    """
-    try:
-        password = file.read_text().partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LocalError(f"--broker-password-file {file}: {error}") from error
-    if not password:
-        raise LocalError(f"--broker-password-file {file} is empty: its first line is the password of the user in --broker")
-    return password
 
 
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:

@@ -12,7 +12,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ def parse(top: argparse.ArgumentParser, name: str | None, words: Sequence[str], 
     options, settings = gather(top, command, words, known)
     missing = [setting.name for setting in settings if setting.source == "needed"]
     if missing:
-        cure = f"--{missing[0].replace('_', '-')}, `{missing[0]}` in {options.config}, or {_variable(missing[0])}"
-        raise LocalError(f"{command.prog} needs {', '.join(missing)}: {cure.removeprefix('--') if missing[0] == 'task' else cure}")
+        first = missing[0]
+        raise LocalError(f"{command.prog} needs {', '.join(missing)}: as an option, `{first}` in {options.config}, or {_variable(first)}")
     return options
 
 
@@ -121,7 +121,7 @@ def _variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
-def _forget_defaults(command: argparse.ArgumentParser, actions: Iterator[argparse.Action] | Any) -> dict[str, Any]:
+def _forget_defaults(command: argparse.ArgumentParser, actions: Iterable[argparse.Action]) -> dict[str, Any]:
     """Make what the words do not say visible, and give every switch an opposite, so that a flag can turn off what the file turns on."""
     defaults = {}
     for action in [*actions, *(action for action in command._actions if action.dest == "config")]:
@@ -199,7 +199,7 @@ def _value(action: argparse.Action, given: str | bool | float, place: str) -> An
         if not (isinstance(action, _Switch) and isinstance(given, bool)):
             raise LocalError(f"{place}: {action.dest} = {json.dumps(given)}: {_kind(action)}")
         return given
-    if (not isinstance(given, str)) == (action.type in (None, Path)):
+    if not isinstance(given, str) and action.type in (None, Path):
         raise LocalError(f"{place}: {action.dest} = {json.dumps(given)}: {_kind(action)}")
     if isinstance(given, str) and action.type not in (None, Path) and re.fullmatch(r"[+-]?[0-9].*", given):
         raise LocalError(f"{place}: {action.dest} = {json.dumps(given)}: a number is written without quotes")

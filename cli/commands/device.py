@@ -21,3 +21,14 @@ def add_parser(commands: Commands) -> None:
     runs_option(remove)
     listing = add_command(kinds, "list", "cli.gateway:device_list", "name the devices that may connect")
     runs_option(listing)
+    files = add_command(
+        kinds,
+        "broker-files",
+        "cli.broker_files:write",
+        "write what a mosquitto that the gateway does not start reads",
+        "Its password_file (hashes) and acl_file, readable by their owner only. Again after every `device add` and `remove`.",
+    )
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write them")
+    password = "also write the coordinator's password, for `serve --broker-password-file`"
+    files.add_argument("--coordinator-password", type=Path, metavar="FILE", help=password)
+    runs_option(files)
