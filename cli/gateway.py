@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from rich.table import Column, Table
 from broker_server.audit import audit
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
-from broker_server.gateway import Gateway
+from broker_server.fleet.sealing import Sealing
+from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
 from broker_server.promotions import Promotions, use_of
 from broker_server.report import plot, write_metrics
@@ -31,8 +32,10 @@ from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
-from cli.broker_files import GATEWAY_HOME, password_in
+from cli.access import password_in
+from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
+from cli.fleet_doors import Doors, open_fleet
 from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, model_from, save_model
 from regrow.broker_url import parse_broker_url
@@ -176,7 +179,7 @@ def _unlocked(run: Path) -> tuple[TaskFolder, Path]:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How the coordinator reaches its broker, what ends the broker, and what keeps it alive."""
+    """How the coordinator reaches its broker, what ends the broker, what keeps it alive, what else speaks over it, and what seals it."""
 
     url: str
     user: str
@@ -184,10 +187,13 @@ class Link:
     stop: Callable[[], None] = lambda: None
     keep: Callable[[], str | None] = lambda: None
     restarts: Callable[[], int] = lambda: 0
+    companions: tuple[Companion, ...] = ()
+    sealing: Callable[[str], Sealing | None] = lambda _: None
 
 
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     """The broker that the options name, or one of our own, started. resuming: what it is for waits for a broker that is away."""
+    fleet = open_fleet(options.fleet, own_fleet(home.parent))
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
         address = parse_broker_url(url)
@@ -196,16 +202,37 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
         password = address.password or ("" if options.broker_password_file is None else password_in(options.broker_password_file))
         if not resuming:  # a run that is there waits for its broker
             check_broker(url, address.username, password)
-        return Link(url, address.username, password)
-    if not 0 <= options.port <= 65535:
-        raise LocalError(f"--port {options.port}: 1 to 65535, or 0 for a free one")
+        link = Link(url, address.username, password)
+        return link if fleet is None else _with_fleet(link, fleet.doors(None, options.host))
     credentials = Credentials(home)
     kind = None if options.broker_kind == "auto" else options.broker_kind
-    broker = Broker(home, credentials, host=options.host, port=options.port, kind=kind)
+    if fleet is None:
+        broker = Broker(home, credentials, host=options.host or "127.0.0.1", port=options.port, kind=kind)
+    else:
+        broker = Broker(home, credentials, port=options.port, kind=kind, door=fleet.door(options.host, options.tls_port))
     broker.start()
-    hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
-    print(f"{broker.kind} on {options.host}:{broker.port}; {hint}", flush=True)
-    return Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home), lambda: broker.restarts)
+    link = Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home), lambda: broker.restarts)
+    if fleet is None:
+        hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
+        print(f"{broker.kind} on {broker.host}:{broker.port}; {hint}", flush=True)
+        return link
+    print(fleet.said(broker), flush=True)
+    try:
+        return _with_fleet(link, fleet.doors(broker, options.host))
+    except LocalError:
+        broker.stop()
+        raise
+
+
+def _with_fleet(link: Link, doors: Doors) -> Link:
+    def stop() -> None:
+        doors.close()
+        link.stop()
+
+    def keep() -> str | None:
+        return "; ".join(filter(None, (doors.look(), link.keep()))) or None
+
+    return replace(link, stop=stop, keep=keep, companions=doors.companions, sealing=doors.sealing)
 
 
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
@@ -220,9 +247,16 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-        companions = () if herald is None else (herald,)
+        companions = (*link.companions, *(() if herald is None else (herald,)))
         gateway = Gateway(
-            coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate, companions=companions
+            coordinator,
+            store,
+            url=link.url,
+            username=link.user,
+            password=link.password,
+            evaluate=evaluate,
+            companions=companions,
+            sealing=link.sealing(f"serve-{folder.task.name}"),
         )
         reason = _serve(options, gateway, path, folder, link)
         finish(store, path, folder, ledger)
@@ -304,31 +338,6 @@ def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None
     write_deployable(folder, ledger, path / "model.onnx")
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
-
-
-# ---- devices -----------------------------------------------------------------------------------------------------------------------
-
-
-def device_add(options: argparse.Namespace) -> int:
-    """Give a device its password and write its bundle."""
-    parse_broker_url(options.broker, of_device=True)  # here, and not on a device that somebody then has to reach
-    credentials = Credentials(options.runs / GATEWAY_HOME)
-    credentials.add_device(options.name)
-    print(credentials.write_bundle(options.name, options.broker, options.out))
-    return 0
-
-
-def device_remove(options: argparse.Namespace) -> int:
-    """Take a device's access away."""
-    Credentials(options.runs / GATEWAY_HOME).remove_device(options.name)
-    print(f"{options.name} can no longer connect")
-    return 0
-
-
-def device_list(options: argparse.Namespace) -> int:
-    """Name the devices that may connect."""
-    print("\n".join(Credentials(options.runs / GATEWAY_HOME).devices()) or "no devices yet: regrow device add NAME")
-    return 0
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ COMMANDS = {
     "serve": "cli.commands.serve",
     "promote": "cli.commands.promote",
     "device": "cli.commands.device",
+    "fleet": "cli.commands.fleet",
+    "join": "cli.commands.join",
     "agent": "cli.commands.agent",
     "predict": "cli.commands.predict",
     "config": "cli.commands.config",

@@ -64,8 +64,10 @@ def parse(top: argparse.ArgumentParser, name: str | None, words: Sequence[str], 
     options, settings = gather(top, command, words, known)
     missing = [setting.name for setting in settings if setting.source == "needed"]
     if missing:
-        first = missing[0]
-        raise LocalError(f"{command.prog} needs {', '.join(missing)}: as an option, `{first}` in {options.config}, or {_variable(first)}")
+        alone = [group for group in command._mutually_exclusive_groups if missing[0] in {action.dest for action in group._group_actions}]
+        first = " or ".join(action.dest for action in alone[0]._group_actions) if alone else missing[0]
+        where = f"as an option, in {options.config}, or as {_variable(missing[0])} in the environment"
+        raise LocalError(f"{command.prog} needs {first}: {where}")
     return options
 
 
@@ -79,11 +81,13 @@ def gather(
     """
     actions = {action.dest: action for action in _settings_of(command)}
     needed = {name for name, action in actions.items() if action.required}
+    groups = [tuple(action.dest for action in group._group_actions) for group in command._mutually_exclusive_groups if group.required]
     defaults = _forget_defaults(command, actions.values())
     options = top.parse_args(words)
     file = _file_of(command, options, defaults)
     below = _from_file(file, actions, command.prog) if file is not None else {}
     below |= _from_environment(actions, known)
+    _let_the_later_win(command, options, below)
     settings = []
     for name in actions:
         if getattr(options, name) is not _UNSET:
@@ -92,7 +96,29 @@ def gather(
             setting = below.get(name) or Setting(name, defaults[name], "needed" if name in needed else "default")
         setattr(options, name, setting.value)
         settings.append(setting)
-    return options, settings
+    return options, _with_groups(settings, groups)
+
+
+def _let_the_later_win(command: argparse.ArgumentParser, options: argparse.Namespace, below: dict[str, Setting]) -> None:
+    """Of settings that exclude each other, forget the one of the file where the environment has another, and both where a flag has."""
+    for group in command._mutually_exclusive_groups:
+        names = [action.dest for action in group._group_actions]
+        said = {name: below[name] for name in names if name in below}
+        by_flag = any(getattr(options, name) is not _UNSET for name in names)
+        by_variable = any(setting.source.startswith(PREFIX) for setting in said.values())
+        for name, setting in said.items():
+            if by_flag or (by_variable and not setting.source.startswith(PREFIX)):
+                del below[name]
+        left = [below[name] for name in names if name in below]
+        if len(left) > 1:
+            raise LocalError(f"{left[1].source}: {left[1].name} and {left[0].name} ({left[0].source}) exclude each other")
+
+
+def _with_groups(settings: list[Setting], groups: Sequence[tuple[str, ...]]) -> list[Setting]:
+    """Where none of a required group is said, all of it is needed."""
+    said = {setting.name for setting in settings if setting.source != "default"}
+    needed = {name for group in groups if not said & set(group) for name in group}
+    return [Setting(setting.name, setting.value, "needed") if setting.name in needed else setting for setting in settings]
 
 
 def command_of(top: argparse.ArgumentParser, name: str | None) -> argparse.ArgumentParser | None:

@@ -19,7 +19,7 @@ from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
 from edge_agent.tuning import Setting, Tuning
 from regrow import wire
-from regrow.errors import PeerError, RegrowError
+from regrow.errors import LocalError, PeerError, RegrowError
 from regrow.local_rules import drawn_levels
 from regrow.local_training import STATISTICS_BATCHES, Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
@@ -61,6 +61,7 @@ class Worker:
         self._source, self._done, self._threads, self._make = source, done, threads, make
         self._tuning, self._tuned = tuning, tuned
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
+        self._put = self._given_up = 0  # numbers of jobs
         self._key: tuple[bytes, ...] = ()
         self._trainers: LevelTrainers | None = None
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
@@ -68,7 +69,17 @@ class Worker:
 
     def put(self, job: Train | Callable[[], None]) -> None:
         """Queue a job of training, or other work that must neither disturb one nor the link; such work raises nothing."""
+        if isinstance(job, Train):
+            self._put = job.number
         self._jobs.put(job)
+
+    def abandon(self) -> None:
+        """Give up every job of training that was put until now, the one at hand at its next step."""
+        self._given_up = self._put
+
+    def _go_on(self, job: Train) -> None:
+        if job.number <= self._given_up:
+            raise LocalError("given up")
 
     def close(self) -> None:
         """Let the job at hand go: what it would give is repeated after the next start."""
@@ -93,7 +104,7 @@ class Worker:
     def _train(self, job: Train) -> Trained:
         trainers = self._trainers_of(job.programs)
         trainers.keep({job.level, *job.widths, *job.evaluate}, whole=job.kept is not None)
-        trained = train_job(trainers, self._source, job, time.monotonic)
+        trained = train_job(trainers, self._source, job, time.monotonic, lambda: self._go_on(job))
         self.step_s = trained.seconds / max(job.steps, 1)
         if trainers.is_full(job.level) and not job.widths:
             self.full_step_s = self.step_s
@@ -131,8 +142,18 @@ class Worker:
         return lambda count: place.trainer.train(vector, mask, [batch] * count, job.learning_rate)
 
 
-def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Callable[[], float] = lambda: 0.0) -> Trained:
-    """Score the levels that the job asks for on the validation data, then train its sub-model; `clock` times the training.
+def train_job(
+    trainers: LevelTrainers,
+    source: DataSource,
+    job: Train,
+    clock: Callable[[], float] = lambda: 0.0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Trained:
+    """Score the levels that the job asks for on the validation data, then train its sub-model.
+
+    Args:
+        clock: times the training.
+        on_step: called before every step.
 
     Raises:
         LocalError: there is no training data, or it does not fit the programs.
@@ -155,9 +176,15 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
     drawn = drawn_levels(list(widths), job.steps, job.seed)
     places = {level: trainers.place(job, level, widths[level]) for level in sorted(set(drawn))}
     started = clock()
-    batches = source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
+    batches = _telling(source.batches(np.random.default_rng(job.seed), job.batch, job.steps), on_step)
     result = _train(job, zip(drawn, batches, strict=True), places, first)
     return Trained(job.number, *result, clock() - started, tuple(scores))
+
+
+def _telling(batches: Iterable[Batch], on_step: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        on_step()
+        yield batch
 
 
 def drawn_examples(source: DataSource, batch: int, seed: int) -> Iterator[NDArray[np.float32]]:

@@ -60,6 +60,23 @@ def test_an_agent_has_settings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.max_uplink_bps == 200_000
 
 
+def test_of_two_that_exclude_each_other_the_later_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, 'bundle = "b"\ndata = "d"\n')
+    found = resolved("agent", "--config", file, "--identity", "i")
+    assert (found.bundle, found.identity) == (None, Path("i"))
+    monkeypatch.setenv("REGROW_IDENTITY", "j")
+    found = resolved("agent", "--config", file)
+    assert (found.bundle, found.identity) == (None, Path("j"))
+    monkeypatch.delenv("REGROW_IDENTITY")
+    assert resolved("agent", "--config", file).bundle == Path("b")
+    assert main(["agent", "--config", written(tmp_path, 'bundle = "b"\nidentity = "i"\ndata = "d"\n')]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        resolved("agent", "--identity", "i", "--bundle", "b", "--data", "d")
+
+
 def test_a_command_without_config_has_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGROW_RUNS", "elsewhere")
     assert resolved("runs").runs == Path("runs")
@@ -74,7 +91,7 @@ MISTAKES = {
     "metrics-port = 1": "did you mean metrics_port?",
     "port = '1'": "without quotes",
     'port = "1883"': "without quotes",
-    "port = 1.5": "port: '1.5' is not what it takes",
+    "port = 1.5": "port: '1.5' is not a port",
     "port = true": "expected a number",
     "host = 1": 'expected "text" in quotes',
     "plain = 1": "expected true or false",
@@ -109,7 +126,8 @@ def test_mistakes_elsewhere_are_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         return found
 
     assert "regrow serve needs task: " in said("serve")
-    assert "regrow agent needs bundle, data: " in said("agent")
+    assert "regrow agent needs identity or bundle: " in said("agent")
+    assert "regrow agent needs data: " in said("agent", "--bundle", "b")
     assert "no such file" in said("serve", "--config", str(tmp_path / "none.toml"))
     (tmp_path / "latin.toml").write_bytes(b"host = '\xe9'")
     assert "latin.toml" in said("serve", "--config", str(tmp_path / "latin.toml"))

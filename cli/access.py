@@ -1,4 +1,4 @@
-"""Files between the gateway and a broker that it does not start: what the broker reads, and the coordinator's password."""
+"""Who may connect: devices' passwords, and the files of a broker that the gateway does not start."""
 
 from __future__ import annotations
 
@@ -6,9 +6,31 @@ import argparse
 from pathlib import Path
 
 from broker_server.credentials import Credentials, write_private
+from cli.arguments import GATEWAY_HOME
+from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 
-GATEWAY_HOME = ".gateway"  # below RUNS: what the gateway itself needs
+
+def add(options: argparse.Namespace) -> int:
+    """Give a device its password and write its bundle."""
+    parse_broker_url(options.broker, of_device=True)  # here, and not on a device that somebody then has to reach
+    credentials = Credentials(options.runs / GATEWAY_HOME)
+    credentials.add_device(options.name)
+    print(credentials.write_bundle(options.name, options.broker, options.out))
+    return 0
+
+
+def remove(options: argparse.Namespace) -> int:
+    """Take a device's access away."""
+    Credentials(options.runs / GATEWAY_HOME).remove_device(options.name)
+    print(f"{options.name} can no longer connect")
+    return 0
+
+
+def listing(options: argparse.Namespace) -> int:
+    """Name the devices that may connect."""
+    print("\n".join(Credentials(options.runs / GATEWAY_HOME).devices()) or "no devices yet: regrow device add NAME")
+    return 0
 
 
 def password_in(file: Path) -> str:
@@ -26,7 +48,7 @@ def password_in(file: Path) -> str:
     return password
 
 
-def write(options: argparse.Namespace) -> int:
+def broker_files(options: argparse.Namespace) -> int:
     """Write mosquitto's password_file and acl_file, hashes only, and where asked for the coordinator's password."""
     credentials = Credentials(options.runs / GATEWAY_HOME)
     files = credentials.render(options.out)
