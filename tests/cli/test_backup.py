@@ -232,6 +232,31 @@ def test_a_run_goes_on_elsewhere_from_a_backup_under_load(tmp_path: Path) -> Non
         assert len({entry[0] for entry in entries_after(run.parent, there)}) == 2, "both devices, ahead of the backup, work on"
 
 
+@pytest.mark.timeout(240)
+def test_a_fleet_with_identities_comes_back_with_its_keys(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    from tests.testbed.certified import CertifiedFleet
+
+    with CertifiedFleet(tmp_path / "old", digits_mlp(0), task_text("digits", stop="aggregations = 12"), kind="amqtt") as old:
+        gateway = old.serve()
+        for name in ("d1", "d2"):
+            old.member(name)
+        old.reach_version(3)
+        assert main(["backup", str(tmp_path / "b.tar"), "--runs", str(old.runs)]) == 0
+        gateway.kill()
+        new = tmp_path / "new"
+        assert main(["restore", str(tmp_path / "b.tar"), "--runs", str(new)]) == 0
+        assert (new / ".gateway/fleet/ca.key").read_bytes() == (old.keys / "ca.key").read_bytes()
+        (run,) = new.glob("*/log.sqlite")
+        old.runs.rename(tmp_path / "gone")
+        again = old.start(
+            ["serve", run.parent, "--plain", "--runs", new, "--port", 0, "--broker-kind", "amqtt", "--host", "127.0.0.1"], "new.log"
+        )
+        assert again.ended(150) == 0, again.text()[-2000:]
+        assert count(run.parent, "aggregated") == 12
+        assert audit(run.parent).worst <= 1.0
+
+
 def entries_after(run: Path, version: int) -> list[tuple[str, int]]:
     """(device, version) of every update that was accepted after a version was made."""
     made_yet, found = 0, []
