@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from broker_server.credentials import Credentials, write_private
-from cli.arguments import GATEWAY_HOME
+from cli.arguments import GATEWAY_HOME, own_fleet
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 
@@ -16,7 +16,9 @@ def add(options: argparse.Namespace) -> int:
     parse_broker_url(options.broker, of_device=True)  # here, and not on a device that somebody then has to reach
     credentials = Credentials(options.runs / GATEWAY_HOME)
     credentials.add_device(options.name)
-    print(credentials.write_bundle(options.name, options.broker, options.out))
+    fleet = own_fleet(options.runs) / "ca.crt"
+    authority = fleet.read_text() if options.broker.startswith("mqtts") and fleet.exists() else None
+    print(credentials.write_bundle(options.name, options.broker, options.out, authority))
     return 0
 
 

@@ -204,12 +204,15 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
             check_broker(url, address.username, password)
         link = Link(url, address.username, password)
         return link if fleet is None else _with_fleet(link, fleet.doors(None, options.host))
+    if options.passwords and (fleet is None or options.broker_kind == "mosquitto"):
+        raise LocalError("--passwords needs a fleet, for its certificate, and amqtt: mosquitto's door lets nobody in without one")
     credentials = Credentials(home)
     kind = None if options.broker_kind == "auto" else options.broker_kind
     if fleet is None:
         broker = Broker(home, credentials, host=options.host or "127.0.0.1", port=options.port, kind=kind)
     else:
-        broker = Broker(home, credentials, port=options.port, kind=kind, door=fleet.door(options.host, options.tls_port))
+        door = fleet.door(options.host, options.tls_port)
+        broker = Broker(home, credentials, port=options.port, kind="amqtt" if options.passwords else kind, door=door)
     broker.start()
     link = Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home), lambda: broker.restarts)
     if fleet is None:
@@ -217,6 +220,8 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
         print(f"{broker.kind} on {broker.host}:{broker.port}; {hint}", flush=True)
         return link
     print(fleet.said(broker), flush=True)
+    if options.passwords:
+        return link
     try:
         return _with_fleet(link, fleet.doors(broker, options.host))
     except LocalError:

@@ -66,20 +66,12 @@ class Gatekeeper:
             self._ending = {name for name in self._ending if not self._broker.end_session(name)}
 
     def _renew(self) -> list[str]:
-        said = []
-        fleet = self._registry.fleet()
-        with self._registry.change() as devices:
-            renewed = self._authority.broker_is_stale(fleet.hosts)
-            if renewed:
-                self._authority.certify_broker(fleet.hosts)
-                self._enrolment.renew_certificate()
-                said.append("the broker has a new certificate")
-            listed = self._authority.list_is_stale()
-            if listed:
-                self._authority.write_list(members.revoked(devices))
-        if (renewed or listed) and self._broker is not None:
-            self._broker.reload()
-        return said
+        renewed = members.renew_own(self._registry, self._authority)
+        if renewed:
+            self._enrolment.renew_certificate()
+            if self._broker is not None:
+                self._broker.reload()
+        return renewed
 
     def _open_or_close(self, now: float) -> list[str]:
         wanted = enrolment.wanted(self._devices)

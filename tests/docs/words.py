@@ -112,6 +112,17 @@ WIRE = {
     "PromotionReport.new": "The promoted model on this device's validation data; absent without such data.",
     "PromotionReport.old": "What was in use before, on the same examples.",
     "PromotionReport.tuned": "The promoted model with the last layer trained here; used only where its accuracy is higher.",
+    "Control.number": "Grows with every change of what the device shall do. A lower one than one heard before is the past.",
+    "Control.action": "`work`; `pause`: train nothing, at once; `drain`: finish the job at hand, take no other; `wipe`: remove everything.",
+    "Control.replace": "Serial (big-endian) of a certificate: a device that uses this one makes new keys and asks for another.",
+    "ControlReport.number": "Of the last Control that it heard; 0: none since its start.",
+    "ControlReport.doing": "`finishing`, then `drained`, after a drain; `wiped`: all but the keys is gone, and these go next.",
+    "ControlReport.serial": "Of the certificate that it is connected with: older ones are revoked now.",
+    "CertificateRequest.csr": "PKCS #10, DER: an ECDSA key on P-256, the device's name as its only subject.",
+    "CertificateRequest.signing_key": "Ed25519 public key, made together with the TLS key.",
+    "CertificateRequest.proof": "Its signature over `regrow/v1 certificate request`, a zero byte and the CSR.",
+    "Certificate.certificate": "PEM, for the key of the newest request. The same request gets the same one again.",
+    "Certificate.reason": "Why there is none.",
 }
 
 _DEVICE, _COORDINATOR = "device", "coordinator"
@@ -132,6 +143,10 @@ TOPICS = {
     "promotion": (_COORDINATOR, "yes", "`Promotion`"),
     "promoted_file": (_COORDINATOR, "yes", "piece i of the promotion's file with this digest (hexadecimal)"),
     "promotion_report": (_DEVICE, "no", "`PromotionReport`"),
+    "control": (_COORDINATOR, "yes", "`Control`"),
+    "control_report": (_DEVICE, "no", "`ControlReport`"),
+    "certificate_request": (_DEVICE, "no", "`CertificateRequest`"),
+    "certificate": (_COORDINATOR, "no", "`Certificate`"),
 }
 
 _G, _P, _OURS = "FedGMR", "PR-FL", "ours"
@@ -291,6 +306,8 @@ HANDLERS = {
     "coordinator._take_evaluation": "Restore densities by the scores that the gateway found on its held-out data.",
     "coordinator._tick": "End leases past their deadline, beat, do all that is due: aggregate, restore, refresh, assign, finish (`done`).",
     "coordinator._announce_end": "Of a finished run: clear everything that is retained.",
+    "coordinator._take_standing": "Give devices that rest no new work, do not wait for them; when leading, end the leases of paused ones.",
+    "device._hear_told": "`pause`: give up what it fetches or trains (`waiting`). `drain`: nothing after the job at hand.",
     "device._connect": "Subscribe, say hello, go on where it was: probe again, fetch what lacks, or ask for the receipt.",
     "device._disconnect": "Forget what was in flight; work that needs no link goes on.",
     "device._measure": "Remember the estimate; say hello with the first one.",
