@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,10 +65,19 @@ class Writer:
     def __init__(self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None]) -> None:
         self._store, self._settings, self._on_event = store, settings, on_event
         self._work: queue.SimpleQueue[Persist | _Snapshot | None] = queue.SimpleQueue()
+        self._given_s: deque[float] = deque()  # when each Persist came that is not durable yet
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
 
+    @property
+    def lag_s(self) -> float:
+        """Age of the oldest Persist that is not durable yet; from the thread that puts."""
+        waiting = tuple(self._given_s)
+        return time.monotonic() - waiting[0] if waiting else 0.0
+
     def put(self, work: Persist | _Snapshot) -> None:
+        if isinstance(work, Persist):
+            self._given_s.append(time.monotonic())
         self._work.put(work)
 
     def close(self) -> None:
@@ -106,6 +116,8 @@ class Writer:
     def _commit(self, waiting: Sequence[Persist]) -> None:
         if waiting:
             self._store.append([record for persist in waiting for record in persist.records])
+            for _ in waiting:
+                self._given_s.popleft()
             self._on_event(Persisted(waiting[-1].id))
 
 
@@ -153,6 +165,16 @@ class Gateway:
         self._timer_s = float("inf")
         self._snapshot_version = coordinator.ledger.version
         self._finished = ""
+
+    @property
+    def store_lag_s(self) -> float:
+        """Age of the oldest record that is not durable yet."""
+        return self._writer.lag_s
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is there."""
+        return self._bus.connected
 
     def stop(self) -> None:
         """End `run` soon; from any thread or a signal handler."""

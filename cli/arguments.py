@@ -10,6 +10,7 @@ from typing import TypeAlias
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 GATEWAY_HOME = ".gateway"
 MEMORY_MOST_BYTES = 2**53  # that a hello can say
+FOR_ONE_START = "for this start only"  # options that no file and no variable may say for ever (cli.settings)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -37,6 +38,12 @@ def runs_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs and the gateway's secrets are kept")
 
 
+def config_option(command: argparse.ArgumentParser, file: str) -> None:
+    """Add --config: with it every option of the command is a setting that a file and the environment may say (cli.settings)."""
+    text = "settings, `key = value` a line, where key is an option, max_uplink_bps for example; below REGROW_KEY in the environment, "
+    command.add_argument("--config", type=Path, default=Path(file), metavar="FILE", help=f"{text}which is below an option here")
+
+
 def broker_options(command: argparse.ArgumentParser) -> None:
     """Add what `cli.gateway.link_of` reads."""
     command.add_argument(
@@ -44,13 +51,15 @@ def broker_options(command: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="mqtt://user:password@host:port of a broker that is there (or REGROW_BROKER in the environment, which `ps` does not show)",
     )
+    password = "first line: the password, when the URL has none: a systemd credential or a container's secret"
+    command.add_argument("--broker-password-file", type=Path, metavar="FILE", help=password)
     command.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
     command.add_argument(
         "--host", metavar="ADDRESS", help="that our broker listens on (default: this machine's only; with a fleet, all, for its devices)"
     )
-    command.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
+    command.add_argument("--port", type=port, default=1883, help="port of our broker; 0 picks a free one")
     fleet_option(command, "made by `regrow fleet init` (default: RUNS/.gateway/fleet, where there is one)")
-    command.add_argument("--tls-port", type=int, metavar="N", help="port of our broker for the fleet's devices (default: the fleet's)")
+    command.add_argument("--tls-port", type=port, metavar="N", help="port of our broker for the fleet's devices (default: the fleet's)")
     passwords = "with a fleet: TLS by its certificate, but devices with passwords, and nothing sealed; for the bench, on amqtt"
     command.add_argument("--passwords", action="store_true", help=passwords)
 
@@ -66,6 +75,13 @@ def own_fleet(runs: Path) -> Path:
 
 
 # ---- kinds of values: each raises ArgumentTypeError, which argparse tells with the option and the usage -----------------------------
+
+
+def port(text: str) -> int:
+    """A TCP port, or 0."""
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535, or 0 for a free one")
+    return int(text)
 
 
 def count(text: str) -> int:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
+from cli.access import password_in
 from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
 from cli.fleet_doors import Doors, open_fleet
@@ -46,6 +48,8 @@ from regrow.local_training import statistics_from
 from regrow.machine import Evaluate, Evaluated, Note
 from regrow.task import Training
 from regrow.topics import check_name
+
+Callbacks = tuple[Callable[[Note], None], Callable[[], str | None]]  # on_note and housekeeping of `Gateway.run`
 
 TASK_TEXT = """name = "{name}"
 model = "model.onnx"
@@ -195,6 +199,7 @@ class Link:
     password: str
     stop: Callable[[], None] = lambda: None
     keep: Callable[[], str | None] = lambda: None
+    restarts: Callable[[], int] = lambda: 0
     companions: tuple[Companion, ...] = ()
     sealing: Callable[[str], Sealing | None] = lambda _: None
 
@@ -207,14 +212,13 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
         address = parse_broker_url(url)
         if not address.username:
             raise UsageError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
+        password = address.password or ("" if options.broker_password_file is None else password_in(options.broker_password_file))
         if not resuming:  # a run that is there waits for its broker
-            check_broker(url, address.username, address.password or "")
-        link = Link(url, address.username, address.password or "")
+            check_broker(url, address.username, password)
+        link = Link(url, address.username, password)
         return link if fleet is None else _with_fleet(link, fleet.doors(None, options.host))
     if options.passwords and (fleet is None or options.broker_kind == "mosquitto"):
         raise UsageError("--passwords needs a fleet, for its certificate, and amqtt: mosquitto's door lets nobody in without one")
-    if not all(0 <= port <= 65535 for port in (options.port, options.tls_port or 0)):
-        raise UsageError(f"--port {options.port}, --tls-port {options.tls_port}: 1 to 65535, or 0 for a free one")
     credentials = Credentials(home)
     kind = None if options.broker_kind == "auto" else options.broker_kind
     if fleet is None:
@@ -223,7 +227,7 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
         door = fleet.door(options.host, options.tls_port)
         broker = Broker(home, credentials, port=options.port, kind="amqtt" if options.passwords else kind, door=door)
     broker.start()
-    link = Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
+    link = Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home), lambda: broker.restarts)
     if fleet is None:
         hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
         print(f"{broker.kind} on {broker.host}:{broker.port}; {hint}", flush=True)
@@ -272,7 +276,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             companions=companions,
             sealing=link.sealing(f"serve-{path.name}"),
         )
-        reason = _serve(options, gateway, path, folder, link.keep)
+        reason = _serve(options, gateway, path, folder, link)
         finish(store, path, folder, ledger)
         if reason and not ledger.finished:
             raise LocalError(reason)
@@ -323,13 +327,25 @@ def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
     return keep
 
 
-def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, keep: Callable[[], str | None]) -> str:
+def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, link: Link) -> str:
     stop_at_signals(gateway.stop, "stopping: writing the model and the metrics")
     print(f"run {path}", flush=True)
-    if options.plain:
-        return gateway.run(on_note=_print_note, housekeeping=keep)
-    view = FleetView(path.name, folder.task.stop.seconds)
-    return watch(view, lambda: gateway.run(on_note=view.note, housekeeping=keep))
+    view = None if options.plain else FleetView(path.name, folder.task.stop.seconds)
+    with _measured(options, gateway, link, _print_note if view is None else view.note) as (note, keep):
+
+        def work() -> str:
+            return gateway.run(on_note=note, housekeeping=keep)
+
+        return work() if view is None else watch(view, work)
+
+
+def _measured(options: argparse.Namespace, gateway: Gateway, link: Link, note: Callable[[Note], None]) -> AbstractContextManager[Callbacks]:
+    """(on_note, housekeeping) for the gateway, with its metrics where somebody wants them."""
+    if options.metrics_port is None:
+        return nullcontext((note, link.keep))
+    from broker_server.metrics import measured
+
+    return measured(gateway, note, link.keep, host=options.metrics_host, port=options.metrics_port, broker_restarts=link.restarts)
 
 
 def _print_note(note: Note) -> None:
@@ -342,33 +358,6 @@ def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None
     write_deployable(folder, ledger, path / "model.onnx")
     rows = write_metrics(store, path)
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
-
-
-# ---- devices -----------------------------------------------------------------------------------------------------------------------
-
-
-def device_add(options: argparse.Namespace) -> int:
-    """Give a device its password and write its bundle."""
-    parse_broker_url(options.broker, of_device=True)  # here, and not on a device that somebody then has to reach
-    credentials = Credentials(options.runs / GATEWAY_HOME)
-    credentials.add_device(options.name)
-    fleet = own_fleet(options.runs) / "ca.crt"
-    authority = fleet.read_text() if options.broker.startswith("mqtts") and fleet.exists() else None
-    print(credentials.write_bundle(options.name, options.broker, options.out, authority))
-    return 0
-
-
-def device_remove(options: argparse.Namespace) -> int:
-    """Take a device's access away."""
-    Credentials(options.runs / GATEWAY_HOME).remove_device(options.name)
-    print(f"{options.name} can no longer connect")
-    return 0
-
-
-def device_list(options: argparse.Namespace) -> int:
-    """Name the devices that may connect."""
-    print("\n".join(Credentials(options.runs / GATEWAY_HOME).devices()) or "no devices yet: regrow device add NAME")
-    return 0
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------------------

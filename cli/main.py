@@ -24,6 +24,9 @@ COMMANDS = {
     "join": "cli.commands.join",
     "agent": "cli.commands.agent",
     "predict": "cli.commands.predict",
+    "config": "cli.commands.config",
+    "backup": "cli.commands.backup",
+    "restore": "cli.commands.backup",
     "runs": "cli.commands.runs",
     "rollback": "cli.commands.runs",
     "verify": "cli.commands.runs",
@@ -88,7 +91,10 @@ def _run(words: Sequence[str]) -> int:
     import logging
     from importlib import import_module
 
-    options = parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
+    from cli import settings
+
+    name = next((word for word in words if not word.startswith("-")), None)
+    options = settings.parse(parser(name), name, words, lambda: settings.variables(parser()))
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO if options.log else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

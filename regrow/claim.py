@@ -12,11 +12,25 @@ CLAIM_WAIT_S = 0.5
 FOREIGN_WAIT_S = 3 * BEAT_S
 # Two coordinators with one user name push each other off the broker in turns; what was heard before still counts then.
 FOREIGN_MEMORY_S = 60.0
+# A term: restores from a backup, restarts since, and random bits that tell two processes apart.
+_GENERATION_SHIFT, _RESTORE_SHIFT = 31, 12
+# Assignment numbers of a restored run begin above those that devices may have had after the backup.
+RESTORED_NUMBER_SHIFT = 30
 
 
 def term_above(term: int, nonce: int) -> int:
     """The next generation's term, told from others' by 31 random bits."""
-    return ((term >> 31) + 1) << 31 | nonce
+    return ((term >> _GENERATION_SHIFT) + 1) << _GENERATION_SHIFT | nonce
+
+
+def term_after_restore(term: int) -> int:
+    """A term above every one that the gateway had after the backup was made, of which the backup knows nothing: 2^12 restarts are room."""
+    return (restores_of(term) + 1) << (_GENERATION_SHIFT + _RESTORE_SHIFT)
+
+
+def restores_of(term: int) -> int:
+    """How often the run was restored from a backup."""
+    return term >> (_GENERATION_SHIFT + _RESTORE_SHIFT)
 
 
 @dataclass(slots=True)

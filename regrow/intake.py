@@ -77,6 +77,7 @@ class Intake:
         self._held = dict(held)
         self._have = set(pieces)
         self._heard: dict[str, wire.Promotion] = {}
+        self._tasks: set[str] = set()  # whose promotions are subscribed to on this connection, besides all of them
         self._decided: dict[str, Decision] = {}
         for task, data in decisions.items():
             try:
@@ -95,7 +96,9 @@ class Intake:
         """Take an event in; the machine of training hears the same one. quiet: that machine does not need the link now."""
         if isinstance(event, Connected):
             self._connected = True
-            self._effects.append(Subscribe((topics.promotion("+"),)))
+            # Some brokers (RabbitMQ 3) deliver what is retained to exact filters only.
+            self._tasks = {*self._held, *self._decided}
+            self._effects.append(Subscribe((topics.promotion("+"), *map(topics.promotion, sorted(self._tasks)))))
         elif isinstance(event, Disconnected):
             self._connected, self._fetch = False, None
         elif isinstance(event, Received) and event.payload:
@@ -151,10 +154,18 @@ class Intake:
 
     def _hear(self, event: Received, now: float) -> None:
         task = topics.parse_promotion(event.topic)
-        if task is not None:
+        if event.topic == topics.tasks(self._device):
+            self._hear_tasks({offered.task for offered in wire.decode(event.payload, wire.Tasks)[0].tasks})
+        elif task is not None:
             self._hear_promotion(task, wire.decode(event.payload, wire.Promotion)[0])
         elif self._fetch is not None and event.topic in self._fetch.asked:
             self._take(self._fetch, event, now)
+
+    def _hear_tasks(self, tasks: set[str]) -> None:
+        new = sorted(tasks - self._tasks)[:MAX_TASKS]
+        if new:
+            self._tasks.update(new)
+            self._effects.append(Subscribe(tuple(map(topics.promotion, new))))
 
     def _hear_promotion(self, task: str, promotion: wire.Promotion) -> None:
         if task not in self._heard and len(self._heard) >= MAX_TASKS:

@@ -10,6 +10,7 @@ import numpy as np
 
 from regrow import density, records, restoration, values, wire
 from regrow.broadcast import chunk_bytes
+from regrow.claim import RESTORED_NUMBER_SHIFT, restores_of
 from regrow.ledger import Ledger
 from regrow.levels import densities_of, next_order
 from regrow.machine import Evaluate, Evaluated, Note
@@ -326,7 +327,7 @@ class Planner:
         self._coordinator.commit(
             records.Assigned(
                 device=who,
-                number=device.number + 1,
+                number=max(device.number, restores_of(ledger.term) << RESTORED_NUMBER_SHIFT) + 1,
                 version=version,
                 epoch=order.epoch,
                 level=level,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow import records, values, wire
+from regrow.claim import RESTORED_NUMBER_SHIFT, restores_of
 from regrow.density import full_density_round_s
 from regrow.errors import PeerError
 from regrow.ledger import Ledger
@@ -108,8 +109,8 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
         if (head.version, head.epoch, head.level) != (lease.version, lease.epoch, lease.level):
             raise PeerError(f"version {head.version}, epoch {head.epoch}, level {head.level} is not what was assigned")
         dtypes = dtypes if lease.dtype is None else (lease.dtype,)
-    elif head.assignment > known.number:
-        raise PeerError(f"assignment {head.assignment} was never given")
+    else:
+        _check_given(ledger, head.assignment, known.number)
     if head.version not in ledger.published:
         if version_of(head.version) > ledger.version:
             raise PeerError(f"version {version_of(head.version)} was never given")
@@ -153,6 +154,15 @@ def checked(ledger: Ledger, device: str, assembly: Assembly, payload: bytes, upl
         if not norm <= bound:
             raise PeerError(f"norm {norm:.3g} of its change exceeds {bound:.3g}, {ledger.task.fleet.norm_bound:g} times what is usual")
     return msgspec.structs.replace(entry, norm=norm)
+
+
+def _check_given(ledger: Ledger, assignment: int, newest: int) -> None:
+    """Raises PeerError: the device cannot have been given this assignment, or not by this gateway's past."""
+    if assignment <= newest and assignment >> RESTORED_NUMBER_SHIFT == newest >> RESTORED_NUMBER_SHIFT:
+        return
+    if restores_of(ledger.term):  # the versions that it speaks of may mean something else by now
+        raise TooLateError(f"assignment {assignment} is from before the gateway was restored from a backup")
+    raise PeerError(f"assignment {assignment} was never given")
 
 
 def _norm(vector: NDArray[np.float32]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, memory_mb, positive, threads_of
+from cli.arguments import Commands, add_command, config_option, memory_mb, positive, threads_of
 
 
 def add_parser(commands: Commands) -> None:
@@ -21,6 +21,7 @@ def add_parser(commands: Commands) -> None:
     who.add_argument("--bundle", type=Path, metavar="FILE", help="NAME.json from `regrow device add`")
     claim = "NAME.claim.json from `regrow fleet add`, to begin an identity with that has none"
     agent.add_argument("--claim", type=Path, metavar="FILE", help=claim)
+    config_option(agent, "/etc/regrow/agent.toml")
     sources = "x.npz, idx:IMAGES,LABELS, csv:FILE?label=y, images:DIR or entry:NAME"
     agent.add_argument("--data", required=True, metavar="SOURCE", help=sources)
     agent.add_argument("--state", type=Path, metavar="DIR", help="durable state (default: regrow-state-NAME here)")

@@ -11,13 +11,24 @@ def add_parser(commands: Commands) -> None:
     device = commands.add_parser("device", help="who may connect to the gateway", description="Devices and their passwords.")
     kinds = device.add_subparsers(title="commands", metavar="COMMAND", required=True)
     more = "A running gateway notices."
-    add = add_command(kinds, "add", "cli.gateway:device_add", "let a device in and write its bundle NAME.json", more)
+    add = add_command(kinds, "add", "cli.access:add", "let a device in and write its bundle NAME.json", more)
     add.add_argument("name", metavar="NAME", help="a-z, 0-9 and '-'")
     add.add_argument("--broker", metavar="URL", default="mqtt://127.0.0.1:1883", help="where the device finds the gateway's broker")
     add.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where to write the bundle")
     runs_option(add)
-    remove = add_command(kinds, "remove", "cli.gateway:device_remove", "take a device's access away")
+    remove = add_command(kinds, "remove", "cli.access:remove", "take a device's access away")
     remove.add_argument("name", metavar="NAME", help="device to remove")
     runs_option(remove)
-    listing = add_command(kinds, "list", "cli.gateway:device_list", "name the devices that may connect")
+    listing = add_command(kinds, "list", "cli.access:listing", "name the devices that may connect")
     runs_option(listing)
+    files = add_command(
+        kinds,
+        "broker-files",
+        "cli.access:broker_files",
+        "write what a mosquitto that the gateway does not start reads",
+        "Its password_file (hashes) and acl_file, readable by their owner only. Again after every `device add` and `remove`.",
+    )
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write them")
+    password = "also write the coordinator's password, for `serve --broker-password-file`"
+    files.add_argument("--coordinator-password", type=Path, metavar="FILE", help=password)
+    runs_option(files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, broker_options, runs_option
+from cli.arguments import FOR_ONE_START, Commands, add_command, broker_options, config_option, port, runs_option
 
 
 def add_parser(commands: Commands) -> None:
@@ -17,8 +17,13 @@ def add_parser(commands: Commands) -> None:
     )
     serve.add_argument("task", type=Path, metavar="TASK", help="task folder, or the folder of a run to go on with")
     runs_option(serve)
-    serve.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
-    serve.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")
+    config_option(serve, "/etc/regrow/gateway.toml")
     broker_options(serve)
-    serve.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")
     serve.add_argument("--plain", action="store_true", help="a line an event instead of the live table")
+    served = "serve /metrics for Prometheus on this port; 0 picks a free one (default: not at all)"
+    serve.add_argument("--metrics-port", type=port, metavar="PORT", help=served)
+    serve.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="address for /metrics, which asks for no password")
+    once = serve.add_argument_group(FOR_ONE_START)
+    once.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
+    once.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")
+    once.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")

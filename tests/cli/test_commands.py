@@ -73,7 +73,6 @@ def test_options_are_known_without_any_room() -> None:
     [
         [],
         ["nothing"],
-        ["agent"],
         ["demo", "--seconds", "0"],
         ["agent", "--bundle", "b", "--data", "d", "--max-uplink-bps", "nan"],
         ["agent", "--bundle", "b", "--data", "d", "--memory-mb", "1e20"],

@@ -217,7 +217,7 @@ class Fleet:
         if shared:
             self.broker = Broker(folder / "broker", self.credentials, kind=kind)
             self.broker.start()
-            self._reach(self.broker.port)
+            self.reach(self.broker.port)
 
     def __enter__(self) -> Fleet:
         return self
@@ -230,7 +230,8 @@ class Fleet:
         if self.broker is not None:
             self.broker.stop()
 
-    def _reach(self, port: int) -> None:
+    def reach(self, port: int) -> None:
+        """Let every link lead to a broker on this port."""
         self.port = port
         for relay in self.relays.values():
             relay.target = port
@@ -245,10 +246,12 @@ class Fleet:
     def serve(self, *more: object, task: Path | None = None, runs: Path | None = None, prefix: Sequence[object] = ()) -> Child:
         """The gateway, ready: its broker answers and it names its run."""
         command: list[object] = ["serve", task or self.task, "--plain", "--runs", runs or self.runs]
-        command += ["--broker", self.broker_url] if self.broker is not None else ["--port", 0, "--broker-kind", self.kind]
+        foreign = "--broker" in more
+        if not foreign:
+            command += ["--broker", self.broker_url] if self.broker is not None else ["--port", 0, "--broker-kind", self.kind]
         child = self.start([*command, *more], "serve.log", prefix)
-        if self.broker is None:
-            self._reach(int(child.said(rf"{self.kind} on 127.0.0.1:(\d+)")[1]))
+        if self.broker is None and not foreign:
+            self.reach(int(child.said(rf"{self.kind} on 127.0.0.1:(\d+)")[1]))
         child.said(r"^run ")
         return child
 
