@@ -33,6 +33,7 @@ BACKOFF_MAX_S = 30.0
 STABLE_S = 30.0
 MESSAGE_LIMIT_BYTES = 1024 * 1024  # a chunk is at most 256 KiB
 MAX_CONNECTIONS = 2000
+LOG_BYTES = 1_000_000
 # An anonymous CONNECT (MQTT 3.1.1, clean session, client id "r"); the answer must be a CONNACK that refuses it.
 _PROBE = b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x0a\x00\x01r"
 
@@ -129,6 +130,7 @@ class Broker:
     def poll(self) -> str | None:
         """Look after the child without waiting, about once a second; returns what happened, for the log, or None."""
         now = time.monotonic()
+        self._bound_log()
         if self._child is None:
             if self._retry_at_s is None or now < self._retry_at_s:
                 return None
@@ -208,6 +210,12 @@ class Broker:
                 raise LocalError(f"the broker on port {self.port} lets anybody in; is another one running there?")
             return answer[:1] == b"\x20" and len(answer) == 4
         return False
+
+    def _bound_log(self) -> None:
+        """Empty mosquitto's log when it is too long: it appends, and whoever fails to log in makes it write a line."""
+        with contextlib.suppress(OSError):
+            if self.log_path.stat().st_size > LOG_BYTES:
+                os.truncate(self.log_path, 0)
 
     def _log_tail(self) -> str:
         try:
