@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from cli.doctor import examined_by_agent
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, read_bundle
+from edge_agent.checkup import Checkup
 from edge_agent.data.sources import open_source
+from edge_agent.doctor.device import Subject
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer, scan_program
 from edge_agent.vitals import Vitals
@@ -34,6 +37,7 @@ def agent(options: argparse.Namespace) -> int:
     make = trainer_of(options.trainer)
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
+        subject = Subject(bundle.device, bundle.broker, bundle.password, folder.path, version())
         running = Agent(
             bundle,
             folder,
@@ -46,6 +50,7 @@ def agent(options: argparse.Namespace) -> int:
             local_head=options.local_head,
             make=make,
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
+            companions=(Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes),),
             vitals=Vitals(folder.path, version(), watchdog_of()),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"

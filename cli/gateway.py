@@ -21,6 +21,7 @@ from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.gateway import Gateway
 from broker_server.herald import herald_of
+from broker_server.inquiry import inquirer_of
 from broker_server.promotions import Promotions, use_of
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
@@ -208,7 +209,8 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
 
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
     folder = load_task(path / "task")
-    with Store.open(path) as store, herald_of(Promotions(path.parent, folder.task.name)) as herald:
+    promotions = Promotions(path.parent, folder.task.name)
+    with Store.open(path) as store, herald_of(promotions) as herald, inquirer_of(path.parent / GATEWAY_HOME) as inquirer:
         if herald is None:
             print(
                 f"another process publishes the promoted models of {folder.task.name}; when it has ended, start this one again", flush=True
@@ -218,7 +220,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-        companions = () if herald is None else (herald,)
+        companions = [companion for companion in (herald, inquirer) if companion is not None]
         gateway = Gateway(
             coordinator,
             store,

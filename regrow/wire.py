@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar, Union
 import msgspec
 
 from regrow.errors import LocalError, PeerError
+from regrow.findings import Finding
 from regrow.local_rules import LocalRule
 from regrow.machine import Payload
 from regrow.values import WireDtype
@@ -254,6 +255,21 @@ class PromotionReport(Message, frozen=True, kw_only=True, omit_defaults=True):
     tuned: ModelScore | None = None
 
 
+class DoctorRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, not retained: say what ails you. number: grows; now_s: the gateway's clock, unix seconds."""
+
+    number: Positive
+    now_s: Rate
+
+
+class DoctorReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: what its checks found. memory_bytes: that it offers to training."""
+
+    number: Positive
+    findings: Annotated[list[Finding], msgspec.Meta(max_length=64)] = []
+    memory_bytes: Count | None = None
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -266,12 +282,26 @@ KINDS: dict[int, type[Message]] = {
     9: Telemetry,
     10: Promotion,
     11: PromotionReport,
+    18: DoctorRequest,
+    19: DoctorReport,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
 _ENCODER = msgspec.msgpack.Encoder()
 AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
-    Hello, Status, Tasks, Claim, Manifest, Assignment, UpdateChunk, Receipt, Telemetry, Promotion, PromotionReport
+    Hello,
+    Status,
+    Tasks,
+    Claim,
+    Manifest,
+    Assignment,
+    UpdateChunk,
+    Receipt,
+    Telemetry,
+    Promotion,
+    PromotionReport,
+    DoctorRequest,
+    DoctorReport,
 ]
 M = TypeVar("M", bound=Message)
 
@@ -328,6 +358,8 @@ def assert_finite(message: Message) -> None:
         head = message.head
         numbers = [("seconds", head.seconds), ("loss", head.loss)]
         numbers += [("scores", number) for score in head.scores for number in (score.loss, score.accuracy)]
+    elif isinstance(message, DoctorRequest):
+        numbers = [("now_s", message.now_s)]
     elif isinstance(message, Promotion) and message.head is not None:
         numbers = [("head", message.head.learning_rate)]
     elif isinstance(message, PromotionReport):
