@@ -175,7 +175,11 @@ def broker(subject: Subject, tell: Tell) -> None:
             return
     finally:
         link.close()
-    cure = "issue a new bundle: regrow device add NAME on the gateway" if refusal.startswith("the broker refused") else "look at the steps of network and tls"
+    cure = (
+        "issue a new bundle: regrow device add NAME on the gateway"
+        if refusal.startswith("the broker refused")
+        else "look at the steps of network and tls"
+    )
     tell(Finding(_BROKER[0], "fail", refusal.partition("; ")[0], cure))
     for name in _BROKER[1:]:
         tell(Finding(name, "unknown", "the broker does not let this device in"))
