@@ -26,7 +26,7 @@ from regrow.levels import densities_of
 from regrow.machine import Connected, Disconnected, Event, Publish, Received, Subscribe
 from regrow.step_memory import memory_of, needs_bytes
 
-FRESH_S = 150.0
+FRESH_S = 45.0
 ANSWER_S = 8.0
 ECHO = "regrow/v1/doctor/echo/gateway"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

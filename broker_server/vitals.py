@@ -1,23 +1,23 @@
 """Whether this gateway gets anywhere: it feeds the service manager's watchdog, and leaves health.json in the run's folder.
 
 Healthy is a gateway whose loop turns, whose link is up or is being tried, whose store writes what it is given, and whose evaluation ends.
-health.json has the fields of a device's (edge_agent/vitals.py), with the coordinator's phase; `regrow doctor` reads it.
+health.json has the fields of a device's (edge_agent/vitals.py), with the coordinator's phase, every ten seconds; `regrow doctor` reads it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from broker_server.credentials import write_private
 from regrow.watchdog import Patience, Progress, Watchdog
 
 log = logging.getLogger(__name__)
 HEALTH = "health.json"
-WRITE_S = 60.0
+WRITE_S = 10.0
 STORE_S = 600.0  # a transaction or a snapshot, on a card that stalls
 EVALUATION_S = 3600.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -62,5 +62,7 @@ class Vitals:
         if now >= self._write_s:
             self._write_s = now + WRITE_S
             text = json.dumps({**self._fields, "written_s": now, "phase": "stuck" if stuck else phase}, indent=1) + "\n"
-            with suppress(OSError):  # it promises nothing; a disk that fails ends the gateway in its store
-                write_private(self._file, text.encode())
+            aside = self._file.with_name(f"{HEALTH}.tmp")
+            with suppress(OSError):  # it promises nothing, so it needs no fsync; a disk that fails ends the gateway in its store
+                aside.write_text(text)
+                os.replace(aside, self._file)  # noqa: PTH105 - as on the device

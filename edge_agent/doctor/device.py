@@ -27,7 +27,7 @@ from edge_agent.doctor.service import service_checks
 from edge_agent.memory import spare_bytes
 from edge_agent.state import MAGIC
 from edge_agent.transport import MqttLink
-from edge_agent.vitals import HEALTH, boot_id
+from edge_agent.vitals import HEALTH, WRITE_S, boot_id
 from regrow.broker_url import parse_broker_url
 from regrow.findings import Finding
 from regrow.machine import Connected, Disconnected, Received, Subscribe
@@ -226,13 +226,15 @@ def _by_health(state: Path, tell: Tell) -> None:
     fields: dict[str, object] = {}
     with suppress(OSError, ValueError):
         fields = dict(json.loads((state / HEALTH).read_bytes()))
-    written_s, connected_s = fields.get("written_s"), fields.get("connected_s")
+    written_s, connected_s, started_s = (fields.get(name) for name in ("written_s", "connected_s", "started_s"))
     ask = "ask through the gateway: regrow doctor --device NAME"
     if fields.get("boot") != boot_id() or not isinstance(written_s, float) or time.monotonic() - written_s > FRESH_S:
         cure = "its loop may be stuck: `systemctl status regrow-agent` and its log"
         tell(Finding(_BROKER[0], "warn", "an agent runs, but has not written its health for minutes", cure))
     elif isinstance(connected_s, float) and time.monotonic() - connected_s < FRESH_S:
         tell(Finding(_BROKER[0], "ok", f"the running agent is connected; it is {fields.get('phase')}"))
+    elif connected_s is None and isinstance(started_s, float) and written_s - started_s < WRITE_S:
+        tell(Finding(_BROKER[0], "unknown", "an agent has just been started", "it writes its health once a minute: ask again then"))
     else:
         tell(Finding(_BROKER[0], "fail", "the running agent has no connection", "look at the steps of network and tls, and at its log"))
     tell(Finding(_BROKER[1], "unknown", "not tried: it would end the running agent's connection", ask))
