@@ -10,21 +10,18 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from broker_server.broker import _PROBE
 from broker_server.credentials import COORDINATOR, Credentials, check_password
-from broker_server.runs import list_runs, load_task
+from broker_server.runs import list_runs
 from broker_server.transport import MqttBus
 from broker_server.vitals import HEALTH
 from regrow.broker_url import BrokerAddress, parse_broker_url
 from regrow.errors import LocalError
 from regrow.findings import Finding
-from regrow.levels import densities_of
 from regrow.machine import Connected, Disconnected, Event, Publish, Received, Subscribe
-from regrow.step_memory import memory_of, needs_bytes
 
 FRESH_S = 45.0
 ANSWER_S = 8.0
@@ -184,13 +181,3 @@ def is_served(run: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def needs_of(folder: Path) -> tuple[Sequence[int], Sequence[float]]:
-    """(bytes, densities) of every level of a built task.
-
-    Raises:
-        LocalError: it is not built.
-    """
-    task = load_task(folder)
-    return needs_bytes(memory_of(task.programs, task.task), task.task), densities_of(task.task)

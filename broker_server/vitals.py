@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from regrow.machine import Note
 from regrow.watchdog import Patience, Progress, Watchdog
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,10 @@ class Vitals:
         self._fields |= {"connected_s": None, "round_s": None}
         self._write_s = float("-inf")
 
-    def aggregated(self, now: float) -> None:
-        """There is a new version of the model: a round is done."""
-        self._fields["round_s"] = now
+    def note(self, note: Note, now: float) -> None:
+        """Something has happened; when there is a new version of the model, a round is done."""
+        if note.kind == "aggregated":
+            self._fields["round_s"] = now
 
     def stopping(self) -> None:
         """The loop has ended."""

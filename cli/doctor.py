@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.version import version
-from edge_agent.agent import read_bundle
+from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.doctor.certificates import certificate_check
 from edge_agent.doctor.checks import Check, run_checks
 from edge_agent.doctor.device import Needs, Subject, device_checks, live_checks, software
 from edge_agent.doctor.host import host_checks
 from edge_agent.doctor.service import service_checks
 from edge_agent.doctor.training import model_fit, training_checks
+from edge_agent.identity import Identity, fleet_context
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 from regrow.findings import Finding, failed, in_words, to_json
+from regrow.levels import densities_of
+from regrow.programs import MEMORY, program_file
+from regrow.step_memory import memory_of, needs_bytes
+from regrow.task import parse_task
 
-GATEWAY_HOME = ".gateway"
 GATEWAY_UNIT = "regrow-gateway"
 
 
@@ -27,7 +33,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Examine, tell, and say with the exit status whether something failed."""
     if options.device is not None:
         findings = _far(options)
-    elif options.bundle is not None:
+    elif options.bundle is not None or options.identity is not None:
         findings = run_checks(device_checks(_subject(options), _needs_of_task(options.task)))
     else:
         findings = run_checks(gateway_checks(options.runs, options.broker or os.environ.get("REGROW_BROKER", "")))
@@ -39,8 +45,20 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _subject(options: argparse.Namespace) -> Subject:
-    bundle = read_bundle(options.bundle)
-    return Subject(bundle.device, bundle.broker, bundle.password, options.state or Path(f"regrow-state-{bundle.device}"), version())
+    member = None if options.identity is None else Identity.load(options.identity)
+    bundle = read_bundle(options.bundle) if member is None else Bundle(member.device, member.broker, None)
+    return subject_of(bundle, options.state or Path(f"regrow-state-{bundle.device}"), member)
+
+
+def subject_of(bundle: Bundle, state: Path, member: Identity | None) -> Subject:
+    """The device of a bundle, or of an identity."""
+    if member is not None:
+        folder = member.folder  # keys may change while the agent runs
+        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.load(folder).tls_context()  # noqa: E731
+        return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder)
+    authority = bundle.authority
+    tls = None if authority is None else lambda: fleet_context(authority)
+    return Subject(bundle.device, bundle.broker, bundle.password, state, version(), tls)
 
 
 def examined_by_agent(subject: Subject) -> Callable[[Callable[[], float]], Sequence[Finding]]:
@@ -49,11 +67,21 @@ def examined_by_agent(subject: Subject) -> Callable[[Callable[[], float]], Seque
 
 
 def _needs_of_task(task: Path | None) -> Needs:
-    if task is None:
-        return {}
-    from broker_server.doctor import needs_of
+    return {} if task is None else {task.resolve().name: needs_of(task)}
 
-    return {task.resolve().name: needs_of(task)}
+
+def needs_of(folder: Path) -> tuple[Sequence[int], Sequence[float]]:
+    """(bytes, densities) of every level of a built task; without the gateway's packages, for a device has none.
+
+    Raises:
+        LocalError: the folder holds no built task.
+    """
+    try:
+        task = parse_task((folder / "task.toml").read_text(), str(folder / "task.toml"))
+        programs = {MEMORY: (folder / "build" / program_file(MEMORY)).read_bytes()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalError(f"--task {folder}: {error}; `regrow task build` makes what is needed") from error
+    return needs_bytes(memory_of(programs, task), task), densities_of(task)
 
 
 # ---- a device far away -------------------------------------------------------------------------------------------------------------
@@ -68,7 +96,7 @@ def _far(options: argparse.Namespace) -> list[Finding]:
 
 def _needs_of_runs(runs: Path) -> Needs:
     """Of every unfinished run's task; what cannot be read is told by another check."""
-    from broker_server.doctor import needs_of, unfinished
+    from broker_server.doctor import unfinished
 
     found = {}
     for run in unfinished(runs):
@@ -101,7 +129,7 @@ def gateway_checks(runs: Path, url: str) -> list[Check]:
         checks.append(Check(("broker.rights",), lambda tell: tell(gateway.rights(url, runs)), gateway.ANSWER_S + 2))
     checks.append(Check(("gateway.runs",), lambda tell: tell(gateway.runs_of(runs)), 10.0))
     checks.append(Check(("gateway.coordinator",), lambda tell: tell(gateway.coordinator(runs)), 10.0))
-    checks += _fleet_checks(home / "fleet")
+    checks += _fleet_checks(own_fleet(runs))
     return [*checks, *training_checks(), *service_checks(GATEWAY_UNIT)]
 
 

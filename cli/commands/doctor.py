@@ -17,6 +17,7 @@ def add_parser(commands: Commands) -> None:
     )
     where = doctor.add_mutually_exclusive_group()
     where.add_argument("--bundle", type=Path, metavar="FILE", help="examine this device: its NAME.json")
+    where.add_argument("--identity", type=Path, metavar="DIR", help="examine this device: the folder of its identity")
     far = "ask this device through the gateway that runs here with --runs (default: examine the gateway)"
     where.add_argument("--device", metavar="NAME", help=far)
     state = "of the device (default: regrow-state-NAME here)"

@@ -46,20 +46,20 @@ class Subject:
     """The device that is examined.
 
     Args:
-        device, broker, password: as in its bundle; the password of a device with an identity is empty.
+        device, broker, password: as in its bundle; a device with an identity has no password.
         state: its folder.
         version: of the software.
-        tls: for mqtts://; None: the system's authorities.
+        tls: makes the context for mqtts://; None: with the system's authorities.
         identity: the folder of its identity, if it has one.
         root: below which proc, sys, run and dev lie.
     """
 
     device: str
     broker: str
-    password: str
+    password: str | None
     state: Path
     version: str = ""
-    tls: ssl.SSLContext | None = None
+    tls: Callable[[], ssl.SSLContext] | None = None
     identity: Path | None = None
     root: Path = Path("/")
 
@@ -166,7 +166,11 @@ def broker(subject: Subject, tell: Tell) -> None:
         _by_health(subject.state, tell)
         return
     link = MqttLink(
-        subject.broker, device_id=subject.device, password=subject.password, rng=random.Random(secrets.token_bytes(8)), tls=subject.tls
+        subject.broker,
+        device_id=subject.device,
+        password=subject.password,
+        rng=random.Random(secrets.token_bytes(8)),
+        tls=None if subject.tls is None else subject.tls(),
     )
     try:
         refusal = _log_in(link)

@@ -7,7 +7,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edge_agent.doctor.certificates import dated
 from edge_agent.doctor.checks import Check, Tell
@@ -20,13 +20,13 @@ _NOT_YET, _EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_...
 Places = Sequence[tuple[int, tuple[str, int]]]
 
 
-def network_checks(address: BrokerAddress, tls: ssl.SSLContext | None = None) -> list[Check]:
-    """The steps to a broker. tls: for mqtts://; None: the system's authorities."""
+def network_checks(address: BrokerAddress, tls: Callable[[], ssl.SSLContext] | None = None) -> list[Check]:
+    """The steps to a broker. tls: makes the context for mqtts://; None: with the system's authorities."""
     names = _NAMES if address.tls else _NAMES[:3]
     return [Check(names, lambda tell: walk(address, tls, tell), timeout_s=3 * STEP_S)]
 
 
-def walk(address: BrokerAddress, tls: ssl.SSLContext | None, tell: Tell) -> None:
+def walk(address: BrokerAddress, tls: Callable[[], ssl.SSLContext] | None, tell: Tell) -> None:
     """Tell of every step; those behind one that fails are unknown."""
     places = _resolve(address, tell)
     _route(places, tell)
@@ -40,7 +40,7 @@ def walk(address: BrokerAddress, tls: ssl.SSLContext | None, tell: Tell) -> None
             tell(Finding(name, "unknown", "there is no connection to try it on"))
         return
     with sock:
-        _handshake(sock, address, tls or ssl.create_default_context(), tell)
+        _handshake(sock, address, (tls or ssl.create_default_context)(), tell)
 
 
 def _resolve(address: BrokerAddress, tell: Tell) -> Places:

@@ -123,8 +123,9 @@ def model_fit(needs: Mapping[str, tuple[Sequence[int], Sequence[float]]], offere
         offered_bytes: that the device gives to training; None: unknown.
     """
     name = "model.fit"
+    needs = {task: of for task, of in needs.items() if any(of[0])}  # the exporter may not know what a model takes
     if not needs:
-        return Finding(name, "unknown", "no task to compare with", "name its folder: --task")
+        return Finding(name, "unknown", "no task to compare with, or none whose need is known", "name its folder: --task")
     if offered_bytes is None:
         return Finding(name, "unknown", "it is not known what the device offers")
     fits = {task: max((d for need, d in zip(*of, strict=True) if need <= offered_bytes), default=0.0) for task, of in needs.items()}

@@ -278,7 +278,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 def walked(host_name: str, port: int, tls: ssl.SSLContext | None = None, *, encrypted: bool = False) -> dict[str, Finding]:
-    return told(network.walk, BrokerAddress(host_name, port, encrypted), tls)
+    return told(network.walk, BrokerAddress(host_name, port, encrypted), None if tls is None else lambda: tls)
 
 
 def test_a_broker_that_is_there_and_one_that_is_not(listener: socket.socket) -> None:
