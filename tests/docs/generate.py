@@ -223,6 +223,9 @@ def _topics(_: str) -> str:
         "promotion": topics.promotion("{task}"),
         "promoted_file": topics.promoted_file("{task}", _Shown(), "{i}"),  # type: ignore[arg-type]  # a place for the number
         "promotion_report": topics.promotion_report("{id}", "{task}"),
+        "doctor_request": topics.doctor_request("{id}"),
+        "doctor_report": topics.doctor_report("{id}"),
+        "doctor_echo": topics.doctor_echoes("{id}")[0],
     }
     rows = ((f"`{topic}`", *words.TOPICS[name]) for name, topic in shown.items())
     return table(("topic", "publisher", "retained", "payload"), rows)

@@ -112,6 +112,15 @@ WIRE = {
     "PromotionReport.new": "The promoted model on this device's validation data; absent without such data.",
     "PromotionReport.old": "What was in use before, on the same examples.",
     "PromotionReport.tuned": "The promoted model with the last layer trained here; used only where its accuracy is higher.",
+    "DoctorRequest.number": "Grows with every question.",
+    "DoctorRequest.now_s": "The gateway's clock, unix seconds.",
+    "DoctorReport.number": "The question that it answers.",
+    "DoctorReport.findings": "One of every check; the checks are those of doctor.md.",
+    "DoctorReport.memory_bytes": "What the device offers to a training job.",
+    "Finding.check": "The check's name, which stays.",
+    "Finding.state": "`warn`: works for now; `fail`: does not work; `unknown`: could not be found out.",
+    "Finding.said": "One line for people.",
+    "Finding.cure": "What to do; empty: nothing.",
 }
 
 _DEVICE, _COORDINATOR = "device", "coordinator"
@@ -132,6 +141,9 @@ TOPICS = {
     "promotion": (_COORDINATOR, "yes", "`Promotion`"),
     "promoted_file": (_COORDINATOR, "yes", "piece i of the promotion's file with this digest (hexadecimal)"),
     "promotion_report": (_DEVICE, "no", "`PromotionReport`"),
+    "doctor_request": (_COORDINATOR, "no", "`DoctorRequest`"),
+    "doctor_report": (_DEVICE, "no", "`DoctorReport`"),
+    "doctor_echo": (_DEVICE, "no", "a random word, to hear it again; nobody else subscribes"),
 }
 
 _G, _P, _OURS = "FedGMR", "PR-FL", "ours"
