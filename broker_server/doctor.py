@@ -15,6 +15,7 @@ from pathlib import Path
 
 from broker_server.broker import _PROBE
 from broker_server.credentials import COORDINATOR, Credentials, check_password
+from broker_server.fleet.registry import MEMBERS, Registry
 from broker_server.runs import list_runs
 from broker_server.transport import MqttBus
 from broker_server.vitals import HEALTH
@@ -29,8 +30,13 @@ ECHO = "regrow/v1/doctor/echo/gateway"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def access(home: Path) -> Finding:
-    """Whether the secrets check out, and what the broker was given is made from them."""
+def access(home: Path, fleet: Path) -> Finding:
+    """Whether the secrets check out, and what the broker was given is made from them.
+
+    Args:
+        home: of the gateway.
+        fleet: folder of the fleet, if there is one.
+    """
     name = "gateway.access"
     if not (home / "credentials.json").exists():
         return Finding(name, "unknown", f"{home} holds no passwords of devices", "name the gateway's folder: --runs")
@@ -44,14 +50,21 @@ def access(home: Path) -> Finding:
     try:
         hashes = dict(json.loads((home / "users.json").read_bytes()))
     except (OSError, ValueError):
-        return Finding(name, "ok", f"{len(devices)} devices may connect; no broker of ours has run yet")
+        return Finding(name, "ok", f"{len(devices)} devices have passwords{_members(fleet)}; no broker of ours has run yet")
     wanted = {COORDINATOR: credentials.coordinator_password, **{device: credentials.password(device) for device in devices}}
     stale = [user for user, password in wanted.items() if not check_password(password, str(hashes.get(user, "")))]
     stale += sorted(hashes.keys() - wanted.keys())
     if stale:
         cure = "a running gateway takes them over within a second; is it running, as the same user?"
         return Finding(name, "warn", f"the broker does not know the passwords as they are now of {', '.join(stale[:5])}", cure)
-    return Finding(name, "ok", f"{len(devices)} devices may connect")
+    return Finding(name, "ok", f"{len(devices)} devices have passwords{_members(fleet)}")
+
+
+def _members(fleet: Path) -> str:
+    if not fleet.is_dir():
+        return ""
+    devices = Registry(fleet).devices().values()
+    return f", {sum(device.state in MEMBERS for device in devices)} of {len(devices)} in the fleet may connect"
 
 
 def listener_of(home: Path) -> BrokerAddress | None:

@@ -1,7 +1,8 @@
 """Whether this gateway gets anywhere: it feeds the service manager's watchdog, and leaves health.json in the run's folder.
 
 Healthy is a gateway whose loop turns, whose link is up or is being tried, whose store writes what it is given, and whose evaluation ends.
-health.json has the fields of a device's (edge_agent/vitals.py), with the coordinator's phase, every ten seconds; `regrow doctor` reads it.
+health.json has the fields of a device's (edge_agent/vitals.py), with the coordinator's phase, every ten seconds and
+with every change of it; `regrow doctor` reads it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Vitals:
         boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
         self._fields: dict[str, str | float | None] = {"version": version, "boot": boot, "started_s": time.monotonic()}
         self._fields |= {"connected_s": None, "round_s": None}
-        self._write_s = float("-inf")
+        self._write_s, self._phase = float("-inf"), ""
 
     def note(self, note: Note, now: float) -> None:
         """Something has happened; when there is a new version of the model, a round is done."""
@@ -61,8 +62,8 @@ class Vitals:
         news = self._watchdog.turn(now, stuck, f"{'connected' if connected else 'trying to connect'}; {phase}")
         if news:
             log.error("%s", news)
-        if now >= self._write_s:
-            self._write_s = now + WRITE_S
+        if now >= self._write_s or phase != self._phase:
+            self._write_s, self._phase = now + WRITE_S, phase
             text = json.dumps({**self._fields, "written_s": now, "phase": "stuck" if stuck else phase}, indent=1) + "\n"
             aside = self._file.with_name(f"{HEALTH}.tmp")
             with suppress(OSError):  # it promises nothing, so it needs no fsync; a disk that fails ends the gateway in its store

@@ -55,7 +55,7 @@ def subject_of(bundle: Bundle, state: Path, member: Identity | None) -> Subject:
     if member is not None:
         folder = member.folder  # keys may change while the agent runs
         tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.load(folder).tls_context()  # noqa: E731
-        return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder)
+        return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder, not_before_s=member.about.since_s)
     authority = bundle.authority
     tls = None if authority is None else lambda: fleet_context(authority)
     return Subject(bundle.device, bundle.broker, bundle.password, state, version(), tls)
@@ -117,7 +117,7 @@ def gateway_checks(runs: Path, url: str) -> list[Check]:
     home = runs / GATEWAY_HOME
     address = parse_broker_url(url) if url else gateway.listener_of(home)
     checks = [Check(("software",), lambda tell: tell(software(version()))), *host_checks(runs)]
-    checks.append(Check(("gateway.access",), lambda tell: tell(gateway.access(home))))
+    checks.append(Check(("gateway.access",), lambda tell: tell(gateway.access(home, own_fleet(runs)))))
     if address is None:
         silent = Finding(
             "broker.answers", "unknown", "no broker was started here, and none is named", "start `regrow serve`, or name --broker"

@@ -52,6 +52,7 @@ class Subject:
         tls: makes the context for mqtts://; None: with the system's authorities.
         identity: the folder of its identity, if it has one.
         root: below which proc, sys, run and dev lie.
+        not_before_s: unix seconds at which its gateway wrote its claim.
     """
 
     device: str
@@ -62,6 +63,7 @@ class Subject:
     tls: Callable[[], ssl.SSLContext] | None = None
     identity: Path | None = None
     root: Path = Path("/")
+    not_before_s: float = 0.0
 
 
 def device_checks(subject: Subject, needs: Needs, reference: Callable[[], float | None] = lambda: None) -> list[Check]:
@@ -82,7 +84,7 @@ def live_checks(subject: Subject, reference: Callable[[], float | None]) -> list
 
 def _common(subject: Subject, reference: Callable[[], float | None]) -> list[Check]:
     checks = [Check(("software",), lambda tell: tell(software(subject.version)))]
-    checks += host_checks(subject.state, subject.root, reference)
+    checks += host_checks(subject.state, subject.root, reference, subject.not_before_s)
     checks += network_checks(parse_broker_url(subject.broker, of_device=True), subject.tls)
     if subject.identity is not None:
         renewal = "the agent renews it by itself while it may; else ask for a new claim: regrow fleet add NAME on the gateway"

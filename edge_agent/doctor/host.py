@@ -33,18 +33,22 @@ _POWER_CHIPS = ("ina3221", "ina219", "ina226", "ina260", "ina2xx")
 _SD_CURE = "copy the state folder away and replace the card"
 
 
-def host_checks(folder: Path, root: Path = Path("/"), reference: Callable[[], float | None] = lambda: None) -> list[Check]:
+def host_checks(
+    folder: Path, root: Path = Path("/"), reference: Callable[[], float | None] | None = None, not_before_s: float = 0.0
+) -> list[Check]:
     """Checks of this machine.
 
     Args:
         folder: where the state, or the runs, are kept.
         root: below which proc, sys, run and dev lie.
-        reference: the time elsewhere (unix seconds), None when nobody could be asked.
+        reference: the gateway's time (unix seconds), None when it could not be asked; without it this is the gateway.
+        not_before_s: unix seconds that have certainly passed.
     """
+    clock = [] if reference is None else [Check(("clock.difference",), lambda tell: tell(clock_difference(time.time, reference)))]
     return [
-        Check(("clock.year",), lambda tell: tell(clock_year(time.time()))),
+        Check(("clock.year",), lambda tell: tell(clock_year(time.time(), not_before_s))),
         Check(("clock.synchronised",), lambda tell: tell(clock_synchronised(root))),
-        Check(("clock.difference",), lambda tell: tell(clock_difference(time.time, reference))),
+        *clock,
         Check(("disk.free", "disk.write"), lambda tell: disk(folder, tell)),
         Check(("disk.card",), lambda tell: tell(card(root))),
         Check(("memory.free", "memory.killed"), lambda tell: memory(root, tell)),
@@ -57,13 +61,14 @@ def host_checks(folder: Path, root: Path = Path("/"), reference: Callable[[], fl
 # ---- clock -------------------------------------------------------------------------------------------------------------------------
 
 
-def clock_year(now_s: float) -> Finding:
-    """Whether the clock can be right at all. now_s: unix seconds."""
+def clock_year(now_s: float, not_before_s: float = 0.0) -> Finding:
+    """Whether the clock can be right at all. now_s, not_before_s: unix seconds."""
     said = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s))
-    if EARLIEST_YEAR <= time.gmtime(now_s).tm_year <= LATEST_YEAR:
+    if now_s >= not_before_s and EARLIEST_YEAR <= time.gmtime(now_s).tm_year <= LATEST_YEAR:
         return Finding("clock.year", "ok", said)
     cure = "without a battery the clock starts anywhere: let it reach a time server (timedatectl set-ntp true), or the gateway's chrony"
-    return Finding("clock.year", "fail", f"the clock says {said}", cure)
+    fleet = f", but this device was let into its fleet on {time.strftime('%Y-%m-%d', time.gmtime(not_before_s))}" if not_before_s else ""
+    return Finding("clock.year", "fail", f"the clock says {said}{fleet}", cure)
 
 
 def clock_synchronised(root: Path) -> Finding:

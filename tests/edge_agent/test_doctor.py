@@ -101,6 +101,11 @@ def test_an_absurd_year(now_s: float, state: str) -> None:
     assert host.clock_year(now_s).state == state
 
 
+def test_a_clock_before_the_fleet() -> None:
+    assert host.clock_year(NOW_S, NOW_S - 1).state == "ok"
+    assert host.clock_year(NOW_S, NOW_S + 1).state == "fail"
+
+
 @pytest.mark.parametrize(("ahead_s", "state"), [(0, "ok"), (-59, "ok"), (61, "warn"), (-3 * DAY_S, "fail")])
 def test_the_difference_from_the_gateways_clock(ahead_s: float, state: str) -> None:
     found = host.clock_difference(lambda: NOW_S + ahead_s, lambda: NOW_S)
