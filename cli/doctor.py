@@ -129,12 +129,11 @@ def gateway_checks(runs: Path, url: str) -> list[Check]:
         checks.append(Check(("broker.rights",), lambda tell: tell(gateway.rights(url, runs)), gateway.ANSWER_S + 2))
     checks.append(Check(("gateway.runs",), lambda tell: tell(gateway.runs_of(runs)), 10.0))
     checks.append(Check(("gateway.coordinator",), lambda tell: tell(gateway.coordinator(runs)), 10.0))
-    checks += _fleet_checks(own_fleet(runs))
+    checks += fleet_checks(own_fleet(runs)) if own_fleet(runs).is_dir() else []
     return [*checks, *training_checks(), *service_checks(GATEWAY_UNIT)]
 
 
-def _fleet_checks(fleet: Path) -> list[Check]:
-    if not fleet.is_dir():
-        return []
+def fleet_checks(fleet: Path) -> list[Check]:
+    """The dates of a fleet's certificates. fleet: its folder."""
     renewal = "renew it on the gateway: docs/fleet.md"
     return [certificate_check(name, fleet / file, renewal) for name, file in (("tls.authority", "ca.crt"), ("tls.broker", "broker.crt"))]
