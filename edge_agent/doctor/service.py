@@ -30,8 +30,13 @@ def service(unit: str, root: Path, tell: Tell) -> None:
     text = said_by("systemctl", "show", unit, "--no-pager", f"--property={_FIELDS}")
     fields = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     if not fields:
-        tell(Finding(_NAMES[0], "unknown", "systemctl does not answer this user", f"systemctl status {unit}"))
-        tell(_fed_here() or Finding(_NAMES[1], "unknown", "systemctl does not answer this user"))
+        fed, silent = _fed_here(), "systemctl does not answer this user"
+        tell(
+            Finding(_NAMES[0], "ok", "this process is the service")
+            if fed
+            else Finding(_NAMES[0], "unknown", silent, f"systemctl status {unit}")
+        )
+        tell(fed or Finding(_NAMES[1], "unknown", silent))
         return
     tell(unit_state(unit, fields))
     tell(_fed_here() or watchdog(unit, fields))
