@@ -177,7 +177,7 @@ def test_a_dead_thread_and_a_lost_job_are_stuck(tmp_path: Path, caplog: pytest.L
     assert caplog.text.count("nothing to do") == 2  # that it is stuck, and that it goes on
 
 
-def test_health_is_written_once_a_minute_with_what_an_update_is_judged_by(tmp_path: Path) -> None:
+def test_health_is_written_once_a_minute_and_at_once_when_something_happens_first(tmp_path: Path) -> None:
     vitals = Vitals(tmp_path, "2.0")
     vitals.turn(1000.0, connected=False, phase=Phase.IDLE, alive=True)
     first = json.loads((tmp_path / HEALTH).read_text())
@@ -188,13 +188,18 @@ def test_health_is_written_once_a_minute_with_what_an_update_is_judged_by(tmp_pa
         None,
         "idle",
     )
+    vitals.turn(1001.0, connected=True, phase=Phase.SENDING, alive=True)
+    vitals.note(Note("accepted", {}), 1001.5)
+    vitals.turn(1002.0, connected=True, phase=Phase.WAITING, alive=True)
+    first = json.loads((tmp_path / HEALTH).read_text())
+    assert (first["connected_s"], first["round_s"], first["phase"]) == (1002.0, 1001.5, "waiting")
     vitals.note(Note("rejected", {}), 1010.0)
     vitals.turn(1059.0, connected=True, phase=Phase.SENDING, alive=True)
     vitals.note(Note("accepted", {}), 1059.5)
     assert json.loads((tmp_path / HEALTH).read_text()) == first
-    vitals.turn(1060.0, connected=False, phase=Phase.WAITING, alive=True)
+    vitals.turn(1062.0, connected=False, phase=Phase.WAITING, alive=True)
     second = json.loads((tmp_path / HEALTH).read_text())
-    assert (second["connected_s"], second["round_s"], second["written_s"], second["phase"]) == (1059.0, 1059.5, 1060.0, "waiting")
+    assert (second["connected_s"], second["round_s"], second["written_s"], second["phase"]) == (1059.0, 1059.5, 1062.0, "waiting")
 
 
 @pytest.mark.parametrize(
