@@ -225,6 +225,10 @@ def _topics(_: str) -> str:
         "promotion": topics.promotion("{task}"),
         "promoted_file": topics.promoted_file("{task}", _Shown(), "{i}"),  # type: ignore[arg-type]  # a place for the number
         "promotion_report": topics.promotion_report("{id}", "{task}"),
+        "control": topics.control("{id}"),
+        "control_report": topics.control_report("{id}"),
+        "certificate_request": topics.certificate_request("{id}"),
+        "certificate": topics.certificate("{id}"),
         "doctor_request": topics.doctor_request("{id}"),
         "doctor_report": topics.doctor_report("{id}"),
         "doctor_echo": topics.doctor_echoes("{id}")[0],

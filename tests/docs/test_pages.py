@@ -15,6 +15,7 @@ HAND_WRITTEN = (
     "README.md",
     "docs/bring-your-own.md",
     "docs/deploy.md",
+    "docs/fleet.md",
     "docs/models.md",
     "docs/simulate.md",
     "docs/using-the-model.md",
