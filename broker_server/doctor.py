@@ -117,7 +117,7 @@ def anonymous_is_refused(sock: socket.socket) -> bool | None:
 def rights(url: str, runs: Path) -> Finding:
     """Log in as the coordinator and hear what it says; not while a gateway runs, whose connection that would end."""
     name, address = "broker.rights", parse_broker_url(url)
-    if any(is_served(run) for run in unfinished(runs)):
+    if served_runs(runs):
         return Finding(name, "unknown", "not tried: it would end the running gateway's connection", "gateway.coordinator says how that is")
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     user, password, word = address.username or "", address.password or "", secrets.token_bytes(16)
@@ -150,21 +150,24 @@ def runs_of(runs: Path) -> Finding:
     return Finding(name, "ok" if found else "unknown", said if found else f"no runs in {runs}")
 
 
+def served_runs(runs: Path) -> list[Path]:
+    """The folders of the runs that processes hold; cheap, whatever their logs' size."""
+    return [log.parent for log in sorted(runs.glob("*/log.sqlite")) if is_served(log.parent)]
+
+
 def unfinished(runs: Path) -> list[Path]:
-    """The folders of the runs that go on."""
+    """The folders of the runs that go on; reads their logs."""
     return [info.path for info in list_runs(runs) if not info.finished]
 
 
 def coordinator(runs: Path) -> Finding:
     """Whether somebody serves what is unfinished, connected and leading."""
-    name, folders = "gateway.coordinator", unfinished(runs)
-    if not folders:
-        return Finding(name, "unknown", "no run is unfinished", "start one: regrow serve TASK")
-    served = [folder for folder in folders if is_served(folder)]
+    name, served = "gateway.coordinator", served_runs(runs)
     if not served:
-        return Finding(
-            name, "warn", f"nobody serves {', '.join(folder.name for folder in folders[:3])}", "regrow serve, or start the service"
-        )
+        left = [folder.name for folder in unfinished(runs)]
+        if not left:
+            return Finding(name, "unknown", "no run is unfinished", "start one: regrow serve TASK")
+        return Finding(name, "warn", f"nobody serves {', '.join(left[:3])}", "regrow serve, or start the service")
     for folder in served:
         fields: dict[str, object] = {}
         with suppress(OSError, ValueError):

@@ -95,11 +95,11 @@ def _far(options: argparse.Namespace) -> list[Finding]:
 
 
 def _needs_of_runs(runs: Path) -> Needs:
-    """Of every unfinished run's task; what cannot be read is told by another check."""
-    from broker_server.doctor import unfinished
+    """Of the task of every run that is served; what cannot be read is told by another check."""
+    from broker_server.doctor import served_runs
 
     found = {}
-    for run in unfinished(runs):
+    for run in served_runs(runs):
         try:
             found[run.name] = needs_of(run / "task")
         except LocalError:

@@ -22,7 +22,7 @@ def add_parser(commands: Commands) -> None:
     where.add_argument("--device", metavar="NAME", help=far)
     state = "of the device (default: regrow-state-NAME here)"
     doctor.add_argument("--state", type=Path, metavar="DIR", help=state)
-    task = "task folder whose models must fit this device (default on a gateway: those of its unfinished runs)"
+    task = "task folder whose models must fit this device (with --device, by default those of the runs that are served)"
     doctor.add_argument("--task", type=Path, metavar="TASK", help=task)
     doctor.add_argument("--broker", metavar="URL", help="of a gateway with an external broker, as for `serve` (or REGROW_BROKER)")
     runs_option(doctor)

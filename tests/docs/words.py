@@ -372,8 +372,8 @@ DOCTOR = {
     "cpu": "Cores, and the vector units that onnxruntime chooses its kernels by.",
     "onnxruntime": "It can be loaded, in a process of its own; its version and providers.",
     "training.step": "Five real gradient steps of a tiny model, compared with the same in NumPy.",
-    "model.fit": "The largest level of each task that fits the memory that the device offers: of `--task`, or of the gateway's "
-    "unfinished runs.",
+    "model.fit": "The largest level of each task that fits the memory that the device offers: of `--task`, or of the runs "
+    "that the gateway serves.",
     "gateway.access": "The secrets check out, and what the broker was given is made from them.",
     "broker.answers": "A broker answers, and turns strangers away.",
     "gateway.runs": "Every run can be read.",
