@@ -25,7 +25,7 @@ from pathlib import Path
 
 import msgspec
 
-from broker_server.snapshot import sync_folder
+from broker_server.durable import sync_folder
 from regrow.errors import LocalError
 
 FORMAT = 1

@@ -44,6 +44,7 @@ BACKOFF_MAX_S = 30.0
 STABLE_S = 30.0
 MESSAGE_LIMIT_BYTES = 1024 * 1024  # a chunk is at most 256 KiB
 MAX_CONNECTIONS = 2000
+LOG_BYTES = 1_000_000
 _NO_RESUMPTION = """openssl_conf = all
 [all]
 ssl_conf = ssl
@@ -169,6 +170,7 @@ class Broker:
     def poll(self) -> str | None:
         """Look after the child without waiting, about once a second; returns what happened, for the log, or None."""
         now = time.monotonic()
+        self._bound_log()
         if self._child is None:
             if self._retry_at_s is None or now < self._retry_at_s:
                 return None
@@ -278,6 +280,12 @@ class Broker:
 
     def _local_address(self) -> tuple[str, int]:
         return self.url.removeprefix("mqtt://").rsplit(":", 1)[0].strip("[]"), self.port
+
+    def _bound_log(self) -> None:
+        """Empty mosquitto's log when it is too long: it appends, and whoever fails to log in makes it write a line."""
+        with contextlib.suppress(OSError):
+            if self.log_path.stat().st_size > LOG_BYTES:
+                os.truncate(self.log_path, 0)
 
     def _log_tail(self) -> str:
         try:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from broker_server.store import Store
 from broker_server.transport import MqttBus
+from broker_server.vitals import Vitals
 from regrow import checkpoint
 from regrow.coordinator import Coordinator, Phase
 from regrow.errors import LocalError, RegrowError
@@ -43,6 +44,7 @@ from regrow.machine import (
 )
 from regrow.outage import Outage
 from regrow.task import StoreSettings
+from regrow.watchdog import Progress
 
 if TYPE_CHECKING:
     from broker_server.fleet.sealing import Sealing
@@ -60,10 +62,16 @@ class _Snapshot:
 
 
 class Writer:
-    """The store's own thread. Work is done in the order in which it was given; `None` ends it."""
+    """The store's own thread. Work is done in the order in which it was given; `None` ends it.
 
-    def __init__(self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None]) -> None:
+    progress: what the thread tells of its advance.
+    """
+
+    def __init__(
+        self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None], progress: Progress | None = None
+    ) -> None:
         self._store, self._settings, self._on_event = store, settings, on_event
+        self._progress = progress or Progress("store")
         self._work: queue.SimpleQueue[Persist | _Snapshot | None] = queue.SimpleQueue()
         self._given_s: deque[float] = deque()  # when each Persist came that is not durable yet
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
@@ -85,13 +93,19 @@ class Writer:
         self._work.put(None)
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         try:
             while True:
+                self._progress.end()
                 batch = [self._work.get()]
                 with suppress(queue.Empty):
                     while True:
                         batch.append(self._work.get_nowait())
+                self._progress.begin(f"writing {len(batch)} of its tasks", self._progress.patience.other_s, time.monotonic())
                 if not self._write(batch):
                     return
         except LocalError as error:
@@ -138,6 +152,7 @@ class Gateway:
         evaluate: scores prefixes on held-out data, on a thread of its own; needed when the task names such data.
         companions: what else this process says to devices, such as the herald of the task's promoted models.
         sealing: of a fleet with keys; without, messages travel bare. Closed here.
+        vitals: what looks whether it gets anywhere.
     """
 
     def __init__(
@@ -151,13 +166,15 @@ class Gateway:
         evaluate: Callable[[Evaluate], Evaluated] | None = None,
         companions: Sequence[Companion] = (),
         sealing: Sealing | None = None,
+        vitals: Vitals | None = None,
     ) -> None:
         self.coordinator, self.store = coordinator, store
+        self._vitals = vitals or Vitals(store.path)
         self._on_note: Callable[[Note], None] = lambda _: None
         self._housekeeping: Callable[[], str | None] = lambda: None
         self._housekeeping_s = 0.0
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
-        self._writer = Writer(store, coordinator.ledger.task.store, self._events.put)
+        self._writer = Writer(store, coordinator.ledger.task.store, self._events.put, self._vitals.store)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
         self._evaluate, self._companions, self._sealing = evaluate, companions, sealing
         self._evaluating: threading.Thread | None = None
@@ -210,6 +227,7 @@ class Gateway:
         finally:
             if self._sealing is not None:
                 self._sealing.abandon()
+            self._vitals.stopping()
             self._writer.close()
             self._bus.close()
         return self._finished
@@ -240,6 +258,7 @@ class Gateway:
                     log.warning("%s", said)
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(now))
+                self._look_at_vitals(now)
             if self._timer_s <= now and self._events.empty():
                 self._timer_s = float("inf")
                 return Woken()
@@ -247,6 +266,11 @@ class Gateway:
                 return self._events.get(timeout=max(0.0, min(self._timer_s - now, POLL_S)))
             except queue.Empty:
                 continue
+
+    def _look_at_vitals(self, now: float) -> None:
+        dead = "" if self._writer.alive else "store"
+        dead = dead or ("" if self._bus.alive else "link")
+        self._vitals.turn(now, connected=self._bus.connected, phase=self.coordinator.phase.value, dead=dead)
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -263,6 +287,7 @@ class Gateway:
             elif isinstance(effect, Note):
                 self.store.metric(effect.kind, effect.fields)
                 self._on_note(effect)
+                self._vitals.note(effect, time.monotonic())
             elif isinstance(effect, Standing):
                 self._events.put(effect)
             elif isinstance(effect, Finished):
@@ -276,11 +301,15 @@ class Gateway:
         if self._evaluating is not None and self._evaluating.is_alive():
             return
 
+        progress = self._vitals.evaluation
+        progress.begin(f"evaluation of version {effect.version}", progress.patience.other_s, time.monotonic())
+
         def work() -> None:
             try:
                 self._events.put(evaluate(effect))
             except RegrowError as error:
                 self._events.put(LocalError(f"evaluation of version {effect.version}: {error}"))
+            progress.end()
 
         self._evaluating = threading.Thread(target=work, name="evaluation", daemon=True)
         self._evaluating.start()

@@ -28,8 +28,8 @@ from typing import BinaryIO
 import msgspec
 
 from broker_server.backup import FORMAT, HEAD, LIST, RUNS, Contents, Head
+from broker_server.durable import sync_folder
 from broker_server.run_files import take_lock
-from broker_server.snapshot import sync_folder
 from broker_server.store import Store
 from regrow import records
 from regrow.claim import term_after_restore

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from broker_server.credentials import Credentials, write_private
+from broker_server.credentials import Credentials
+from broker_server.durable import write_private
 from cli.arguments import GATEWAY_HOME, own_fleet
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError

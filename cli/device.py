@@ -14,8 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+from cli.doctor import examined_by_agent, subject_of
+from cli.systemd import watchdog_of
+from cli.version import version
 from edge_agent.agent import Agent
 from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.checkup import Checkup
 from edge_agent.data.sources import open_source
 from edge_agent.enrolment import enrol_until_done
 from edge_agent.identity import Identity, verify
@@ -24,9 +28,11 @@ from edge_agent.scan import scan_program
 from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
+from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer
 from regrow.errors import LocalError, UsageError
 from regrow.local_training import Training
+from regrow.watchdog import Watchdog
 
 SOFTWARE = "regrow"
 WIPED = "{}: wiped by its fleet; a new claim lets this device in again"
@@ -36,10 +42,11 @@ def agent(options: argparse.Namespace) -> int:
     """Run a device until SIGINT or SIGTERM."""
     _check(options)
     make = trainer_of(options.trainer)
+    watchdog = watchdog_of()
     if options.identity is None:
-        return _run(options, make, read_bundle(options.bundle), None)
-    member = _member(options.identity, options.claim)
-    return 0 if member is None else _run(options, make, Bundle(member.device, member.broker, None), member)
+        return _run(options, make, read_bundle(options.bundle), None, watchdog)
+    member = _member(options.identity, options.claim, watchdog)
+    return 0 if member is None else _run(options, make, Bundle(member.device, member.broker, None), member, watchdog)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -55,9 +62,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--claim begins an identity: say --identity DIR, where that shall be")
 
 
-def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member: Identity | None) -> int:
+def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member: Identity | None, watchdog: Watchdog) -> int:
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
+        subject = subject_of(bundle, folder.path, member)
         running = Agent(
             bundle,
             folder,
@@ -73,6 +81,8 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
             member=member,
             sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
+            companions=(Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes),),
+            vitals=Vitals(folder.path, version(), watchdog),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
@@ -84,7 +94,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
     return 0
 
 
-def _member(folder: Path, claim: Path | None) -> Identity | None:
+def _member(folder: Path, claim: Path | None, watchdog: Watchdog) -> Identity | None:
     """The device's identity, made from its claim first where that is not done; None: it was stopped, or was being wiped.
 
     Raises:
@@ -104,12 +114,16 @@ def _member(folder: Path, claim: Path | None) -> Identity | None:
     stopped = threading.Event()
     at_signals(stopped.set)
     try:
-        return enrol_until_done(folder, stopped, random.Random())
+        return enrol_until_done(folder, stopped, random.Random(), lambda: _tries(watchdog, about.fleet))
     except LocalError as error:
         if not has_certificate(folder):
             raise
         logging.getLogger(__name__).warning("%s; going on with the certificate that is there", error)
         return Identity.load(folder)
+
+
+def _tries(watchdog: Watchdog, fleet: str) -> None:
+    watchdog.turn(time.monotonic(), "", f"trying to join {fleet}")
 
 
 def at_signals(stop: Callable[[], None]) -> None:

@@ -23,6 +23,7 @@ from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.fleet.sealing import Sealing
 from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
+from broker_server.inquiry import inquirer_of
 from broker_server.promotions import Promotions, use_of
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
@@ -32,10 +33,13 @@ from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
+from broker_server.vitals import Vitals
 from cli.access import password_in
 from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
 from cli.fleet_doors import Doors, open_fleet
+from cli.systemd import watchdog_of
+from cli.version import version
 from edge_agent.inference import Inference
 from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, model_from, save_model
@@ -255,7 +259,8 @@ def _with_fleet(link: Link, doors: Doors) -> Link:
 
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
     folder = load_task(path / "task")
-    with Store.open(path) as store, herald_of(Promotions(path.parent, folder.task.name)) as herald:
+    promotions = Promotions(path.parent, folder.task.name)
+    with Store.open(path) as store, herald_of(promotions) as herald, inquirer_of(path.parent / GATEWAY_HOME) as inquirer:
         if herald is None:
             print(
                 f"another process publishes the promoted models of {folder.task.name}; when it has ended, start this one again", flush=True
@@ -265,7 +270,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-        companions = (*link.companions, *(() if herald is None else (herald,)))
+        companions = [*link.companions, *(companion for companion in (herald, inquirer) if companion is not None)]
         gateway = Gateway(
             coordinator,
             store,
@@ -275,6 +280,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             evaluate=evaluate,
             companions=companions,
             sealing=link.sealing(f"serve-{path.name}"),
+            vitals=Vitals(path, version(), watchdog_of()),
         )
         reason = _serve(options, gateway, path, folder, link)
         finish(store, path, folder, ledger)

@@ -23,6 +23,7 @@ COMMANDS = {
     "fleet": "cli.commands.fleet",
     "join": "cli.commands.join",
     "agent": "cli.commands.agent",
+    "doctor": "cli.commands.doctor",
     "predict": "cli.commands.predict",
     "config": "cli.commands.config",
     "backup": "cli.commands.backup",

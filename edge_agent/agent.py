@@ -29,6 +29,7 @@ from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
 from edge_agent.tuning import Tuning
 from edge_agent.uplink import UplinkMeter, packet_bytes
+from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
@@ -104,6 +105,7 @@ class Agent:
         companions: what else this process does for the device over the same link.
         member: of a fleet, with this identity instead of a password; it then heeds what the fleet tells it.
         sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
+        vitals: what looks whether it gets anywhere.
     """
 
     def __init__(
@@ -124,7 +126,9 @@ class Agent:
         companions: Sequence[Companion] = (),
         member: Member | None = None,
         sealing: Sealing | None = None,
+        vitals: Vitals | None = None,
     ) -> None:
+        self._vitals = vitals or Vitals(folder.path)
         self._sealing = sealing
         self._companions = [*companions, *(() if member is None else (Control(member, self, self._fleet_s),))]
         self._clearing = self._cleared = False
@@ -164,6 +168,7 @@ class Agent:
             make=make,
             tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
             tuned=lambda data: self._trained(Tuned(data)),
+            progress=self._vitals.work,
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
@@ -243,7 +248,10 @@ class Agent:
                 if self._timer_s <= time.monotonic() and not self._clearing:
                     self._timer_s = float("inf")
                     self._step(Woken())
+                connected, phase, alive = self._link.connected, self.device.phase, self._worker.alive
+                self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive)
         finally:
+            self._vitals.stopping()
             self._worker.close()
             self._link.close()
             if self._sealing is not None and not self._clearing:
@@ -345,6 +353,7 @@ class Agent:
                 level = logging.WARNING if effect.kind in COMPLAINTS else logging.INFO
                 log.log(level, "%s %s", effect.kind, effect.fields)
                 self._on_note(effect)
+                self._vitals.note(effect, time.monotonic())
             elif isinstance(effect, Told):
                 self._heed(effect)
             elif isinstance(effect, Finished):

@@ -50,17 +50,24 @@ def enrol(folder: Path) -> Identity:
     return identity.accept(folder, str(said["certificate"]).encode())
 
 
-def enrol_until_done(folder: Path, stopped: threading.Event, rng: random.Random) -> Identity | None:
+def enrol_until_done(
+    folder: Path, stopped: threading.Event, rng: random.Random, on_turn: Callable[[], None] = lambda: None
+) -> Identity | None:
     """Ask, again and again, later and later, until there is a certificate. None: it was stopped.
+
+    Args:
+        on_turn: called before and after every attempt.
 
     Raises:
         LocalError: the gateway refuses the claim.
     """
     retry, told = Retry(rng, time.monotonic()), False
     while not stopped.is_set():
+        on_turn()
         try:
             return enrol(folder)
         except PeerError as error:
+            on_turn()
             wait_s = retry.failed(time.monotonic())
             log.log(logging.DEBUG if told else logging.WARNING, "cannot join yet: %s; trying again", error)
             told = True

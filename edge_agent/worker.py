@@ -23,6 +23,7 @@ from regrow.errors import LocalError, PeerError, RegrowError
 from regrow.local_rules import drawn_levels
 from regrow.local_training import STATISTICS_BATCHES, Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
+from regrow.watchdog import Progress
 
 log = logging.getLogger(__name__)
 NICE = 5
@@ -41,6 +42,7 @@ class Worker:
         make: what trains.
         tuning: what finds out, between jobs, how to train fastest; None: always the default way, to the bit.
         tuned: called from this thread with what to save of it.
+        progress: what this thread tells of its advance.
 
     Attributes:
         step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model. None until these programs did.
@@ -55,11 +57,13 @@ class Worker:
         make: MakeTrainer = Trainer,
         tuning: Tuning | None = None,
         tuned: Callable[[bytes], None] = lambda _: None,
+        progress: Progress | None = None,
     ) -> None:
         self.step_s: float | None = None
         self.full_step_s: float | None = None
         self._source, self._done, self._threads, self._make = source, done, threads, make
         self._tuning, self._tuned = tuning, tuned
+        self._progress = progress or Progress("training")
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
         self._put = self._given_up = 0  # numbers of jobs
         self._key: tuple[bytes, ...] = ()
@@ -81,26 +85,40 @@ class Worker:
     def _go_on(self, job: Train) -> None:
         if job.number <= self._given_up:
             raise LocalError("given up")
+        self._progress.step(time.monotonic())
 
     def close(self) -> None:
         """Let the job at hand go: what it would give is repeated after the next start."""
         self._jobs.put(None)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs: an error that nobody foresaw ends it."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        patience = self._progress.patience
         while (job := self._jobs.get()) is not None:
             if not isinstance(job, Train):
+                self._progress.begin("work between two jobs", patience.other_s, time.monotonic())
                 job()
-                continue
-            try:
-                trained = self._train(job)
-            except RegrowError as error:
-                self._done(TrainingFailed(job.number, str(error), declined=isinstance(error, LocalError)))
-                continue
-            self._done(trained)
-            if self._tuning is not None and self._jobs.empty():  # while the update travels
-                self._tune(self._tuning, job, trained)
+            else:
+                self._progress.begin(f"training job {job.number}", patience.first_s, time.monotonic())
+                self._work(job)
+            self._progress.end()
+
+    def _work(self, job: Train) -> None:
+        try:
+            trained = self._train(job)
+        except RegrowError as error:
+            self._done(TrainingFailed(job.number, str(error), declined=isinstance(error, LocalError)))
+            return
+        self._done(trained)
+        if self._tuning is not None and self._jobs.empty():  # while the update travels
+            self._progress.begin("trying another setting", self._progress.patience.first_s, time.monotonic())
+            self._tune(self._tuning, job, trained)
 
     def _train(self, job: Train) -> Trained:
         trainers = self._trainers_of(job.programs)

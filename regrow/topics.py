@@ -83,14 +83,47 @@ def is_claim(topic: str) -> bool:
 def is_sealed(topic: str) -> bool:
     """Whether messages on this topic are sealed in a fleet with keys (regrow.seal).
 
-    Not so: bytes whose digest stands in a sealed message, noise that measures a link, and last wills, which are hints.
+    Not so: bytes whose digest stands in a sealed message, noise that measures a link, what a device says to itself, and last wills, which
+    are hints.
     """
     parts = topic.split("/")
+    if is_doctor_echo(topic):
+        return False
     if parts[2:3] == ["device"]:
         return not (len(parts) == 5 and parts[4] == "status")
     if (parts[2:3] == ["release"] and len(parts) == 5) or parts[3:5] == ["promotion", "file"]:
         return False
     return not (parts[4:5] in (["chunk"], ["order"], ["program"]) or (parts[4:5] == ["device"] and parts[6:] == ["probe"]))
+
+
+def doctor_request(device: str) -> str:
+    """Where the gateway asks a device what ails it."""
+    return f"{ROOT}/device/{device}/doctor-request"
+
+
+def doctor_report(device: str) -> str:
+    """Where the device answers; the gateway hears all with "+"."""
+    return f"{ROOT}/device/{device}/doctor-report"
+
+
+def parse_doctor_report(topic: str) -> str | None:
+    """The device that answers on this topic, or None when it is another topic."""
+    parts = topic.split("/")
+    known = len(parts) == 5 and parts[:3] == ["regrow", "v1", "device"] and parts[4] == "doctor-report"
+    return parts[3] if known and NAME.match(parts[3]) else None
+
+
+def doctor_echoes(device: str) -> tuple[str, ...]:
+    """One topic for each right to write that a device needs, which it may also read and nobody else listens to.
+
+    What travels there is a random word, so it is sealed by nobody.
+    """
+    return (f"{ROOT}/device/{device}/doctor-echo", *(topic(device) for topic in (_ECHO.telemetry, _ECHO.probe)), _ECHO.update(device, 0, 0))
+
+
+def is_doctor_echo(topic: str) -> bool:
+    """Whether a topic is one of `doctor_echoes`, of any device."""
+    return topic.startswith(f"{_ECHO.root}/device/") or (topic.startswith(f"{ROOT}/device/") and topic.endswith("/doctor-echo"))
 
 
 # ---- topics of a task and of one run of it -------------------------------------------------------------------------------------------
@@ -179,6 +212,9 @@ class FromDevice:
     device: str
     sequence: int = 0
     index: int = 0
+
+
+_ECHO = Run("doctor", "echo")
 
 
 def parse_from_device(topic: str, run: Run) -> FromDevice | None:

@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar, Union
 import msgspec
 
 from regrow.errors import LocalError, PeerError
+from regrow.findings import Finding
 from regrow.local_rules import LocalRule
 from regrow.machine import Payload
 from regrow.programs import StorageRule
@@ -294,6 +295,21 @@ class Certificate(Message, frozen=True, kw_only=True, omit_defaults=True):
     reason: Text = ""
 
 
+class DoctorRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, not retained: say what ails you. number: grows; now_s: the gateway's clock, unix seconds."""
+
+    number: Positive
+    now_s: Rate
+
+
+class DoctorReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: what its checks found. memory_bytes: that it offers to training."""
+
+    number: Positive
+    findings: Annotated[list[Finding], msgspec.Meta(max_length=64)] = []
+    memory_bytes: Count | None = None
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -310,6 +326,8 @@ KINDS: dict[int, type[Message]] = {
     13: ControlReport,
     14: CertificateRequest,
     15: Certificate,
+    18: DoctorRequest,
+    19: DoctorReport,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
@@ -330,6 +348,8 @@ AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
     ControlReport,
     CertificateRequest,
     Certificate,
+    DoctorRequest,
+    DoctorReport,
 ]
 M = TypeVar("M", bound=Message)
 
@@ -386,6 +406,8 @@ def assert_finite(message: Message) -> None:
         head = message.head
         numbers = [("seconds", head.seconds), ("loss", head.loss)]
         numbers += [("scores", number) for score in head.scores for number in (score.loss, score.accuracy)]
+    elif isinstance(message, DoctorRequest):
+        numbers = [("now_s", message.now_s)]
     elif isinstance(message, Promotion) and message.head is not None:
         numbers = [("head", message.head.learning_rate)]
     elif isinstance(message, PromotionReport):

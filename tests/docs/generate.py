@@ -20,7 +20,9 @@ import msgspec
 from msgspec import inspect
 
 from broker_server import credentials
+from cli.doctor import fleet_checks, gateway_checks
 from cli.main import parser
+from edge_agent.doctor.device import Subject, device_checks, live_checks
 from export.lowering import REPLACED
 from export.rules import RULES
 from regrow import coordinator, device, topics, wire
@@ -29,7 +31,7 @@ from regrow.task import Task
 from tests.docs import words
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "protocol.md", "task.md", "zoo.md")
+NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "doctor.md", "protocol.md", "task.md", "zoo.md")
 PAGES = tuple(Path("docs") / name for name in NAMES)
 ZOO, STEPS, SEALS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json", "seal.json"))
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -227,12 +229,30 @@ def _topics(_: str) -> str:
         "control_report": topics.control_report("{id}"),
         "certificate_request": topics.certificate_request("{id}"),
         "certificate": topics.certificate("{id}"),
+        "doctor_request": topics.doctor_request("{id}"),
+        "doctor_report": topics.doctor_report("{id}"),
+        "doctor_echo": topics.doctor_echoes("{id}")[0],
     }
     rows = []
     for name, topic in shown.items():
         publisher, retained, payload = words.TOPICS[name]
         rows.append((f"`{topic}`", publisher, retained, "yes" if topics.is_sealed(topic) else "no", payload))
     return table(("topic", "publisher", "retained", "sealed", "payload"), rows)
+
+
+def _doctor(_: str) -> str:
+    """Every check, and where it is made: on a device, by an agent that is asked, on a gateway."""
+    subject = Subject("d", "mqtts://gateway", None, Path("state"), identity=Path("identity"))
+    made = {
+        "device": device_checks(subject, {}),
+        "asked": live_checks(subject, lambda: None),
+        "gateway": [*gateway_checks(Path("runs"), "mqtt://broker"), *fleet_checks(Path("fleet"))],
+    }
+    names = {place: [name for check in checks for name in check.names] for place, checks in made.items()}
+    names["asked"] += ["broker.rights", "model.fit"]  # the first on the agent's own link, the second on the gateway
+    every = dict.fromkeys(name for found in names.values() for name in found)
+    rows = [(f"`{name}`", *("yes" if name in found else "" for found in names.values()), words.DOCTOR[name]) for name in every]
+    return table(("check", "on a device", "asked far away", "on a gateway", "what is looked at"), rows)
 
 
 def _access(_: str) -> str:
@@ -320,6 +340,7 @@ def table(head: tuple[str, ...], rows: Any) -> str:
 _PARTS: Mapping[str, Callable[[str], str]] = {
     "access": _access,
     "cli": _cli,
+    "doctor": _doctor,
     "methods": _methods,
     "mosquitto-access": _mosquitto_access,
     "operators": _operators,

@@ -127,6 +127,15 @@ WIRE = {
     "CertificateRequest.proof": "Its signature over `regrow/v1 certificate request`, a zero byte and the CSR.",
     "Certificate.certificate": "PEM, for the key of the newest request. The same request gets the same one again.",
     "Certificate.reason": "Why there is none.",
+    "DoctorRequest.number": "Grows with every question.",
+    "DoctorRequest.now_s": "The gateway's clock, unix seconds.",
+    "DoctorReport.number": "The question that it answers.",
+    "DoctorReport.findings": "One of every check; the checks are those of doctor.md.",
+    "DoctorReport.memory_bytes": "What the device offers to a training job.",
+    "Finding.check": "The check's name, which stays.",
+    "Finding.state": "`warn`: works for now; `fail`: does not work; `unknown`: could not be found out.",
+    "Finding.said": "One line for people.",
+    "Finding.cure": "What to do; empty: nothing.",
 }
 
 _DEVICE, _COORDINATOR = "device", "coordinator"
@@ -151,6 +160,9 @@ TOPICS = {
     "control_report": (_DEVICE, "no", "`ControlReport`"),
     "certificate_request": (_DEVICE, "no", "`CertificateRequest`"),
     "certificate": (_COORDINATOR, "no", "`Certificate`"),
+    "doctor_request": (_COORDINATOR, "no", "`DoctorRequest`"),
+    "doctor_report": (_DEVICE, "no", "`DoctorReport`"),
+    "doctor_echo": (_DEVICE, "no", "a random word, to hear it again; nobody else subscribes"),
 }
 
 _G, _P, _OURS = "FedGMR", "PR-FL", "ours"
@@ -332,4 +344,42 @@ HANDLERS = {
     "device._chunk_acknowledged": "Send the next chunk, two unacknowledged at most; after the last wait for the receipt.",
     "device._hear_receipt": "`missing`: send those chunks. `rejected` without blame: owe the delta again. Then `waiting`, or `fetching` "
     "the next.",
+}
+
+DOCTOR = {
+    "software": "Versions of Regrow and Python, the processor's kind; fails on 32-bit systems.",
+    "clock.year": "The clock can be right: 2025 to 2100, and not before the device was let into its fleet.",
+    "clock.synchronised": "Something keeps it right: systemd-timesyncd, or whatever tells the kernel so.",
+    "clock.difference": "How far it is from the gateway's, when the gateway asks: above 60 s warns, above a day fails.",
+    "disk.free": "Free bytes and names on the disk of the state, or of the runs; read-only fails. Below 500 MB warns, below 50 MB fails.",
+    "disk.write": "64 KiB are really written and fsynced there, and removed.",
+    "disk.card": "ext4's error counters, an eMMC's own word on its wear, and disk errors in the kernel's log, as far as they can be read.",
+    "memory.free": "What a training job could take now, within the control groups. Below 200 MB warns, below 64 MB fails.",
+    "memory.killed": "Processes that the kernel ended for want of memory.",
+    "temperature": "The hottest thermal zone: from 75 C on it warns, from 85 C on it fails.",
+    "throttling": "The Pi firmware's flags (now, and since the start), or cores whose frequency is capped.",
+    "power.sensor": "What measures power: INA3221, INA219, INA226, INA260, the Pi 5's power chip, RAPL.",
+    "network.name": "The broker's name has an address.",
+    "network.route": "The kernel knows a way there.",
+    "network.tcp": "Something accepts a connection on the broker's port.",
+    "tls.handshake": "TLS with the broker, its certificate held against the fleet's authority and its name.",
+    "tls.broker": "Dates of the broker's certificate; 14 days before its end it warns.",
+    "tls.own": "Dates of the device's certificate.",
+    "tls.authority": "Dates of the fleet's authority.",
+    "state.folder": "Every state file's digest, and what was set aside as damaged.",
+    "service.unit": "What systemd says of the unit: state, restarts, its last words.",
+    "service.watchdog": "Whether a service that gets nowhere would be ended, or was.",
+    "broker.login": "The broker lets the device in; while an agent runs, what that last wrote of its connection.",
+    "broker.rights": "A random word on each topic that the device must be able to write comes back; on a gateway with `--broker`, the "
+    "coordinator's.",
+    "broker.gateway": "A gateway claims to lead a task.",
+    "cpu": "Cores, and the vector units that onnxruntime chooses its kernels by.",
+    "onnxruntime": "It can be loaded, in a process of its own; its version and providers.",
+    "training.step": "Five real gradient steps of a tiny model, compared with the same in NumPy.",
+    "model.fit": "The largest level of each task that fits the memory that the device offers: of `--task`, or of the runs "
+    "that the gateway serves.",
+    "gateway.access": "The secrets check out, and what the broker was given is made from them.",
+    "broker.answers": "A broker answers, and turns strangers away.",
+    "gateway.runs": "Every run can be read.",
+    "gateway.coordinator": "Who serves the unfinished runs is connected, leads, and gets somewhere.",
 }

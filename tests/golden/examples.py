@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from regrow import wire
+from regrow.findings import Finding
 
 BOOT, INSTALL, DIGEST = bytes(range(16)), bytes(range(16, 32)), bytes(range(32, 48))
 
@@ -176,4 +177,14 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
     "certificate-request": (wire.CertificateRequest(csr=b"DER of a request", signing_key=2 * DIGEST, proof=4 * BOOT), b""),
     "certificate": (wire.Certificate(certificate=b"PEM of a certificate"), b""),
     "certificate-none": (wire.Certificate(reason="d1 is not in the fleet"), b""),
+    "doctor-request": (wire.DoctorRequest(number=1_780_000_000_000, now_s=1_780_000_000.5), b""),
+    "doctor-report": (
+        wire.DoctorReport(
+            number=1_780_000_000_000,
+            findings=[Finding("disk.free", "fail", "3 MB are free", "make room"), Finding("temperature", "unknown", "no thermal zone")],
+            memory_bytes=400_000_000,
+        ),
+        b"",
+    ),
+    "doctor-report-sparse": (wire.DoctorReport(number=1), b""),
 }

@@ -1,0 +1,61 @@
+"""`regrow doctor` in a fleet with identities: sealed questions, mutual TLS, and a device that was thrown out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from broker_server.broker import Kind
+from cli.main import main
+from tests.testbed.certified import CertifiedFleet
+from tests.testbed.processes import task_text, until, wide_mlp
+
+pytest.importorskip("cryptography")
+pytestmark = pytest.mark.timeout(240)
+CERTIFICATES = ("tls.handshake", "tls.broker", "tls.own", "tls.authority")
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, dict[str, str]]:
+    capsys.readouterr()
+    main(["doctor", "--json", *map(str, words)])
+    return {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+
+
+def states(found: dict[str, dict[str, str]], *names: str) -> list[str]:
+    return [found[name]["state"] for name in names]
+
+
+def test_a_certified_device_is_examined_on_the_embedded_broker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examined(tmp_path, "amqtt", capsys)
+
+
+@pytest.mark.network
+def test_a_certified_device_is_examined_on_mosquitto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examined(tmp_path, "mosquitto", capsys)
+
+
+def examined(folder: Path, kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
+    with CertifiedFleet(folder / "f", wide_mlp(0, 32), task_text("digits", stop="seconds = 3000"), kind=kind) as fleet:
+        fleet.serve()
+        agent = fleet.member("d0")
+        agent.said("accepted")
+        found = doctor(capsys, "--device", "d0", "--runs", fleet.runs)
+        assert states(found, *CERTIFICATES, "broker.rights", "clock.difference", "model.fit") == ["ok"] * 7, found
+        assert states(doctor(capsys, "--runs", fleet.runs), "tls.authority", "tls.broker", "broker.answers") == ["ok"] * 3
+
+        assert agent.stop() == 0
+        device = ("--identity", fleet.folder / "d0.id", "--state", fleet.folder / "d0.state")
+        found = doctor(capsys, *device)
+        assert states(found, *CERTIFICATES, "broker.login", "broker.rights", "broker.gateway") == ["ok"] * 7, found
+
+        stranger = fleet.folder / "stranger.id"
+        shutil.copytree(fleet.folder / "d0.id", stranger)
+        (stranger / "device.crt").write_text("nonsense")
+        assert main(["doctor", "--identity", str(stranger)]) == 1
+        assert "Traceback" not in capsys.readouterr().err
+
+        fleet.fleet("revoke", "d0")
+        until(lambda: doctor(capsys, *device)["broker.login"]["state"] == "fail", "the revocation to be felt")
