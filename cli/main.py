@@ -19,6 +19,7 @@ COMMANDS = {
     "promote": "cli.commands.promote",
     "device": "cli.commands.device",
     "agent": "cli.commands.agent",
+    "image": "cli.commands.image",
     "predict": "cli.commands.predict",
     "runs": "cli.commands.runs",
     "rollback": "cli.commands.runs",
