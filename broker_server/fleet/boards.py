@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,14 @@ Form = Literal["cloud-init", "firstrun", "container", "script"]
 
 BOARDS = "aarch64"
 ARCHITECTURES = (BOARDS, "x86_64")
-# What a device installs beside Regrow's own wheel; pip, because a stock system's venv may come without one.
-WANTED = ("numpy>=1.26", "onnxruntime>=1.23", "paho-mqtt>=2.1", "msgspec>=0.19", "psutil>=5.9", "cryptography>=42", "pip>=24")
+Role = Literal["agent", "gateway"]
+# What is installed beside Regrow's own wheel; pip, because a stock system's venv may come without one. A test compares with pyproject.toml.
+ARTICLES: Mapping[Role, str] = {"agent": "an agent", "gateway": "a gateway"}
+AGENT = ("numpy>=1.26", "onnxruntime>=1.23", "paho-mqtt>=2.1", "msgspec>=0.19", "psutil>=5.9", "cryptography>=42", "pip>=24")
+WANTED: Mapping[Role, tuple[str, ...]] = {
+    "agent": AGENT,
+    "gateway": (*AGENT, "onnx>=1.18", "amqtt>=0.11.3", "rich>=13", "matplotlib>=3.8", "safetensors>=0.5"),
+}
 _GLIBC_MINOR = range(28, 16, -1)  # manylinux_2_28 down to 2_17; the oldest system of the matrix has glibc 2.35
 _PIP_TIMEOUT_S = 900.0
 
@@ -92,24 +99,29 @@ def deploy_folder() -> Path:
     raise LocalError("this installation has no deploy files; install Regrow again from its wheel or a clone")
 
 
-def lock_of(python: str, architecture: str = BOARDS) -> Path:
+def lock_of(python: str, architecture: str, role: Role) -> Path:
     """The lock of the wheels for this Python, such as "3.13".
 
     Raises:
         LocalError: there is none.
     """
-    path = lock_path(python, architecture)
+    path = lock_path(python, architecture, role)
     if not path.is_file():
-        raise LocalError(f"no wheels are locked for Python {python!r}; there are locks for {', '.join(PYTHONS)}")
+        raise LocalError(f"no wheels of the {role} are locked for Python {python!r}; there are locks for {', '.join(pythons(role))}")
     return path
 
 
-def lock_path(python: str, architecture: str) -> Path:
+def lock_path(python: str, architecture: str, role: Role) -> Path:
     """Where that lock lies, or would."""
-    return deploy_folder() / "locks" / f"{architecture}-py{python.replace('.', '')}.txt"
+    return deploy_folder() / "locks" / f"{role}-{architecture}-py{python.replace('.', '')}.txt"
 
 
-def resolve(python: str, architecture: str) -> str:
+def pythons(role: Role) -> tuple[str, ...]:
+    """The Pythons that this role runs on, of the systems here; the gateway's rooms want 3.11."""
+    return tuple(python for python in PYTHONS if role == "agent" or python != "3.10")
+
+
+def resolve(python: str, architecture: str, role: Role) -> str:
     """The text of a lock: the newest wheels for this Python, with hashes. Asks the package index, downloads metadata only.
 
     Raises:
@@ -117,18 +129,17 @@ def resolve(python: str, architecture: str) -> str:
     """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        _pip(
-            "install", "--dry-run", "--ignore-installed", "--target", scratch, "--report", str(report), *_for(python, architecture), *WANTED
-        )
+        words = ("--dry-run", "--ignore-installed", "--target", scratch, "--report", str(report))
+        _pip("install", *words, *_for(python, architecture), *WANTED[role])
         found: Any = json.loads(report.read_text())["install"]
     lines = []
     for item in sorted(found, key=lambda item: item["metadata"]["name"].lower()):
         digest = item["download_info"]["archive_info"]["hashes"]["sha256"]
         lines.append(f"{item['metadata']['name']}=={item['metadata']['version']} --hash=sha256:{digest}\n")
-    return f"# What a device with Python {python} installs on {architecture}. Written by `regrow image lock`.\n{''.join(lines)}"
+    return f"# What {ARTICLES[role]} with Python {python} installs on {architecture}. Written by `regrow image lock`.\n{''.join(lines)}"
 
 
-def check_lock(python: str, architecture: str) -> list[str]:
+def check_lock(python: str, architecture: str, role: Role) -> list[str]:
     """Resolve every wheel of the lock, as a download would; returns their names. Asks the package index.
 
     Raises:
@@ -137,19 +148,19 @@ def check_lock(python: str, architecture: str) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         words = ("--dry-run", "--ignore-installed", "--require-hashes", "--target", scratch, "--report", str(report))
-        _pip("install", *words, *_for(python, architecture), "-r", str(lock_of(python, architecture)))
+        _pip("install", *words, *_for(python, architecture), "-r", str(lock_of(python, architecture, role)))
         found: Any = json.loads(report.read_text())["install"]
     return sorted(f"{item['metadata']['name']}=={item['metadata']['version']}" for item in found)
 
 
-def download(python: str, folder: Path, architecture: str = BOARDS) -> None:
+def download(python: str, folder: Path, architecture: str, role: Role) -> None:
     """Put the wheels of the lock into a folder, each checked against its hash.
 
     Raises:
         LocalError: one cannot be had.
     """
     words = ("--no-deps", "--require-hashes", "--dest", str(folder))
-    _pip("download", *words, *_for(python, architecture), "-r", str(lock_of(python, architecture)))
+    _pip("download", *words, *_for(python, architecture), "-r", str(lock_of(python, architecture, role)))
 
 
 def own_wheel(folder: Path) -> Path:

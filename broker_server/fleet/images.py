@@ -19,11 +19,12 @@ import re
 import shlex
 import shutil
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from broker_server.fleet.boards import System, deploy_folder, download, own_wheel
+from broker_server.fleet.boards import Role, System, deploy_folder, download, own_wheel
 from regrow.errors import LocalError
 from regrow.topics import check_name
 
@@ -31,6 +32,7 @@ UNITS = ("regrow-agent.service",)
 FIRST_RUN = "systemd.run={boot}/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}\Z")
 _SSH_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-\S+|ssh-rsa|sk-\S+) [A-Za-z0-9+/=]+( .*)?\Z")
+_TIMEZONE = re.compile(r"[A-Za-z0-9_+/-]+\Z")
 _PLAIN = re.compile(r"[^\s\"'\\$`]+\Z")
 _WPA_ITERATIONS = 4096  # IEEE 802.11i
 
@@ -45,42 +47,61 @@ class Wifi:
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
-    """What one device's image says.
+class Host:
+    """What any board's first boot is told.
 
     Args:
-        system: that it is for.
-        device: the name, host name too.
-        claim: bytes of its claim, as `regrow fleet add` wrote it.
-        data: where the device's data is, as `regrow agent --data` takes it.
-        options: further options of the agent.
-        wifi: None: Ethernet.
+        system: that the image is for.
+        name: of the host; a device's name too.
+        wifi: network to join; None: Ethernet.
         user, ssh_keys: who may log in, by key alone; without keys nobody may.
         timezone: such as Europe/Berlin; "" leaves the system's.
+
+    Raises:
+        LocalError: a part cannot be carried.
     """
 
     system: System
-    device: str
-    claim: bytes
-    data: str
-    options: str = ""
+    name: str
     wifi: Wifi | None = None
     user: str = "pi"
     ssh_keys: tuple[str, ...] = ()
     timezone: str = ""
 
     def __post_init__(self) -> None:
-        check_name(self.device, "device")
+        check_name(self.name, "device")
         if not _USER.match(self.user) or self.user in ("root", "regrow"):
             raise LocalError(f"--user {self.user!r}: lower-case letters, digits, '_' and '-', and neither root nor regrow")
+        if self.timezone and not _TIMEZONE.match(self.timezone):
+            raise LocalError(f"--timezone {self.timezone!r}: expected a name such as Europe/Berlin")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One device's.
+
+    Args:
+        host: it, its name being the device's.
+        claim: bytes of its claim, as `regrow fleet add` wrote it.
+        data: where the device's data is, as `regrow agent --data` takes it.
+        options: further options of the agent.
+
+    Raises:
+        LocalError: a part cannot be carried, or the claim is another device's.
+    """
+
+    host: Host
+    claim: bytes
+    data: str
+    options: str = ""
+
+    def __post_init__(self) -> None:
         for words, name in ((self.data, "--data"), *((word, "--agent-options") for word in self.options.split())):
             if not _PLAIN.match(words):
                 raise LocalError(f"{name} {words!r}: quotes, blanks, '\\', '$' and '`' cannot be carried to the device's settings")
-        if self.timezone and not re.match(r"[A-Za-z0-9_+/-]+\Z", self.timezone):
-            raise LocalError(f"--timezone {self.timezone!r}: expected a name such as Europe/Berlin")
         claimed = claimed_device(self.claim)
-        if claimed != self.device:
-            raise LocalError(f"the claim is {claimed}'s, not {self.device}'s")
+        if claimed != self.host.name:
+            raise LocalError(f"the claim is {claimed}'s, not {self.host.name}'s")
 
 
 def claimed_device(claim: bytes) -> str:
@@ -129,7 +150,7 @@ def ssh_keys_of(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Path | None, architecture: str) -> None:
+def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Path | None, architecture: str, role: Role = "agent") -> None:
     """Fill a wheelhouse: from a folder of earlier downloads, or from the package index; and Regrow's own wheel.
 
     Raises:
@@ -143,7 +164,7 @@ def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Pat
         for path in found:
             shutil.copyfile(path, folder / path.name)
     else:
-        download(system.python, folder, architecture)
+        download(system.python, folder, architecture, role)
     if wheel is not None:
         shutil.copyfile(wheel, folder / wheel.name)
     elif not list(folder.glob("regrow-*.whl")):
@@ -155,19 +176,19 @@ def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Pat
 
 def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> None:
     """Write everything but the wheels of `regrow/`: settings, claim, units, scripts."""
-    deploy = deploy_folder()
+    deploy, host = deploy_folder(), image.host
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
-        "REGROW_DEVICE": image.device,
-        "REGROW_PYTHON": image.system.python,
-        "REGROW_USER": image.user if image.ssh_keys else "",
-        "REGROW_TIMEZONE": image.timezone,
-        "REGROW_COUNTRY": image.wifi.country if image.wifi else "",
+        "REGROW_DEVICE": host.name,
+        "REGROW_PYTHON": host.system.python,
+        "REGROW_USER": host.user if host.ssh_keys else "",
+        "REGROW_TIMEZONE": host.timezone,
+        "REGROW_COUNTRY": host.wifi.country if host.wifi else "",
     }
-    (folder / "device.env").write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in settings.items()))
+    (folder / "device.env").write_text(shell_settings(settings))
     (folder / "agent.env").write_text(f"REGROW_DATA={image.data}\nREGROW_OPTIONS={image.options}\n")
     (folder / "claim.json").write_bytes(image.claim)
-    (folder / "authorized_keys").write_text("".join(f"{key}\n" for key in image.ssh_keys))
+    (folder / "authorized_keys").write_text("".join(f"{key}\n" for key in host.ssh_keys))
     (folder / "units").mkdir(exist_ok=True)
     for unit in (*(deploy / name for name in UNITS), deploy / "image" / "regrow-wifi.service"):
         shutil.copyfile(unit, folder / "units" / unit.name)
@@ -181,27 +202,35 @@ def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> 
 # ---- the three forms of a first boot --------------------------------------------------------------------------------------------------
 
 
-def write_cloud_init(image: Image, out: Path) -> None:
-    """Write user-data, meta-data and network-config, as cloud-init's NoCloud source reads them from the boot partition."""
+def write_cloud_init(host: Host, instance: bytes, out: Path) -> None:
+    """Write user-data, meta-data and network-config, as cloud-init's NoCloud source reads them from the boot partition.
+
+    Args:
+        instance: cloud-init does everything once per instance; other bytes are another instance.
+    """
     user_data: dict[str, Any] = {
-        "hostname": image.device,
+        "hostname": host.name,
         "manage_etc_hosts": True,
         "ssh_pwauth": False,
         "disable_root": True,
         "ssh_deletekeys": True,
         "users": [],
-        "runcmd": [["sh", f"{image.system.boot}/regrow/install.sh"]],
+        "runcmd": [["sh", f"{host.system.boot}/regrow/install.sh"]],
     }
-    if image.ssh_keys:
-        login: dict[str, Any] = {"name": image.user, "lock_passwd": True, "shell": "/bin/bash", "groups": "sudo"}
-        user_data["users"] = [{**login, "sudo": "ALL=(ALL) NOPASSWD:ALL", "ssh_authorized_keys": list(image.ssh_keys)}]
-    if image.timezone:
-        user_data["timezone"] = image.timezone
-    # cloud-init does everything once per instance: another claim is another instance.
-    instance = f"regrow-{image.device}-{hashlib.sha256(image.claim).hexdigest()[:8]}"
+    if host.ssh_keys:
+        login: dict[str, Any] = {"name": host.user, "lock_passwd": True, "shell": "/bin/bash", "groups": "sudo"}
+        user_data["users"] = [{**login, "sudo": "ALL=(ALL) NOPASSWD:ALL", "ssh_authorized_keys": list(host.ssh_keys)}]
+    if host.timezone:
+        user_data["timezone"] = host.timezone
+    name = f"regrow-{host.name}-{hashlib.sha256(instance).hexdigest()[:8]}"
     (out / "user-data").write_text(f"#cloud-config\n{json.dumps(user_data, indent=2)}\n")
-    (out / "meta-data").write_text(json.dumps({"instance-id": instance, "local-hostname": image.device}, indent=2) + "\n")
-    (out / "network-config").write_text(json.dumps(_network(image.wifi), indent=2) + "\n")
+    (out / "meta-data").write_text(json.dumps({"instance-id": name, "local-hostname": host.name}, indent=2) + "\n")
+    (out / "network-config").write_text(json.dumps(_network(host.wifi), indent=2) + "\n")
+
+
+def shell_settings(settings: Mapping[str, str]) -> str:
+    """Lines that a shell script reads with "."."""
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in settings.items())
 
 
 def _network(wifi: Wifi | None) -> dict[str, Any]:
@@ -213,12 +242,12 @@ def _network(wifi: Wifi | None) -> dict[str, Any]:
     return network
 
 
-def write_first_run(image: Image, out: Path) -> str:
+def write_first_run(host: Host, out: Path) -> str:
     """Write firstrun.sh and start it from cmdline.txt, where that is there; returns what is left to do by hand, or ""."""
     shutil.copyfile(deploy_folder() / "image" / "firstrun.sh", out / "firstrun.sh")
-    if image.wifi is not None:
-        write_wifi(image.wifi, out / "regrow" / "wifi")
-    words = FIRST_RUN.format(boot=image.system.boot)
+    if host.wifi is not None:
+        write_wifi(host.wifi, out / "regrow" / "wifi")
+    words = FIRST_RUN.format(boot=host.system.boot)
     line = out / "cmdline.txt"
     if not line.is_file():
         return f"append this to the one line of cmdline.txt on the boot partition: {words}"
@@ -231,14 +260,18 @@ def write_first_run(image: Image, out: Path) -> str:
 def write_wifi(wifi: Wifi, folder: Path) -> None:
     """Write a network for deploy/image/wifi.sh to take over: NetworkManager's form and netplan's."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "".join(f"{byte};" for byte in wifi.ssid.encode())  # bytes in decimal: no name needs quoting
     (folder / "regrow-wifi.nmconnection").write_text(
-        f"[connection]\nid=regrow-wifi\ntype=wifi\nautoconnect=true\n\n[wifi]\nmode=infrastructure\nssid={name}\n\n"
+        f"[connection]\nid=regrow-wifi\ntype=wifi\nautoconnect=true\n\n[wifi]\nmode=infrastructure\nssid={keyfile_ssid(wifi)}\n\n"
         f"[wifi-security]\nkey-mgmt=wpa-psk\npsk={wifi.key}\n\n[ipv4]\nmethod=auto\n\n[ipv6]\nmethod=auto\n"
     )
     network = _network(wifi)
     del network["ethernets"]
     (folder / "60-regrow-wifi.yaml").write_text(json.dumps({"network": network}, indent=2) + "\n")
+
+
+def keyfile_ssid(wifi: Wifi) -> str:
+    """The network's name as NetworkManager's files take it: bytes in decimal, so that no name needs quoting."""
+    return "".join(f"{byte};" for byte in wifi.ssid.encode())
 
 
 def write_script(payload: Path, path: Path) -> None:
