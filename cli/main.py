@@ -19,6 +19,7 @@ COMMANDS = {
     "promote": "cli.commands.promote",
     "device": "cli.commands.device",
     "agent": "cli.commands.agent",
+    "board": "cli.commands.board",
     "image": "cli.commands.image",
     "predict": "cli.commands.predict",
     "runs": "cli.commands.runs",
