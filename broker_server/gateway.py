@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
 from broker_server.store import Store
 from broker_server.transport import MqttBus
+from broker_server.vitals import Vitals
 from regrow import checkpoint
 from regrow.coordinator import Coordinator, Phase
 from regrow.errors import LocalError, RegrowError
@@ -35,12 +36,17 @@ from regrow.machine import (
     Persisted,
     Publish,
     SetTimer,
+    Standing,
     Subscribe,
     Unsubscribe,
     Woken,
 )
 from regrow.outage import Outage
 from regrow.task import StoreSettings
+from regrow.watchdog import Progress
+
+if TYPE_CHECKING:
+    from broker_server.fleet.sealing import Sealing
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -55,10 +61,16 @@ class _Snapshot:
 
 
 class Writer:
-    """The store's own thread. Work is done in the order in which it was given; `None` ends it."""
+    """The store's own thread. Work is done in the order in which it was given; `None` ends it.
 
-    def __init__(self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None]) -> None:
+    progress: what the thread tells of its advance.
+    """
+
+    def __init__(
+        self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None], progress: Progress | None = None
+    ) -> None:
         self._store, self._settings, self._on_event = store, settings, on_event
+        self._progress = progress or Progress("store")
         self._work: queue.SimpleQueue[Persist | _Snapshot | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
@@ -71,13 +83,19 @@ class Writer:
         self._work.put(None)
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         try:
             while True:
+                self._progress.end()
                 batch = [self._work.get()]
                 with suppress(queue.Empty):
                     while True:
                         batch.append(self._work.get_nowait())
+                self._progress.begin(f"writing {len(batch)} of its tasks", self._progress.patience.other_s, time.monotonic())
                 if not self._write(batch):
                     return
         except LocalError as error:
@@ -121,6 +139,8 @@ class Gateway:
         url, username, password: the broker.
         evaluate: scores prefixes on held-out data, on a thread of its own; needed when the task names such data.
         companions: what else this process says to devices, such as the herald of the task's promoted models.
+        sealing: of a fleet with keys; without, messages travel bare. Closed here.
+        vitals: what looks whether it gets anywhere.
     """
 
     def __init__(
@@ -133,15 +153,18 @@ class Gateway:
         password: str,
         evaluate: Callable[[Evaluate], Evaluated] | None = None,
         companions: Sequence[Companion] = (),
+        sealing: Sealing | None = None,
+        vitals: Vitals | None = None,
     ) -> None:
         self.coordinator, self.store = coordinator, store
+        self._vitals = vitals or Vitals(store.path)
         self._on_note: Callable[[Note], None] = lambda _: None
         self._housekeeping: Callable[[], str | None] = lambda: None
         self._housekeeping_s = 0.0
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
-        self._writer = Writer(store, coordinator.ledger.task.store, self._events.put)
+        self._writer = Writer(store, coordinator.ledger.task.store, self._events.put, self._vitals.store)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
-        self._evaluate, self._companions = evaluate, companions
+        self._evaluate, self._companions, self._sealing = evaluate, companions, sealing
         self._evaluating: threading.Thread | None = None
         self._outage = Outage()
         self._timer_s = float("inf")
@@ -163,6 +186,8 @@ class Gateway:
             LocalError: the disk failed, or the broker cannot be kept alive.
         """
         self._on_note, self._housekeeping = on_note, housekeeping
+        if self._sealing is not None:
+            time.sleep(self._sealing.quiet_s)
         self._bus.start()
         try:
             while not self._finished:
@@ -171,16 +196,24 @@ class Gateway:
                     raise event
                 if event is None:
                     break
-                self._tell_of_outages(event)
-                self._perform(self.coordinator.step(event, time.monotonic()))
-                for companion in self._companions:
-                    self._perform(companion.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
-                self._snapshot_if_due()
+                heard = event if self._sealing is None else self._sealing.open(event, time.monotonic())
+                if heard is not None:
+                    self._take(heard)
             self._snapshot()  # not after an error: the ledger may then be ahead of the log
+            if self._sealing is not None:
+                self._sealing.close(time.monotonic())
         finally:
+            self._vitals.stopping()
             self._writer.close()
             self._bus.close()
         return self._finished
+
+    def _take(self, event: Event) -> None:
+        self._tell_of_outages(event)
+        self._perform(self.coordinator.step(event, time.monotonic()))
+        for companion in self._companions:
+            self._perform(companion.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
+        self._snapshot_if_due()
 
     def _tell_of_outages(self, event: Event) -> None:
         said = ""
@@ -199,6 +232,9 @@ class Gateway:
                 said = self._housekeeping()
                 if said:
                     log.warning("%s", said)
+                if self._sealing is not None:
+                    self._perform(self._sealing.tend(now))
+                self._look_at_vitals(now)
             if self._timer_s <= now and self._events.empty():
                 self._timer_s = float("inf")
                 return Woken()
@@ -207,9 +243,16 @@ class Gateway:
             except queue.Empty:
                 continue
 
+    def _look_at_vitals(self, now: float) -> None:
+        dead = "" if self._writer.alive else "store"
+        dead = dead or ("" if self._bus.alive else "link")
+        self._vitals.turn(now, connected=self._bus.connected, phase=self.coordinator.phase.value, dead=dead)
+
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, (Publish, Subscribe, Unsubscribe)):
+            if isinstance(effect, Publish):
+                self._bus.perform(effect if self._sealing is None else self._sealing.seal(effect, time.monotonic()))
+            elif isinstance(effect, (Subscribe, Unsubscribe)):
                 self._bus.perform(effect)
             elif isinstance(effect, Persist):
                 self._writer.put(effect)
@@ -220,6 +263,9 @@ class Gateway:
             elif isinstance(effect, Note):
                 self.store.metric(effect.kind, effect.fields)
                 self._on_note(effect)
+                self._vitals.note(effect, time.monotonic())
+            elif isinstance(effect, Standing):
+                self._events.put(effect)
             elif isinstance(effect, Finished):
                 self._finished = effect.reason
 
@@ -231,11 +277,15 @@ class Gateway:
         if self._evaluating is not None and self._evaluating.is_alive():
             return
 
+        progress = self._vitals.evaluation
+        progress.begin(f"evaluation of version {effect.version}", progress.patience.other_s, time.monotonic())
+
         def work() -> None:
             try:
                 self._events.put(evaluate(effect))
             except RegrowError as error:
                 self._events.put(LocalError(f"evaluation of version {effect.version}: {error}"))
+            progress.end()
 
         self._evaluating = threading.Thread(target=work, name="evaluation", daemon=True)
         self._evaluating.start()

@@ -111,7 +111,11 @@ def disk(folder: Path) -> dict[str, Any]:
     finally:
         file.unlink(missing_ok=True)
     rate = DISK_BYTES / 1e6 / took_s
-    return {"write_mb_s": round(rate, 1), "sync_ms": round(1000 * statistics.median(syncs), 2), "worst_sync_ms": round(1000 * max(syncs), 2)}
+    return {
+        "write_mb_s": round(rate, 1),
+        "sync_ms": round(1000 * statistics.median(syncs), 2),
+        "worst_sync_ms": round(1000 * max(syncs), 2),
+    }
 
 
 def warm(trainer: Trainer, minutes: float, say: Callable[[str], None], root: Path = Path("/")) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ A device publishes only below its own id and reads only coordinator topics and i
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from regrow.errors import LocalError
@@ -39,9 +40,90 @@ def tasks(device: str) -> str:
     return f"{ROOT}/device/{device}/tasks"
 
 
+def control(device: str) -> str:
+    return f"{ROOT}/device/{device}/control"
+
+
+def control_report(device: str) -> str:
+    return f"{ROOT}/device/{device}/control-report"
+
+
+def certificate_request(device: str) -> str:
+    return f"{ROOT}/device/{device}/certificate-request"
+
+
+def certificate(device: str) -> str:
+    return f"{ROOT}/device/{device}/certificate"
+
+
+def parse_of_device(topic: str, kinds: Collection[str]) -> tuple[str, str] | None:
+    """(device, kind) of regrow/v1/device/{device}/{kind}, when it is one of these kinds."""
+    parts = topic.split("/")
+    known = len(parts) == 5 and parts[:3] == ["regrow", "v1", "device"] and parts[4] in kinds
+    return (parts[3], parts[4]) if known and NAME.match(parts[3]) else None
+
+
 def promotion_report(device: str, task: str) -> str:
     """Where a device says what became of a task's inference model; the coordinator hears all with two "+"."""
     return f"{ROOT}/device/{device}/promotion/{task}"
+
+
+def device_of(topic: str) -> str | None:
+    """The device that a topic is about: only it, or the coordinator speaking to it, says anything there. None: it is about no device."""
+    parts = topic.split("/")
+    at = 2 if parts[2:3] == ["device"] else 4
+    return parts[at + 1] if parts[:2] == ["regrow", "v1"] and parts[at : at + 1] == ["device"] and len(parts) > at + 1 else None
+
+
+def is_claim(topic: str) -> bool:
+    parts = topic.split("/")
+    return parts[:2] == ["regrow", "v1"] and parts[3:] == ["claim"]
+
+
+def is_sealed(topic: str) -> bool:
+    """Whether messages on this topic are sealed in a fleet with keys (regrow.seal).
+
+    Not so: bytes whose digest stands in a sealed message, noise that measures a link, what a device says to itself, and last wills, which
+    are hints.
+    """
+    parts = topic.split("/")
+    if is_doctor_echo(topic):
+        return False
+    if parts[2:3] == ["device"]:
+        return not (len(parts) == 5 and parts[4] == "status")
+    if (parts[2:3] == ["release"] and len(parts) == 5) or parts[3:5] == ["promotion", "file"]:
+        return False
+    return not (parts[4:5] in (["chunk"], ["order"], ["program"]) or (parts[4:5] == ["device"] and parts[6:] == ["probe"]))
+
+
+def doctor_request(device: str) -> str:
+    """Where the gateway asks a device what ails it."""
+    return f"{ROOT}/device/{device}/doctor-request"
+
+
+def doctor_report(device: str) -> str:
+    """Where the device answers; the gateway hears all with "+"."""
+    return f"{ROOT}/device/{device}/doctor-report"
+
+
+def parse_doctor_report(topic: str) -> str | None:
+    """The device that answers on this topic, or None when it is another topic."""
+    parts = topic.split("/")
+    known = len(parts) == 5 and parts[:3] == ["regrow", "v1", "device"] and parts[4] == "doctor-report"
+    return parts[3] if known and NAME.match(parts[3]) else None
+
+
+def doctor_echoes(device: str) -> tuple[str, ...]:
+    """One topic for each right to write that a device needs, which it may also read and nobody else listens to.
+
+    What travels there is a random word, so it is sealed by nobody.
+    """
+    return (f"{ROOT}/device/{device}/doctor-echo", *(topic(device) for topic in (_ECHO.telemetry, _ECHO.probe)), _ECHO.update(device, 0, 0))
+
+
+def is_doctor_echo(topic: str) -> bool:
+    """Whether a topic is one of `doctor_echoes`, of any device."""
+    return topic.startswith(f"{_ECHO.root}/device/") or (topic.startswith(f"{ROOT}/device/") and topic.endswith("/doctor-echo"))
 
 
 # ---- topics of a task and of one run of it -------------------------------------------------------------------------------------------
@@ -130,6 +212,9 @@ class FromDevice:
     device: str
     sequence: int = 0
     index: int = 0
+
+
+_ECHO = Run("doctor", "echo")
 
 
 def parse_from_device(topic: str, run: Run) -> FromDevice | None:

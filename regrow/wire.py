@@ -2,7 +2,7 @@
 
 A message is `b"RG"`, a version byte, a kind byte, the header's length as u32 little-endian, the header (a msgpack map) and the payload
 (what is left). Receivers MUST refuse another magic, version or kind, MUST check every length before they allocate, and MUST ignore header
-fields that they do not know, so that v1 can grow. `signature` and `key_id` are reserved for signed work and are absent without it.
+fields that they do not know, so that v1 can grow. In a fleet with keys the whole frame travels inside a seal (regrow.seal).
 
 Chunks of the model, index sets and programs travel as bare bytes: their digest stands in a manifest.
 """
@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar, Union
 import msgspec
 
 from regrow.errors import LocalError, PeerError
+from regrow.findings import Finding
 from regrow.local_rules import LocalRule
 from regrow.machine import Payload
 from regrow.values import WireDtype
@@ -36,6 +37,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Serial = Annotated[bytes, msgspec.Meta(max_length=20)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 # Seconds, or bit/s; bounded, so that what is computed from a peer's number stays finite.
@@ -43,10 +45,7 @@ Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Fields that every header may have."""
-
-    signature: Annotated[bytes, msgspec.Meta(max_length=1024)] | None = None
-    key_id: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    """What is a header: a map, in which defaults are left out."""
 
 
 class Hello(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -254,6 +253,56 @@ class PromotionReport(Message, frozen=True, kw_only=True, omit_defaults=True):
     tuned: ModelScore | None = None
 
 
+class Control(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, retained: what the device shall do beside its tasks. A lower number than one heard before is the past.
+
+    action: "work"; "pause", keep the connection and train nothing; "drain", finish the job at hand and take no other; "wipe", remove
+    everything and at last the keys. replace: serial of a certificate that the device shall replace, with new keys, if it uses it.
+    """
+
+    number: Positive
+    action: Annotated[str, msgspec.Meta(pattern=r"^(work|pause|drain|wipe)\Z")]
+    replace: Serial = b""
+
+
+class ControlReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator after every connect and every Control: the last one it heard, what it does, the certificate it uses."""
+
+    number: Count
+    doing: Annotated[str, msgspec.Meta(pattern=r"^(working|finishing|paused|drained|wiped)\Z")]
+    serial: Serial = b""
+
+
+class CertificateRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: another certificate, please. csr: DER; proof: the new signing key's signature, as at the enrolment."""
+
+    csr: Annotated[bytes, msgspec.Meta(min_length=1, max_length=4096)]
+    signing_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    proof: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+
+
+class Certificate(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device: the certificate that was asked for (PEM), or why there is none."""
+
+    certificate: Annotated[bytes, msgspec.Meta(max_length=8192)] = b""
+    reason: Text = ""
+
+
+class DoctorRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, not retained: say what ails you. number: grows; now_s: the gateway's clock, unix seconds."""
+
+    number: Positive
+    now_s: Rate
+
+
+class DoctorReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: what its checks found. memory_bytes: that it offers to training."""
+
+    number: Positive
+    findings: Annotated[list[Finding], msgspec.Meta(max_length=64)] = []
+    memory_bytes: Count | None = None
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -266,12 +315,34 @@ KINDS: dict[int, type[Message]] = {
     9: Telemetry,
     10: Promotion,
     11: PromotionReport,
+    12: Control,
+    13: ControlReport,
+    14: CertificateRequest,
+    15: Certificate,
+    18: DoctorRequest,
+    19: DoctorReport,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
 _ENCODER = msgspec.msgpack.Encoder()
 AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
-    Hello, Status, Tasks, Claim, Manifest, Assignment, UpdateChunk, Receipt, Telemetry, Promotion, PromotionReport
+    Hello,
+    Status,
+    Tasks,
+    Claim,
+    Manifest,
+    Assignment,
+    UpdateChunk,
+    Receipt,
+    Telemetry,
+    Promotion,
+    PromotionReport,
+    Control,
+    ControlReport,
+    CertificateRequest,
+    Certificate,
+    DoctorRequest,
+    DoctorReport,
 ]
 M = TypeVar("M", bound=Message)
 
@@ -328,6 +399,8 @@ def assert_finite(message: Message) -> None:
         head = message.head
         numbers = [("seconds", head.seconds), ("loss", head.loss)]
         numbers += [("scores", number) for score in head.scores for number in (score.loss, score.accuracy)]
+    elif isinstance(message, DoctorRequest):
+        numbers = [("now_s", message.now_s)]
     elif isinstance(message, Promotion) and message.head is not None:
         numbers = [("head", message.head.learning_rate)]
     elif isinstance(message, PromotionReport):

@@ -15,8 +15,8 @@ def add_parser(commands: Commands) -> None:
         "check",
         "cli.board:check",
         "measure this board and write one JSON to send back",
-        "Golden numbers, step time, peak memory, sensors, speed of the card, and ten minutes of training to see how it holds out when warm. "
-        "It needs no network, no root and no other device. Ctrl-C in the warm run ends it with what there is.",
+        "Golden numbers, step time, peak memory, sensors, speed of the card, and ten minutes of training to see how it holds out when "
+        "warm. It needs no network, no root and no other device. Ctrl-C in the warm run ends it with what there is.",
     )
     check.add_argument("--minutes", type=not_negative, default=10.0, metavar="N", help="of the warm run; 0 leaves it out")
     check.add_argument("--folder", type=Path, default=Path(), metavar="DIR", help="a folder on the card or disk to measure (default: here)")

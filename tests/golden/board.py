@@ -19,10 +19,11 @@ def files() -> dict[str, bytes]:
         (folder / "task.toml").write_text('name = "board"\n')
         save_model(watch_cnn(1), folder / "model.onnx")
         build_task(folder, folder / "model.onnx")
-        programs = {name: (folder / "build" / name).read_bytes() for name in ("layout.json", "train.onnx")}
-    torch = TorchTrainer({"layout": programs["layout.json"], "train": programs["train.onnx"]}, 1)
+        programs = {name: (folder / "build" / name).read_bytes() for name in ("layout.json", "train.onnx", "evaluate.onnx")}
+    torch = TorchTrainer({name.partition(".")[0]: data for name, data in programs.items()}, 1)
     result = torch.train(initial(torch.layout.size), None, batches(STEPS), LEARNING_RATE)
     text = json.dumps(expected_of(result.vector, result.loss), indent=1) + "\n"
+    del programs["evaluate.onnx"]
     return {**programs, "expected.json": text.encode()}
 
 

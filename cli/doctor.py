@@ -1,0 +1,140 @@
+"""`regrow doctor`: the checks of a device, of a gateway, or of a device far away, told in lines or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import ssl
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cli.arguments import GATEWAY_HOME, own_fleet
+from cli.version import version
+from edge_agent.bundle import Bundle, read_bundle
+from edge_agent.doctor.certificates import certificate_check
+from edge_agent.doctor.checks import Check, run_checks
+from edge_agent.doctor.device import Needs, Subject, device_checks, live_checks, software
+from edge_agent.doctor.host import host_checks
+from edge_agent.doctor.service import service_checks
+from edge_agent.doctor.training import model_fit, training_checks
+from edge_agent.identity import Identity, fleet_context
+from regrow.broker_url import parse_broker_url
+from regrow.errors import LocalError
+from regrow.findings import Finding, failed, in_words, to_json
+from regrow.levels import densities_of
+from regrow.programs import MEMORY, program_file
+from regrow.step_memory import memory_of, needs_bytes
+from regrow.task import parse_task
+
+GATEWAY_UNIT = "regrow-gateway"
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Examine, tell, and say with the exit status whether something failed."""
+    if options.device is not None:
+        findings = _far(options)
+    elif options.bundle is not None or options.identity is not None:
+        findings = run_checks(device_checks(_subject(options), _needs_of_task(options.task)))
+    else:
+        findings = run_checks(gateway_checks(options.runs, options.broker or os.environ.get("REGROW_BROKER", "")))
+    print(to_json(findings).decode() if options.json else "\n".join(in_words(finding) for finding in findings), flush=True)
+    return int(failed(findings))
+
+
+# ---- a device ----------------------------------------------------------------------------------------------------------------------
+
+
+def _subject(options: argparse.Namespace) -> Subject:
+    member = None if options.identity is None else Identity.load(options.identity)
+    bundle = read_bundle(options.bundle) if member is None else Bundle(member.device, member.broker, None)
+    return subject_of(bundle, options.state or Path(f"regrow-state-{bundle.device}"), member)
+
+
+def subject_of(bundle: Bundle, state: Path, member: Identity | None) -> Subject:
+    """The device of a bundle, or of an identity."""
+    if member is not None:
+        folder = member.folder  # keys may change while the agent runs
+        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.load(folder).tls_context()  # noqa: E731
+        return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder)
+    authority = bundle.authority
+    tls = None if authority is None else lambda: fleet_context(authority)
+    return Subject(bundle.device, bundle.broker, bundle.password, state, version(), tls)
+
+
+def examined_by_agent(subject: Subject) -> Callable[[Callable[[], float]], Sequence[Finding]]:
+    """What a running agent examines when the gateway asks; see edge_agent.checkup."""
+    return lambda gateway_s: run_checks(live_checks(subject, gateway_s))
+
+
+def _needs_of_task(task: Path | None) -> Needs:
+    return {} if task is None else {task.resolve().name: needs_of(task)}
+
+
+def needs_of(folder: Path) -> tuple[Sequence[int], Sequence[float]]:
+    """(bytes, densities) of every level of a built task; without the gateway's packages, for a device has none.
+
+    Raises:
+        LocalError: the folder holds no built task.
+    """
+    try:
+        task = parse_task((folder / "task.toml").read_text(), str(folder / "task.toml"))
+        programs = {MEMORY: (folder / "build" / program_file(MEMORY)).read_bytes()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise LocalError(f"--task {folder}: {error}; `regrow task build` makes what is needed") from error
+    return needs_bytes(memory_of(programs, task), task), densities_of(task)
+
+
+# ---- a device far away -------------------------------------------------------------------------------------------------------------
+
+
+def _far(options: argparse.Namespace) -> list[Finding]:
+    from broker_server.inquiry import ask
+
+    report = ask(options.runs / GATEWAY_HOME, options.device)
+    return [*report.findings, model_fit(_needs_of_task(options.task) or _needs_of_runs(options.runs), report.memory_bytes)]
+
+
+def _needs_of_runs(runs: Path) -> Needs:
+    """Of every unfinished run's task; what cannot be read is told by another check."""
+    from broker_server.doctor import unfinished
+
+    found = {}
+    for run in unfinished(runs):
+        try:
+            found[run.name] = needs_of(run / "task")
+        except LocalError:
+            continue
+    return found
+
+
+# ---- the gateway -------------------------------------------------------------------------------------------------------------------
+
+
+def gateway_checks(runs: Path, url: str) -> list[Check]:
+    """What is asked on a gateway. url: of an external broker, "" for our own."""
+    from broker_server import doctor as gateway
+
+    home = runs / GATEWAY_HOME
+    address = parse_broker_url(url) if url else gateway.listener_of(home)
+    checks = [Check(("software",), lambda tell: tell(software(version()))), *host_checks(runs)]
+    checks.append(Check(("gateway.access",), lambda tell: tell(gateway.access(home))))
+    if address is None:
+        silent = Finding(
+            "broker.answers", "unknown", "no broker was started here, and none is named", "start `regrow serve`, or name --broker"
+        )
+        checks.append(Check((silent.check,), lambda tell: tell(silent)))
+    else:
+        checks.append(Check(("broker.answers",), lambda tell: tell(gateway.answers(address))))
+    if url:
+        checks.append(Check(("broker.rights",), lambda tell: tell(gateway.rights(url, runs)), gateway.ANSWER_S + 2))
+    checks.append(Check(("gateway.runs",), lambda tell: tell(gateway.runs_of(runs)), 10.0))
+    checks.append(Check(("gateway.coordinator",), lambda tell: tell(gateway.coordinator(runs)), 10.0))
+    checks += _fleet_checks(own_fleet(runs))
+    return [*checks, *training_checks(), *service_checks(GATEWAY_UNIT)]
+
+
+def _fleet_checks(fleet: Path) -> list[Check]:
+    if not fleet.is_dir():
+        return []
+    renewal = "renew it on the gateway: docs/fleet.md"
+    return [certificate_check(name, fleet / file, renewal) for name, file in (("tls.authority", "ca.crt"), ("tls.broker", "broker.crt"))]
