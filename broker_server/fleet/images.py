@@ -28,7 +28,6 @@ from broker_server.fleet.boards import Role, System, deploy_folder, download, ow
 from regrow.errors import LocalError
 from regrow.topics import check_name
 
-UNITS = ("regrow-agent.service",)
 FIRST_RUN = "systemd.run={boot}/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}\Z")
 _SSH_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-\S+|ssh-rsa|sk-\S+) [A-Za-z0-9+/=]+( .*)?\Z")
@@ -190,8 +189,10 @@ def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> 
     (folder / "claim.json").write_bytes(image.claim)
     (folder / "authorized_keys").write_text("".join(f"{key}\n" for key in host.ssh_keys))
     (folder / "units").mkdir(exist_ok=True)
-    for unit in (*(deploy / name for name in UNITS), deploy / "image" / "regrow-wifi.service"):
+    for unit in (deploy / "regrow-agent.service", deploy / "image" / "regrow-wifi.service"):
         shutil.copyfile(unit, folder / "units" / unit.name)
+    for settings_file in ("regrow-agent-identity.conf", "journald@regrow.conf"):
+        shutil.copyfile(deploy / settings_file, folder / settings_file)
     for script in ("install.sh", "wifi.sh"):
         shutil.copyfile(deploy / "image" / script, folder / script)
     if data_file is not None:

@@ -36,7 +36,7 @@ def write_jetson(image: Image, base: str, torch: Path | None, folder: Path, data
     """
     deploy = deploy_folder() / "image" / "jetson"
     write_payload(image, folder, data_file)
-    for name in ("authorized_keys", "wifi.sh"):
+    for name in ("authorized_keys", "wifi.sh", "regrow-agent-identity.conf", "journald@regrow.conf"):
         (folder / name).unlink()
     shutil.rmtree(folder / "units")
     for path in deploy.iterdir():

@@ -42,6 +42,9 @@ fi
 for unit in "$here"/units/*; do
     install -m 644 "$unit" /etc/systemd/system/
 done
+install -d -m 755 /etc/systemd/system/regrow-agent.service.d
+install -m 644 "$here/regrow-agent-identity.conf" /etc/systemd/system/regrow-agent.service.d/identity.conf
+install -m 644 "$here/journald@regrow.conf" /etc/systemd/
 install -m 755 "$here/wifi.sh" "$prefix/wifi.sh"
 sync
 systemctl daemon-reload

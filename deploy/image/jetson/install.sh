@@ -10,13 +10,13 @@ docker info --format '{{range $name, $_ := .Runtimes}}{{$name}} {{end}}' | grep 
 hostnamectl set-hostname "$REGROW_DEVICE"
 docker build --tag regrow-agent --build-arg "BASE=$REGROW_BASE" "$here"
 install -d -m 755 /etc/regrow /srv/regrow
-install -d -m 700 -o 10001 -g 10001 /var/lib/regrow-agent /var/lib/regrow-agent/identity /var/lib/regrow-agent/state
+install -d -m 700 -o 10001 -g 10001 /var/lib/regrow-agent
 install -m 644 "$here/agent.env" /etc/regrow/agent.env
 for data in "$here"/data/*; do
     [ ! -e "$data" ] || install -m 644 "$data" /srv/regrow/
 done
 if [ -f "$here/claim.json" ]; then
-    install -m 600 -o 10001 -g 10001 "$here/claim.json" /var/lib/regrow-agent/identity/device.json
+    install -m 600 -o 10001 -g 10001 "$here/claim.json" /etc/regrow/claim.json
     sync
     rm -f "$here/claim.json"
 fi
