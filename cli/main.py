@@ -23,6 +23,8 @@ COMMANDS = {
     "fleet": "cli.commands.fleet",
     "join": "cli.commands.join",
     "agent": "cli.commands.agent",
+    "board": "cli.commands.board",
+    "image": "cli.commands.image",
     "doctor": "cli.commands.doctor",
     "predict": "cli.commands.predict",
     "config": "cli.commands.config",

@@ -1,0 +1,91 @@
+#!/bin/sh
+# Makes a Pi the gateway of a fleet, indoors or out: run once as root, from where `regrow image gateway` put it. Running it again goes on
+# where it was interrupted. The fleet's keys are made here, on this board; nothing secret came with the image but the access point's key.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+prefix=/opt/regrow
+settings=/etc/regrow
+state=/var/lib/regrow
+
+fail() { echo "regrow install: $*" >&2; exit 1; }
+[ "$(id -u)" = 0 ] || fail "run it as root"
+. "$here/gateway.conf"
+version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+[ "$version" = "$REGROW_PYTHON" ] || fail "the wheels here are for Python $REGROW_PYTHON, this system has $version: make the image with another --os"
+
+# Packages of the system: from the card where they are there, else from the internet.
+export DEBIAN_FRONTEND=noninteractive
+if ls "$here"/debs/*.deb >/dev/null 2>&1; then
+    apt-get install -qy --no-download --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
+elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null; then
+    { apt-get update -q && apt-get install -qy --no-install-recommends mosquitto chrony; } ||
+        fail "mosquitto and chrony are missing: connect this board to the internet and restart it, or put their .deb files into regrow/debs"
+fi
+# The gateway starts a mosquitto of its own, with the fleet's certificates.
+systemctl disable --now mosquitto 2>/dev/null || true
+
+# The data belong on an SSD: SD cards wear out under a log. It is named by its label and never formatted here.
+id regrow >/dev/null 2>&1 || useradd --system --home-dir "$state" --shell /usr/sbin/nologin regrow
+mkdir -p "$state"
+if [ -n "$REGROW_SSD" ]; then
+    grep -q " $state " /etc/fstab || echo "LABEL=$REGROW_SSD $state ext4 defaults,noatime,x-systemd.device-timeout=30s 0 2" >>/etc/fstab
+    mkdir -p /etc/systemd/system/regrow-gateway.service.d
+    printf '[Unit]\nRequiresMountsFor=%s\n' "$state" >/etc/systemd/system/regrow-gateway.service.d/ssd.conf
+    systemctl daemon-reload
+    mountpoint -q "$state" || mount "$state" || fail "no file system with the label $REGROW_SSD: connect the SSD, make one with mkfs.ext4 -L $REGROW_SSD, restart"
+fi
+chown regrow:regrow "$state"
+chmod 700 "$state"
+
+if [ ! -L "$prefix/current" ]; then
+    rm -rf "$prefix/a"
+    mkdir -p "$prefix"
+    python3 -m venv --without-pip "$prefix/a"
+    PYTHONPATH=$(echo "$here"/wheels/pip-*.whl) "$prefix/a/bin/python" -m pip --quiet --disable-pip-version-check --no-cache-dir \
+        install --no-index --find-links "$here/wheels" "regrow[server,fleet]" || fail "the wheels could not be installed"
+    "$prefix/a/bin/regrow" --help >/dev/null || fail "regrow does not run here"
+    sync
+    ln -s a "$prefix/current.new"
+    mv -T "$prefix/current.new" "$prefix/current"
+fi
+
+# The access point, its DHCP server, and the name under which devices find the gateway.
+if [ -f "$here/access-point.nmconnection" ]; then
+    install -m 600 "$here/access-point.nmconnection" /etc/NetworkManager/system-connections/regrow-access-point.nmconnection
+    install -d -m 755 /etc/NetworkManager/dnsmasq-shared.d
+    install -m 644 "$here/dnsmasq.conf" /etc/NetworkManager/dnsmasq-shared.d/regrow.conf
+    [ -z "$REGROW_COUNTRY" ] || ! command -v raspi-config >/dev/null || raspi-config nonint do_wifi_country "$REGROW_COUNTRY"
+    [ ! -d /run/systemd/system ] || ! command -v nmcli >/dev/null || nmcli connection reload || true
+fi
+# The fleet's clock: devices have none that survives a power cut.
+install -d -m 755 /etc/chrony/conf.d
+install -m 644 "$here/chrony.conf" /etc/chrony/conf.d/regrow.conf
+systemctl enable chrony
+[ ! -d /run/systemd/system ] || systemctl restart --no-block chrony
+
+run_as_regrow() { setpriv --reuid regrow --regid regrow --clear-groups --no-new-privs env HOME="$state" "$@"; }
+if [ -d "$here/task" ] && [ ! -d "$state/tasks/$REGROW_TASK_NAME" ]; then
+    mkdir -p "$state/tasks"
+    cp -r "$here/task" "$state/tasks/.$REGROW_TASK_NAME"
+    chown -R regrow:regrow "$state/tasks"
+    mv "$state/tasks/.$REGROW_TASK_NAME" "$state/tasks/$REGROW_TASK_NAME"
+fi
+if [ ! -f "$state/runs/.gateway/fleet/fleet.json" ]; then
+    # shellcheck disable=SC2086 # several words
+    (cd "$state" && run_as_regrow "$prefix/current/bin/regrow" fleet init "$REGROW_FLEET" --fleet "$state/runs/.gateway/fleet" $REGROW_HOSTS)
+fi
+
+install -d -m 755 "$settings"
+install -m 644 "$here/gateway.env" "$settings/gateway.env"
+for unit in "$here"/units/*; do
+    install -m 644 "$unit" /etc/systemd/system/
+done
+sync
+systemctl daemon-reload
+for unit in "$here"/units/*; do
+    if grep -q '^\[Install\]' "$unit"; then
+        systemctl enable "$(basename "$unit")"
+        [ ! -d /run/systemd/system ] || systemctl start --no-block "$(basename "$unit")"
+    fi
+done
+echo "regrow install: this is the gateway of $REGROW_FLEET"

@@ -1,0 +1,229 @@
+"""Images: what their files say, what they never hold, and that wrong words are refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+
+from broker_server.fleet import boards
+from broker_server.fleet.boards import SYSTEMS
+from broker_server.fleet.gateway_image import GatewayImage, write_gateway
+from broker_server.fleet.images import Host, Image, claimed_device, ssh_keys_of, wifi_of
+from cli.main import main
+from regrow.errors import LocalError
+
+ROOT = Path(__file__).resolve().parents[3]
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMtSqQBn4+YJRPyMqiJ5ND9zTaRZMYfyXMDTKoo/OKVC someone"
+CLAIM = json.dumps({"device": "pi-07", "claim": {"token": "once"}})
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """What every image is made of: a claim, a public key, a passphrase, wheels (only their names matter to what writes images)."""
+    (tmp_path / "wheels").mkdir()
+    for name in ("regrow", "pip", "numpy", "onnxruntime", "cryptography"):
+        (tmp_path / "wheels" / f"{name}-1-py3-none-any.whl").write_bytes(b"wheel")
+    (tmp_path / "claim").write_text(CLAIM)
+    (tmp_path / "key.pub").write_text(f"# mine\n{KEY}\n")
+    (tmp_path / "passphrase").write_text("correct horse\n")
+    return ["--device", "pi-07", "--claim", str(tmp_path / "claim"), "--wheels", str(tmp_path / "wheels"), "--out", str(tmp_path / "out")]
+
+
+def first_boot(tmp_path: Path) -> list[str]:
+    wifi = ["--wifi", 'Field "7"', "--wifi-passphrase", str(tmp_path / "passphrase"), "--country", "DE"]
+    return [*wifi, "--ssh-key", str(tmp_path / "key.pub")]
+
+
+def test_cloud_init_files_name_the_device_and_let_in_one_key(tmp_path: Path, given: list[str]) -> None:
+    assert main(["image", "pi", *first_boot(tmp_path), "--timezone", "Europe/Berlin", *given]) == 0
+    out = tmp_path / "out"
+    head, text = (out / "user-data").read_text().split("\n", 1)
+    user_data: Any = json.loads(text)
+    assert head == "#cloud-config"
+    assert (user_data["hostname"], user_data["timezone"], user_data["ssh_pwauth"]) == ("pi-07", "Europe/Berlin", False)
+    (login,) = user_data["users"]
+    assert (login["name"], login["lock_passwd"], login["ssh_authorized_keys"]) == ("pi", True, [KEY])
+    assert user_data["runcmd"] == [["sh", "/boot/firmware/regrow/install.sh"]]
+    network: Any = json.loads((out / "network-config").read_text())
+    assert list(network["wifis"]["wlan0"]["access-points"]) == ['Field "7"']
+    assert (out / "regrow" / "claim.json").read_text() == CLAIM
+    assert b"correct horse" not in b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+
+
+def test_without_a_key_nobody_may_log_in(tmp_path: Path, given: list[str]) -> None:
+    assert main(["image", "pi", *given]) == 0
+    assert json.loads((tmp_path / "out" / "user-data").read_text().split("\n", 1)[1])["users"] == []
+
+
+def test_another_claim_is_another_instance(tmp_path: Path, given: list[str]) -> None:
+    ids = []
+    for number, token in enumerate(("once", "twice")):
+        (tmp_path / "claim").write_text(CLAIM.replace("once", token))
+        given[-1] = str(tmp_path / str(number))
+        assert main(["image", "pi", *given]) == 0
+        ids.append(json.loads((tmp_path / str(number) / "meta-data").read_text())["instance-id"])
+    assert ids[0] != ids[1]
+
+
+def test_an_older_pi_os_gets_a_script_that_cmdline_starts_once(tmp_path: Path, given: list[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "cmdline.txt").write_text("console=tty1 root=PARTUUID=1-02 rootwait\n")
+    for _ in range(2):
+        assert main(["image", "pi", "--os", "pi-os-bookworm", *first_boot(tmp_path), *given]) == 0
+    line = (out / "cmdline.txt").read_text()
+    assert line.startswith("console=tty1 root=PARTUUID=1-02 rootwait systemd.run=/boot/firmware/firstrun.sh ")
+    assert line.count("systemd.run=") == 1
+    assert line.count("\n") == 1
+    settings = dict(shlex.split(word)[0].split("=", 1) for word in (out / "regrow" / "device.env").read_text().splitlines())
+    expected = {"DEVICE": "pi-07", "PYTHON": "3.11", "USER": "pi", "TIMEZONE": "", "COUNTRY": "DE"}
+    assert settings == {f"REGROW_{name}": value for name, value in expected.items()}
+    assert (out / "regrow" / "wifi" / "regrow-wifi.nmconnection").is_file()
+
+
+def test_without_cmdline_the_words_for_it_are_printed(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image", "pi", "--os", "pi-os-bookworm", *given]) == 0
+    assert "append this to the one line of cmdline.txt" in capsys.readouterr().out
+
+
+def test_the_installer_script_unpacks_what_was_put_in(tmp_path: Path, given: list[str]) -> None:
+    assert main(["image", "generic", "--python", "3.13", *given]) == 0
+    script = (tmp_path / "out" / "install-pi-07.sh").read_bytes()
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    there = script.replace(b"scratch=$(mktemp -d)", f"scratch={unpacked}".encode()).replace(b'rm -rf "$scratch"', b"true")
+    there = there.replace(b'sh "$scratch/regrow/install.sh"', b"true")  # which needs root and systemd: tests/network/test_first_boot.py
+    (tmp_path / "script.sh").write_bytes(there)
+    done = subprocess.run(["sh", "script.sh"], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    before = {path.relative_to(tmp_path / "out" / "regrow"): path.read_bytes() for path in (tmp_path / "out" / "regrow").rglob("*.*")}
+    after = {path.relative_to(unpacked / "regrow"): path.read_bytes() for path in (unpacked / "regrow").rglob("*.*")}
+    assert before == after
+    assert Path("install.sh") in after
+
+
+def test_every_script_of_an_image_is_one_that_a_shell_reads() -> None:
+    scripts = sorted((ROOT / "deploy" / "image").rglob("*.sh"))
+    assert len(scripts) == 5
+    for script in scripts:
+        subprocess.run([script.read_text().splitlines()[0].removeprefix("#!"), "-n", str(script)], check=True, timeout=10)
+
+
+def test_wifi_keys_are_those_of_the_standard() -> None:
+    key = "f42c6fc52df0ebef9ebb4b90b38a5f902e83fe1b135a70e23aed762e9710a12e"  # IEEE 802.11i, annex H.4
+    assert wifi_of("IEEE", "password", "DE").key == key
+
+
+def test_wifi_is_added_later_only_to_a_partition_of_ours(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--wifi-passphrase", str(tmp_path / "passphrase"), "--country", "DE"]
+    assert main(["image", "wifi", "Field", *words, "--out", str(tmp_path)]) == 1
+    assert "no boot partition" in capsys.readouterr().err
+    assert main(["image", "pi", *given]) == 0
+    assert main(["image", "wifi", "Field", *words, "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "regrow" / "wifi" / "regrow-wifi.nmconnection").read_text()
+    assert "ssid=70;105;101;108;100;" in text
+    assert "correct horse" not in text
+
+
+def test_a_gateway_brings_its_task_and_opens_its_network(tmp_path: Path) -> None:
+    task = tmp_path / "sensors"
+    task.mkdir()
+    (task / "task.toml").write_text('name = "sensors"\n')
+    host = Host(SYSTEMS["pi-os-trixie"], "gateway")
+    image = GatewayImage(host, "field", task, wifi_of("Fleet", "correct horse", "DE"), (), "regrow-data")
+    write_gateway(image, tmp_path / "regrow")
+    settings = (tmp_path / "regrow" / "gateway.conf").read_text()
+    assert "REGROW_HOSTS='--host gateway --host 10.42.0.1'" in settings
+    assert "REGROW_SSD=regrow-data" in settings
+    assert "mode=ap" in (tmp_path / "regrow" / "access-point.nmconnection").read_text()
+    assert "address=/gateway/10.42.0.1" in (tmp_path / "regrow" / "dnsmasq.conf").read_text()
+    assert (tmp_path / "regrow" / "task" / "task.toml").is_file()
+    with pytest.raises(LocalError, match="one radio"):
+        GatewayImage(Host(SYSTEMS["pi-os-trixie"], "gateway", image.access_point), "field", task, image.access_point)
+
+
+def test_a_jetson_gets_the_container_of_its_jetpack(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image", "jetson", "--jetpack", "6.0", *given]) == 0
+    out = tmp_path / "out"
+    assert "REGROW_BASE=nvcr.io/nvidia/l4t-jetpack:r36.3.0" in (out / "device.env").read_text()
+    assert {path.name for path in out.iterdir()} >= {"Dockerfile", "install.sh", "regrow-agent-jetson.service", "wheels", "claim.json"}
+    given[-1] = str(tmp_path / "other")
+    assert main(["image", "jetson", "--jetpack", "4.6", *given]) == 1
+    assert "one of 6.0, 6.1, 6.2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--os", "windows"], "--os 'windows': one of pi-os-trixie"),
+        (["--user", "root"], "neither root nor regrow"),
+        (["--timezone", "Mars; reboot"], "--timezone"),
+        (["--agent-options", "--threads $(reboot)"], "cannot be carried"),
+        (["--data", "/srv/my data"], "cannot be carried"),
+        (["--wifi", "x" * 33, "--wifi-passphrase", "passphrase", "--country", "DE"], "1 to 32 bytes"),
+        (["--wifi", "x", "--wifi-passphrase", "passphrase"], "two capital letters"),
+        (["--ssh-key", "passphrase"], "SSH public keys"),
+        (["--wheels", "empty"], "no wheels in it"),
+        (["--device", "pi-08"], "the claim is pi-07's, not pi-08's"),
+        (["--claim", "nowhere"], "`regrow fleet add pi-07` writes it"),
+    ],
+)
+def test_wrong_words_are_named(
+    tmp_path: Path, given: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(["image", "pi", *given, *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    assert main(["image", "pi", *given]) == 1
+    assert "neither empty nor a boot partition" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_nothing_with_a_key_in_it_is_taken_for_a_claim_or_a_public_key(tmp_path: Path) -> None:
+    for text in ("", "[]", '{"device": "pi-07"}', json.dumps({"device": "a", "claim": {}, "key": "-----BEGIN PRIVATE KEY-----"})):
+        with pytest.raises(LocalError, match="the claim"):
+            claimed_device(text.encode())
+    (tmp_path / "id").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    with pytest.raises(LocalError, match="private key"):
+        ssh_keys_of(tmp_path / "id")
+    with pytest.raises(LocalError, match=r"pi-07's, not pi-08's"):
+        Image(Host(SYSTEMS["pi-os-trixie"], "pi-08"), CLAIM.encode(), "/srv/regrow/samples.npz")
+
+
+def test_what_is_locked_is_what_the_distribution_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    agent = {*project["dependencies"], *extras["fleet"], "pip>=24"}
+    server = {need for name in ("server", "export") for need in extras[name] if not need.startswith("regrow")}
+    assert set(boards.WANTED["agent"]) == agent
+    assert set(boards.WANTED["gateway"]) == agent | server
+
+
+def test_every_lock_names_a_version_and_a_digest_of_all_that_is_wanted() -> None:
+    for role, wanted in boards.WANTED.items():
+        for architecture in boards.ARCHITECTURES:
+            for python in boards.pythons(role):
+                lines = boards.lock_of(python, architecture, role).read_text().splitlines()[1:]
+                names = {line.split("==")[0].lower() for line in lines}
+                assert names >= {need.split(">")[0] for need in wanted}
+                assert all("==" in line and len(line.split("--hash=sha256:")[1]) == 64 for line in lines)
+
+
+@pytest.mark.network
+@pytest.mark.timeout(600)
+def test_every_locked_wheel_can_still_be_had() -> None:
+    for role in boards.WANTED:
+        for python in boards.pythons(role):
+            assert len(boards.check_lock(python, boards.BOARDS, role)) >= len(boards.WANTED[role])
