@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from broker_server.credentials import Credentials
 from broker_server.runs import create_run, load_task
 from broker_server.store import Store
 from cli.gateway import link_of as broker_link
-from cli.main import main, parser
+from cli.main import COMMANDS, main, parser
 from export.models import digits_mlp
 from export.task import build_task, save_model
 from regrow import records
@@ -48,6 +49,23 @@ def test_every_command_explains_itself(words: tuple[str, ...], capsys: pytest.Ca
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: {' '.join(('regrow', *words))}")
+
+
+def top_level(top: argparse.ArgumentParser) -> list[str]:
+    return [words[0] for words in commands(top) if len(words) == 1]
+
+
+def test_every_command_is_where_the_table_says() -> None:
+    assert top_level(parser()) == list(COMMANDS)
+    for name in COMMANDS:
+        assert name in top_level(parser(name))
+
+
+def test_options_are_known_without_any_room() -> None:
+    code = "import sys, cli.main; cli.main.parser(); print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert {"cli", "argparse"} <= loaded
+    assert not loaded & {"numpy", "msgspec", "onnxruntime", "rich", "edge_agent", "broker_server", "export", "testbed"}
 
 
 @pytest.mark.parametrize(
