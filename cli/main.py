@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from regrow.errors import RegrowError
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "promote": "cli.commands.promote",
     "device": "cli.commands.device",
     "agent": "cli.commands.agent",
+    "update": "cli.commands.update",
     "predict": "cli.commands.predict",
     "runs": "cli.commands.runs",
     "rollback": "cli.commands.runs",
@@ -61,12 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+class _Version(argparse.Action):
+    """Looked up only when it is asked for: it costs more than parsing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"regrow {version('regrow')}")
+        parser.exit()
+
+
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of one command, or of all of them where it is none of them; docs/cli.md is generated from that one."""
     top = argparse.ArgumentParser(
         prog="regrow",
         description="Federated learning for uneven edge fleets. Start with `regrow demo`; then docs/bring-your-own.md.",
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="say which version this is, and exit")
     top.add_argument("--verbose", action="store_true", help="log everything, for finding a fault")
     top.add_argument("--log", action="store_true", help="log what happens, as a service should")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
