@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,18 +161,23 @@ class Credentials:
         write_private(path, json.dumps(bundle, indent=2).encode() + b"\n")
         return path
 
-    def render(self, folder: Path) -> BrokerFiles:
-        """Write the files that the brokers read, hashes only; unchanged users keep their salt while the files exist."""
+    def render(self, folder: Path, *, passwords: bool = True, denied: Iterable[str] = ()) -> BrokerFiles:
+        """Write the files that the brokers read, hashes only; unchanged users keep their salt while the files exist.
+
+        Args:
+            passwords: also those of devices; else they come with certificates, and only the coordinator has one.
+            denied: devices that mosquitto gives no topic at all, whatever they show.
+        """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         files = BrokerFiles(folder / "passwords", folder / "access", folder / "users.json")
         before = _hashes(files.embedded)
         hashes: dict[str, str] = {}
-        for user, password in {COORDINATOR: self._coordinator, **self._devices}.items():
+        for user, password in {COORDINATOR: self._coordinator, **(self._devices if passwords else {})}.items():
             known = before.get(user, "")
             fresh = check_password(password, known)
             hashes[user] = known if fresh else hash_password(password, secrets.token_bytes(SALT_BYTES))
         write_private(files.passwords, "".join(f"{user}:{hashed}\n" for user, hashed in hashes.items()).encode())
-        write_private(files.access, _mosquitto_access().encode())
+        write_private(files.access, _mosquitto_access(denied).encode())
         write_private(files.embedded, json.dumps(hashes, indent=1).encode())
         return files
 
@@ -199,9 +205,10 @@ def write_private(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def _mosquitto_access() -> str:
+def _mosquitto_access(denied: Iterable[str] = ()) -> str:
     lines = [f"user {COORDINATOR}"]
     lines += [f"topic readwrite {topic}" for topic in COORDINATOR_TOPICS]
+    lines += [line for device in sorted(denied) for line in (f"user {device}", "topic deny #")]
     lines += [f"pattern write {rule}" for rule in DEVICE_WRITES]
     lines += [f"pattern read {rule}" for rule in DEVICE_READS]
     return "\n".join(lines) + "\n"

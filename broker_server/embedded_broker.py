@@ -1,7 +1,8 @@
 """The pip-only broker: amqtt 0.12 in a process of its own, with its sharp edges taken off.
 
 `python -m broker_server.embedded_broker CONFIG` where CONFIG is JSON: host, port, users (path), log (path),
-message_limit_bytes, max_connections.
+message_limit_bytes, max_connections; and for a fleet, door: {host, port, fleet (its folder)}.
+This is the broker of the bench: it has one thread, and nobody but us has looked for holes in it. mosquitto is the one for real use.
 
 What is overridden in amqtt 0.12.1, and why (each was seen in its source; the tests hold the behaviour):
 - topic rules and passwords are looked up directly: its plugin calls yield to the loop in the middle of walking the
@@ -25,6 +26,7 @@ import json
 import logging
 import logging.handlers
 import signal
+import ssl
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,15 @@ from typing import Any
 from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
 from amqtt.broker import Broker as AmqttBroker
 from amqtt.broker import Server
-from amqtt.contexts import Action, BrokerConfig, ListenerConfig
+from amqtt.contexts import Action, BrokerConfig, ListenerConfig, ListenerType
 from amqtt.errors import AMQTTError, MQTTError
 from amqtt.mqtt.connack import NOT_AUTHORIZED, ConnackPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 
 from broker_server.credentials import check_password, may_read, may_write
+from broker_server.fleet.registry import MEMBERS, Registry
+from regrow.errors import LocalError
 
 log = logging.getLogger("regrow.embedded_broker")
 
@@ -96,11 +100,39 @@ class _Writer(StreamWriterAdapter):  # type: ignore[misc]  # amqtt is untyped
 
 
 class Broker(AmqttBroker):  # type: ignore[misc]  # amqtt is untyped
-    """amqtt with the gateway's users, topic rules and bounds."""
+    """amqtt with the gateway's users, topic rules and bounds.
 
-    def __init__(self, *, host: str, port: int, users: Path, limit_bytes: int, max_connections: int) -> None:
-        listener = ListenerConfig(bind=f"{host}:{port}", max_connections=max_connections)
-        super().__init__(BrokerConfig(listeners={"default": listener}, plugins={}))
+    Args:
+        users: JSON {user: hash of the password}.
+        door: (host, port, registry) of a fleet: TLS, where a device shows a certificate or says its password.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        users: Path,
+        limit_bytes: int,
+        max_connections: int,
+        door: tuple[str, int, Registry] | None = None,
+    ) -> None:
+        listeners = {"default": ListenerConfig(bind=f"{host}:{port}", max_connections=max_connections)}
+        if door is not None:
+            folder = door[2].folder
+            listeners["door"] = ListenerConfig(
+                bind=f"{door[0]}:{door[1]}",
+                max_connections=max_connections,
+                ssl=True,
+                cafile=folder / "ca.crt",
+                certfile=folder / "broker.crt",
+                keyfile=folder / "broker.key",
+            )
+        super().__init__(BrokerConfig(listeners=listeners, plugins={}))
+        self._registry = None if door is None else door[2]
+        self._door_context: ssl.SSLContext | None = None
+        self._registry_stamp: tuple[int, int] | None = None
+        self._serials: dict[str, set[str]] = {}
         self._subscriptions = _Quiet()
         self._users = users
         self._users_stamp: tuple[int, int] | None = None
@@ -120,12 +152,44 @@ class Broker(AmqttBroker):  # type: ignore[misc]  # amqtt is untyped
                 self._users_stamp = stamp
         except (OSError, ValueError) as err:
             log.error("cannot read %s, keeping the users known so far: %s", self._users, err)
+        if session.will_flag and not may_write(session.username or "", session.will_topic or ""):
+            return False
+        if _certificate_of(session):
+            return self._certified(session)
         user, password = session.username, session.password
         if not user or password is None or session.client_id != user or user not in self._hashes:
             return False
-        if session.will_flag and not may_write(user, session.will_topic or ""):
-            return False
         return check_password(password, self._hashes[user])
+
+    def _certified(self, session: Session) -> bool:
+        """Whether the certificate that the fleet's CA has signed is still a good one of a device that is in the fleet."""
+        registry = self._registry
+        if registry is None:
+            return False
+        try:
+            stamp = registry.stamp()
+            if stamp != self._registry_stamp:
+                devices = registry.devices().items()
+                self._serials = {name: {c.serial for c in device.good} for name, device in devices if device.state in MEMBERS}
+                self._registry_stamp = stamp
+        except (OSError, LocalError) as err:
+            log.error("cannot read the fleet, keeping the devices known so far: %s", err)
+        name, serial = _certificate_of(session)
+        return session.client_id == session.username == name and serial in self._serials.get(name, ())
+
+    def renew_certificate(self) -> None:
+        """Show the broker's certificate as it is on the disk now to whoever connects from now on."""
+        if self._registry is not None and self._door_context is not None:
+            folder = self._registry.folder
+            self._door_context.load_cert_chain(folder / "broker.crt", folder / "broker.key")
+
+    async def _create_server_instance(
+        self, listener_name: str, listener_type: ListenerType, address: str | None, port: int, ssl_context: ssl.SSLContext | None
+    ) -> Any:
+        if ssl_context is not None:
+            ssl_context.minimum_version = ssl.TLSVersion.TLSv1_2
+            self._door_context = ssl_context
+        return await super()._create_server_instance(listener_name, listener_type, address, port, ssl_context)
 
     async def drop_unknown(self) -> None:
         """Close the connections of users who were removed or given another password."""
@@ -167,6 +231,9 @@ class Broker(AmqttBroker):  # type: ignore[misc]  # amqtt is untyped
         session.keep_alive = 0  # amqtt only writes a debug line about it; the reader ends the connection
         bounded.silence_s = 1.5 * seconds
         bounded.session = session
+        name, _ = _certificate_of(session)
+        if name:
+            session.username = session.client_id = name  # as mosquitto does: what else it says of itself does not count
         return handler, session
 
     async def _handle_client_session(
@@ -255,6 +322,15 @@ def _ours(reader: ReaderAdapter) -> _Reader:
     return reader
 
 
+def _certificate_of(session: Session) -> tuple[str, str]:
+    """(common name, serial) of the certificate that the peer has shown; ("", "") without one."""
+    shown = session.ssl_object.getpeercert() if session.ssl_object is not None else None
+    if not shown:
+        return "", ""
+    names = [value for part in shown.get("subject", ()) for field, value in part if field == "commonName"]
+    return (names[0] if len(names) == 1 else "?"), str(shown.get("serialNumber", "")).lower().lstrip("0")
+
+
 def _log_to(path: Path) -> None:
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -265,7 +341,9 @@ def _log_to(path: Path) -> None:
 
 async def serve(config: dict[str, Any]) -> None:
     """Run the broker until SIGTERM or SIGINT; SIGHUP looks at the users again and drops those who are none any more."""
+    door = config.get("door")
     broker = Broker(
+        door=None if door is None else (door["host"], door["port"], Registry(Path(door["fleet"]))),
         host=config["host"],
         port=config["port"],
         users=Path(config["users"]),
@@ -278,6 +356,7 @@ async def serve(config: dict[str, Any]) -> None:
     reloads: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
+        broker.renew_certificate()
         task = loop.create_task(broker.drop_unknown())
         reloads.add(task)
         task.add_done_callback(reloads.discard)

@@ -28,6 +28,7 @@ from regrow.machine import (
     Publish,
     Received,
     SetTimer,
+    Standing,
     Subscribe,
     Woken,
 )
@@ -76,6 +77,7 @@ class Coordinator:
         self.step_s: dict[str, float] = {}
         self.waiting: dict[str, Joined] = {}
         self.assemblies: dict[str, uploads.Assembly] = {}
+        self.paused: frozenset[str] = frozenset()
         self.quorum_s: float | None = None
         self.last_s = 0.0
         self.now = 0.0
@@ -163,6 +165,7 @@ class Coordinator:
         self.emit(Subscribe(self.names.from_devices()))
         self.emit(self.claim.beaten(self.now))
         self.broadcast.everything(self.claim.term)
+        self._release_paused()
         self._advance()
 
     def _defend_claim(self, claim: wire.Claim) -> None:
@@ -237,6 +240,22 @@ class Coordinator:
         if lease is not None:
             self.broadcast.downloaded(lease.version, who)
         self.emit(Note("released", {"device": who, "reason": reason}))
+
+    def _take_standing(self, standing: Standing) -> None:
+        """Who was put to rest does not hold up a round; what a draining device still delivers counts."""
+        self.paused = standing.paused
+        self.roster.rest(standing.paused | standing.draining)
+        for who in self.roster.resting & self.waiting.keys():  # it says hello again, and joins when it may work
+            del self.waiting[who]
+        if self.phase is Phase.LEADING:
+            self._release_paused()
+            self._advance()
+
+    def _release_paused(self) -> None:
+        for who in sorted(self.paused):
+            known = self.ledger.devices.get(who)
+            if known is not None and known.lease is not None:
+                self.release_lease(who, "paused")
 
     # ---- updates -----------------------------------------------------------------------------------------------------------------
 
@@ -376,6 +395,7 @@ _MESSAGES: Mapping[str, type[wire.Message]] = {
 }
 
 TRANSITIONS: Mapping[tuple[Phase, Any], Callable[[Coordinator, Any], None]] = {
+    **{(phase, Standing): Coordinator._take_standing for phase in Phase},
     (Phase.OFFLINE, Connected): Coordinator._begin_claim,
     (Phase.CLAIMING, Disconnected): Coordinator._go_offline,
     (Phase.CLAIMING, "claim"): Coordinator._weigh_claim,

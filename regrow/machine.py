@@ -226,7 +226,37 @@ class Woken:
     pass
 
 
-Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | Evaluate | SetTimer | Note | Finished
+# ---- both: what a companion tells the machine that it accompanies -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Tells a coordinator which devices get no new work: paused ones do nothing, draining ones finish what they have."""
+
+    paused: frozenset[str] = frozenset()
+    draining: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Tells a device to "work", to "pause" at once, or to "drain": finish what it has and take nothing new."""
+
+    action: str
+
+
+Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | Evaluate | SetTimer | Note | Finished | Standing | Told
 Event = (
-    Connected | Disconnected | Received | Acknowledged | Persisted | Measured | Trained | TrainingFailed | DataChanged | Evaluated | Woken
+    Connected
+    | Disconnected
+    | Received
+    | Acknowledged
+    | Persisted
+    | Measured
+    | Trained
+    | TrainingFailed
+    | DataChanged
+    | Evaluated
+    | Woken
+    | Standing
+    | Told
 )

@@ -65,7 +65,7 @@ class Planner:
             self._declined[who] = join.boot
             coordinator.emit(Note("declined", {"device": who, "needs_bytes": min(needs), "memory_bytes": hello.memory_bytes}))
         if known is None:
-            if join.memory_density > 0.0:
+            if join.memory_density > 0.0 and who not in coordinator.roster.resting:
                 coordinator.waiting[who] = join
             else:
                 coordinator.waiting.pop(who, None)

@@ -120,6 +120,7 @@ class Roster:
             for a constant.
         rounds: mean normalised round times, seconds, where densities follow from them (PR-FL).
         scores: what devices reported of the levels.
+        resting: who gets no new work by order, and is not waited for.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -129,6 +130,7 @@ class Roster:
         self.idle: set[str] = set()
         self.outstanding: set[str] = set()
         self.overdue: set[str] = set()
+        self.resting: frozenset[str] = frozenset()
         self.deadlines, self.uplinks, self.transfers, self.live_transfers, self.rounds = Least(), Least(), Least(), Least(), Least()
         self.classes, self.densities, self.eligible, self.unready, self.leases = Tally(), Tally(), Tally(), Tally(), Tally()
         self._live_links, self._live_speeds = Ranked(), Ranked()
@@ -178,6 +180,11 @@ class Roster:
         silent, self._heard_s = self._heard_s, OrderedDict()
         self._look_at(silent)
 
+    def rest(self, resting: frozenset[str]) -> None:
+        """These get no new work from now on, and all others do."""
+        before, self.resting = self.resting, resting
+        self._look_at(sorted(before ^ resting))
+
     def pass_time(self, now: float) -> None:
         """It is `now`: who was not heard of within three heartbeats is no longer live."""
         patience_s = HEARTBEATS * self._ledger.task.fleet.heartbeat_s
@@ -216,10 +223,10 @@ class Roster:
             return
         live = who in self._heard_s
         eligible = not self.excluded(device)
-        working = live and eligible
+        working = live and eligible and who not in self.resting
         method, lease = self._ledger.task.method, device.lease
         _member(self.idle, who, working and lease is None and who not in self._ledger.arrived)
-        _member(self.outstanding, who, live and lease is not None and who not in self.overdue)
+        _member(self.outstanding, who, live and lease is not None and who not in self.overdue and who not in self.resting)
         if lease is None:
             self.deadlines.put(who, None)
         self.leases.put(who, None if lease is None else lease.version)

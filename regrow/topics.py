@@ -6,6 +6,7 @@ A device publishes only below its own id and reads only coordinator topics and i
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from regrow.errors import LocalError
@@ -37,6 +38,29 @@ def hello(device: str) -> str:
 
 def tasks(device: str) -> str:
     return f"{ROOT}/device/{device}/tasks"
+
+
+def control(device: str) -> str:
+    return f"{ROOT}/device/{device}/control"
+
+
+def control_report(device: str) -> str:
+    return f"{ROOT}/device/{device}/control-report"
+
+
+def certificate_request(device: str) -> str:
+    return f"{ROOT}/device/{device}/certificate-request"
+
+
+def certificate(device: str) -> str:
+    return f"{ROOT}/device/{device}/certificate"
+
+
+def parse_of_device(topic: str, kinds: Collection[str]) -> tuple[str, str] | None:
+    """(device, kind) of regrow/v1/device/{device}/{kind}, when it is one of these kinds."""
+    parts = topic.split("/")
+    known = len(parts) == 5 and parts[:3] == ["regrow", "v1", "device"] and parts[4] in kinds
+    return (parts[3], parts[4]) if known and NAME.match(parts[3]) else None
 
 
 def promotion_report(device: str, task: str) -> str:

@@ -36,6 +36,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Serial = Annotated[bytes, msgspec.Meta(max_length=20)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 # Seconds, or bit/s; bounded, so that what is computed from a peer's number stays finite.
@@ -254,6 +255,42 @@ class PromotionReport(Message, frozen=True, kw_only=True, omit_defaults=True):
     tuned: ModelScore | None = None
 
 
+class Control(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, retained: what the device shall do beside its tasks. A lower number than one heard before is the past.
+
+    action: "work"; "pause", keep the connection and train nothing; "drain", finish the job at hand and take no other; "wipe", remove
+    everything and at last the keys. replace: serial of a certificate that the device shall replace, with new keys, if it uses it.
+    """
+
+    number: Positive
+    action: Annotated[str, msgspec.Meta(pattern=r"^(work|pause|drain|wipe)\Z")]
+    replace: Serial = b""
+
+
+class ControlReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator after every connect and every Control: the last one it heard, what it does, the certificate it uses."""
+
+    number: Count
+    doing: Annotated[str, msgspec.Meta(pattern=r"^(working|finishing|paused|drained|wiped)\Z")]
+    serial: Serial = b""
+
+
+class CertificateRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: another certificate, please. csr: DER; proof: the new signing key's signature, as at the enrolment."""
+
+    csr: Annotated[bytes, msgspec.Meta(min_length=1, max_length=4096)]
+    signing_key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    proof: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+
+
+class Certificate(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device: the certificate that was asked for, or why there is none. request: digest of the CSR."""
+
+    request: Digest
+    certificate: Annotated[bytes, msgspec.Meta(max_length=8192)] = b""
+    reason: Text = ""
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -266,12 +303,30 @@ KINDS: dict[int, type[Message]] = {
     9: Telemetry,
     10: Promotion,
     11: PromotionReport,
+    12: Control,
+    13: ControlReport,
+    14: CertificateRequest,
+    15: Certificate,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
 _ENCODER = msgspec.msgpack.Encoder()
 AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
-    Hello, Status, Tasks, Claim, Manifest, Assignment, UpdateChunk, Receipt, Telemetry, Promotion, PromotionReport
+    Hello,
+    Status,
+    Tasks,
+    Claim,
+    Manifest,
+    Assignment,
+    UpdateChunk,
+    Receipt,
+    Telemetry,
+    Promotion,
+    PromotionReport,
+    Control,
+    ControlReport,
+    CertificateRequest,
+    Certificate,
 ]
 M = TypeVar("M", bound=Message)
 

@@ -1,0 +1,100 @@
+"""Keeps the gateway's doors as the registry says: who is in, who is out, whether enrolment is open, and certificates that run out.
+
+`look` is called about twice a second, so that what `regrow fleet` changes takes effect within a second or so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from broker_server.broker import Broker
+from broker_server.fleet import enrolment, members
+from broker_server.fleet.authority import Authority
+from broker_server.fleet.registry import Device, Registry
+from regrow.errors import LocalError
+
+DATES_S = 60.0  # between looks at what runs out
+
+
+class Gatekeeper:
+    """Of one fleet, in the one process that holds its lock.
+
+    Args:
+        broker: the one that we run; None: somebody else's, which has its own ways to put a device out.
+        enrolling: where devices join.
+    """
+
+    def __init__(self, registry: Registry, authority: Authority, broker: Broker | None, enrolling: enrolment.Enrolment) -> None:
+        self._registry, self._authority, self._broker, self._enrolment = registry, authority, broker, enrolling
+        self._stamp: tuple[int, int] | None = None
+        self._devices: Mapping[str, Device] = registry.devices()
+        self._revoked = _revoked(self._devices)
+        self._ending: set[str] = set()
+        self._dates_s = self._open_s = float("-inf")
+
+    def look(self, now: float) -> str | None:
+        """Do what has become due at monotonic time `now`; returns what happened, for the log, or None."""
+        said: list[str] = []
+        if now >= self._dates_s:
+            self._dates_s = now + DATES_S
+            said += self._renew()
+        stamp = self._registry.stamp()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._heed(self._registry.devices())
+        self._end_sessions()
+        said += self._open_or_close(now)
+        return "; ".join(said) or None
+
+    def close(self) -> None:
+        self._enrolment.close()
+
+    def _heed(self, devices: Mapping[str, Device]) -> None:
+        """Whoever lost a certificate, or every right, loses the connection too; one that is certified anew comes back by itself."""
+        before, self._devices = self._devices, devices
+        revoked, known = _revoked(devices), self._revoked
+        out = {name for name, device in devices.items() if device.state in ("revoked", "wiped") and before.get(name) != device}
+        self._revoked = revoked
+        self._ending |= out | {name for name, serials in revoked.items() if serials - known.get(name, set())}
+        if self._broker is not None:
+            self._broker.reload()
+
+    def _end_sessions(self) -> None:
+        if self._broker is None:
+            self._ending.clear()
+        else:
+            self._ending = {name for name in self._ending if not self._broker.end_session(name)}
+
+    def _renew(self) -> list[str]:
+        said = []
+        fleet = self._registry.fleet()
+        with self._registry.change() as devices:
+            renewed = self._authority.broker_is_stale(fleet.hosts)
+            if renewed:
+                self._authority.certify_broker(fleet.hosts)
+                self._enrolment.renew_certificate()
+                said.append("the broker has a new certificate")
+            listed = self._authority.list_is_stale()
+            if listed:
+                self._authority.write_list(members.revoked(devices))
+        if (renewed or listed) and self._broker is not None:
+            self._broker.reload()
+        return said
+
+    def _open_or_close(self, now: float) -> list[str]:
+        wanted = enrolment.wanted(self._devices)
+        if wanted == self._enrolment.is_open or now < self._open_s:
+            return []
+        if not wanted:
+            self._enrolment.close()
+            return ["nobody is left to join: enrolment is closed"]
+        try:
+            self._enrolment.open()
+        except LocalError as error:
+            self._open_s = now + DATES_S
+            return [str(error)]
+        return [f"enrolment is open on {self._enrolment.host}:{self._enrolment.port}"]
+
+
+def _revoked(devices: Mapping[str, Device]) -> dict[str, set[str]]:
+    return {name: {c.serial for c in device.certificates if c.revoked_s is not None} for name, device in devices.items()}
