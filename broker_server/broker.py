@@ -56,6 +56,7 @@ _EXPOSED = (
     "this would let passwords travel in the clear: beyond loopback, the embedded amqtt and the coordinator's own listener are not to be "
     "reached without TLS; `regrow fleet init NAME` makes a fleet with certificates (and mosquitto is the broker for real use)"
 )
+LOG_BYTES = 1_000_000
 # An anonymous CONNECT (MQTT 3.1.1, clean session, client id "r"); the answer must be a CONNACK that refuses it.
 _PROBE = b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x0a\x00\x01r"
 
@@ -168,6 +169,7 @@ class Broker:
     def poll(self) -> str | None:
         """Look after the child without waiting, about once a second; returns what happened, for the log, or None."""
         now = time.monotonic()
+        self._bound_log()
         if self._child is None:
             if self._retry_at_s is None or now < self._retry_at_s:
                 return None
@@ -275,6 +277,12 @@ class Broker:
 
     def _local_address(self) -> tuple[str, int]:
         return self.url.removeprefix("mqtt://").rsplit(":", 1)[0].strip("[]"), self.port
+
+    def _bound_log(self) -> None:
+        """Empty mosquitto's log when it is too long: it appends, and whoever fails to log in makes it write a line."""
+        with contextlib.suppress(OSError):
+            if self.log_path.stat().st_size > LOG_BYTES:
+                os.truncate(self.log_path, 0)
 
     def _log_tail(self) -> str:
         try:

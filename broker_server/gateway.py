@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from broker_server.store import Store
 from broker_server.transport import MqttBus
+from broker_server.vitals import Vitals
 from regrow import checkpoint
 from regrow.coordinator import Coordinator, Phase
 from regrow.errors import LocalError, RegrowError
@@ -41,6 +42,7 @@ from regrow.machine import (
 )
 from regrow.outage import Outage
 from regrow.task import StoreSettings
+from regrow.watchdog import Progress
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -55,10 +57,16 @@ class _Snapshot:
 
 
 class Writer:
-    """The store's own thread. Work is done in the order in which it was given; `None` ends it."""
+    """The store's own thread. Work is done in the order in which it was given; `None` ends it.
 
-    def __init__(self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None]) -> None:
+    progress: what the thread tells of its advance.
+    """
+
+    def __init__(
+        self, store: Store, settings: StoreSettings, on_event: Callable[[Event | LocalError], None], progress: Progress | None = None
+    ) -> None:
         self._store, self._settings, self._on_event = store, settings, on_event
+        self._progress = progress or Progress("store")
         self._work: queue.SimpleQueue[Persist | _Snapshot | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
@@ -71,13 +79,19 @@ class Writer:
         self._work.put(None)
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         try:
             while True:
+                self._progress.end()
                 batch = [self._work.get()]
                 with suppress(queue.Empty):
                     while True:
                         batch.append(self._work.get_nowait())
+                self._progress.begin(f"writing {len(batch)} of its tasks", self._progress.patience.other_s, time.monotonic())
                 if not self._write(batch):
                     return
         except LocalError as error:
@@ -121,6 +135,7 @@ class Gateway:
         url, username, password: the broker.
         evaluate: scores prefixes on held-out data, on a thread of its own; needed when the task names such data.
         companions: what else this process says to devices, such as the herald of the task's promoted models.
+        vitals: what looks whether it gets anywhere.
     """
 
     def __init__(
@@ -133,13 +148,15 @@ class Gateway:
         password: str,
         evaluate: Callable[[Evaluate], Evaluated] | None = None,
         companions: Sequence[Companion] = (),
+        vitals: Vitals | None = None,
     ) -> None:
         self.coordinator, self.store = coordinator, store
+        self._vitals = vitals or Vitals(store.path)
         self._on_note: Callable[[Note], None] = lambda _: None
         self._housekeeping: Callable[[], str | None] = lambda: None
         self._housekeeping_s = 0.0
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
-        self._writer = Writer(store, coordinator.ledger.task.store, self._events.put)
+        self._writer = Writer(store, coordinator.ledger.task.store, self._events.put, self._vitals.store)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
         self._evaluate, self._companions = evaluate, companions
         self._evaluating: threading.Thread | None = None
@@ -178,6 +195,7 @@ class Gateway:
                 self._snapshot_if_due()
             self._snapshot()  # not after an error: the ledger may then be ahead of the log
         finally:
+            self._vitals.stopping()
             self._writer.close()
             self._bus.close()
         return self._finished
@@ -199,6 +217,7 @@ class Gateway:
                 said = self._housekeeping()
                 if said:
                     log.warning("%s", said)
+                self._look_at_vitals(now)
             if self._timer_s <= now and self._events.empty():
                 self._timer_s = float("inf")
                 return Woken()
@@ -206,6 +225,11 @@ class Gateway:
                 return self._events.get(timeout=max(0.0, min(self._timer_s - now, POLL_S)))
             except queue.Empty:
                 continue
+
+    def _look_at_vitals(self, now: float) -> None:
+        dead = "" if self._writer.alive else "store"
+        dead = dead or ("" if self._bus.alive else "link")
+        self._vitals.turn(now, connected=self._bus.connected, phase=self.coordinator.phase.value, dead=dead)
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -220,6 +244,8 @@ class Gateway:
             elif isinstance(effect, Note):
                 self.store.metric(effect.kind, effect.fields)
                 self._on_note(effect)
+                if effect.kind == "aggregated":
+                    self._vitals.aggregated(time.monotonic())
             elif isinstance(effect, Finished):
                 self._finished = effect.reason
 
@@ -231,11 +257,15 @@ class Gateway:
         if self._evaluating is not None and self._evaluating.is_alive():
             return
 
+        progress = self._vitals.evaluation
+        progress.begin(f"evaluation of version {effect.version}", progress.patience.other_s, time.monotonic())
+
         def work() -> None:
             try:
                 self._events.put(evaluate(effect))
             except RegrowError as error:
                 self._events.put(LocalError(f"evaluation of version {effect.version}: {error}"))
+            progress.end()
 
         self._evaluating = threading.Thread(target=work, name="evaluation", daemon=True)
         self._evaluating.start()

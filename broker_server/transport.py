@@ -74,7 +74,7 @@ class MqttBus:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         address = parse_broker_url(url)
-        self._on_event, self._clock = on_event, clock
+        self._on_event, self._clock, self._client_id = on_event, clock, client_id
         self._connected = False
         self._refusal: str | None = None
         self._last: paho.MQTTMessageInfo | None = None
@@ -103,6 +103,11 @@ class MqttBus:
     @property
     def connected(self) -> bool:
         return self._connected
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs that keeps the connection up: an error that nobody foresaw ends it."""
+        return any(thread.name == f"paho-mqtt-client-{self._client_id}" for thread in threading.enumerate())
 
     def start(self) -> None:
         """Connect, and go on connecting, in the background."""

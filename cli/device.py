@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from cli.systemd import watchdog_of
+from cli.version import version
 from edge_agent.agent import Agent, read_bundle
 from edge_agent.data.sources import open_source
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer, scan_program
+from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer
 from regrow.errors import LocalError
 from regrow.local_training import Training
@@ -43,6 +46,7 @@ def agent(options: argparse.Namespace) -> int:
             local_head=options.local_head,
             make=make,
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
+            vitals=Vitals(folder.path, version(), watchdog_of()),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"

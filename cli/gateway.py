@@ -30,7 +30,10 @@ from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
+from broker_server.vitals import Vitals
 from cli.deployable import held_out, write_deployable
+from cli.systemd import watchdog_of
+from cli.version import version
 from edge_agent.trainer import Trainer
 from export.task import build_task, is_stale, model_from, save_model
 from regrow.broker_url import parse_broker_url
@@ -217,7 +220,14 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
         companions = () if herald is None else (herald,)
         gateway = Gateway(
-            coordinator, store, url=link.url, username=link.user, password=link.password, evaluate=evaluate, companions=companions
+            coordinator,
+            store,
+            url=link.url,
+            username=link.user,
+            password=link.password,
+            evaluate=evaluate,
+            companions=companions,
+            vitals=Vitals(path, version(), watchdog_of()),
         )
         reason = _serve(options, gateway, path, folder, link.keep)
         finish(store, path, folder, ledger)

@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.metadata import version
 
 from regrow.errors import RegrowError
 
@@ -67,7 +66,7 @@ class _Version(argparse.Action):
     """Looked up only when it is asked for: it costs more than parsing."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"regrow {version('regrow')}")
+        print(f"regrow {import_module('cli.version').version()}")
         parser.exit()
 
 

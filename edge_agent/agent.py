@@ -24,6 +24,7 @@ from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
 from edge_agent.tuning import Tuning
 from edge_agent.uplink import UplinkMeter, packet_bytes
+from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
@@ -121,6 +122,7 @@ class Agent:
         make: what trains.
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
         companions: what else this process does for the device over the same link.
+        vitals: what looks whether it gets anywhere.
     """
 
     def __init__(
@@ -138,8 +140,10 @@ class Agent:
         make: MakeTrainer = Trainer,
         tune: bool = False,
         companions: Sequence[Companion] = (),
+        vitals: Vitals | None = None,
     ) -> None:
         self._companions = companions
+        self._vitals = vitals or Vitals(folder.path)
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
         self._meter = self._load_meter()
@@ -172,6 +176,7 @@ class Agent:
             make=make,
             tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
             tuned=lambda data: self._trained(Tuned(data)),
+            progress=self._vitals.work,
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
@@ -245,7 +250,10 @@ class Agent:
                 if self._timer_s <= time.monotonic():
                     self._timer_s = float("inf")
                     self._step(Woken())
+                connected, phase, alive = self._link.connected, self.device.phase, self._worker.alive
+                self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive)
         finally:
+            self._vitals.stopping()
             self._worker.close()
             self._link.close()
 
@@ -310,6 +318,7 @@ class Agent:
                 level = logging.WARNING if effect.kind in COMPLAINTS else logging.INFO
                 log.log(level, "%s %s", effect.kind, effect.fields)
                 self._on_note(effect)
+                self._vitals.note(effect, time.monotonic())
                 if effect.kind == "without work" and self._source.appended != self._tried:
                     self._start_anew()
             elif isinstance(effect, Finished):

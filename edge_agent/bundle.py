@@ -11,23 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from edge_agent.identity import verify
 from edge_agent.state import sync_folder
 from regrow.errors import PeerError
 from regrow.release import SHA_BYTES, Manifest, Wheel, open_manifest, split_head
 
 BLOCK_BYTES = 1 << 20
-
-
-def verify_signature(key: bytes, data: bytes, signature: bytes) -> bool:
-    """Whether this Ed25519 key signed the data; False, too, for what is no key."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-    try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, data)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 def open_bundle(stream: BinaryIO, keys: Iterable[bytes]) -> Manifest:
@@ -37,7 +26,7 @@ def open_bundle(stream: BinaryIO, keys: Iterable[bytes]) -> Manifest:
         PeerError: it is none, or nobody of them signed it.
     """
     manifest, signature = split_head(stream.read)
-    return open_manifest(manifest, signature, keys, verify_signature)
+    return open_manifest(manifest, signature, keys, verify)
 
 
 def read_wheels(stream: BinaryIO, wheels: Sequence[Wheel], folder: Path | None) -> None:

@@ -23,6 +23,7 @@ from regrow.errors import PeerError, RegrowError
 from regrow.local_rules import drawn_levels
 from regrow.local_training import STATISTICS_BATCHES, Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
+from regrow.watchdog import Progress
 
 log = logging.getLogger(__name__)
 NICE = 5
@@ -41,6 +42,7 @@ class Worker:
         make: what trains.
         tuning: what finds out, between jobs, how to train fastest; None: always the default way, to the bit.
         tuned: called from this thread with what to save of it.
+        progress: what this thread tells of its advance.
 
     Attributes:
         step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model. None until these programs did.
@@ -55,11 +57,13 @@ class Worker:
         make: MakeTrainer = Trainer,
         tuning: Tuning | None = None,
         tuned: Callable[[bytes], None] = lambda _: None,
+        progress: Progress | None = None,
     ) -> None:
         self.step_s: float | None = None
         self.full_step_s: float | None = None
         self._source, self._done, self._threads, self._make = source, done, threads, make
         self._tuning, self._tuned = tuning, tuned
+        self._progress = progress or Progress("training")
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
         self._key: tuple[bytes, ...] = ()
         self._trainers: LevelTrainers | None = None
@@ -74,26 +78,39 @@ class Worker:
         """Let the job at hand go: what it would give is repeated after the next start."""
         self._jobs.put(None)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs: an error that nobody foresaw ends it."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        patience = self._progress.patience
         while (job := self._jobs.get()) is not None:
             if not isinstance(job, Train):
+                self._progress.begin("work between two jobs", patience.other_s, time.monotonic())
                 job()
-                continue
-            try:
-                trained = self._train(job)
-            except RegrowError as error:
-                self._done(TrainingFailed(job.number, str(error)))
-                continue
-            self._done(trained)
-            if self._tuning is not None and self._jobs.empty():  # while the update travels
-                self._tune(self._tuning, job, trained)
+            else:
+                self._progress.begin(f"training job {job.number}", patience.first_s, time.monotonic())
+                self._work(job)
+            self._progress.end()
+
+    def _work(self, job: Train) -> None:
+        try:
+            trained = self._train(job)
+        except RegrowError as error:
+            self._done(TrainingFailed(job.number, str(error)))
+            return
+        self._done(trained)
+        if self._tuning is not None and self._jobs.empty():  # while the update travels
+            self._progress.begin("trying another setting", self._progress.patience.first_s, time.monotonic())
+            self._tune(self._tuning, job, trained)
 
     def _train(self, job: Train) -> Trained:
         trainers = self._trainers_of(job.programs)
         trainers.keep({job.level, *job.widths, *job.evaluate}, whole=job.kept is not None)
-        trained = train_job(trainers, self._source, job, time.monotonic)
+        trained = train_job(trainers, self._source, job, time.monotonic, lambda: self._progress.step(time.monotonic()))
         self.step_s = trained.seconds / max(job.steps, 1)
         if trainers.is_full(job.level) and not job.widths:
             self.full_step_s = self.step_s
@@ -131,8 +148,18 @@ class Worker:
         return lambda count: place.trainer.train(vector, mask, [batch] * count, job.learning_rate)
 
 
-def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Callable[[], float] = lambda: 0.0) -> Trained:
-    """Score the levels that the job asks for on the validation data, then train its sub-model; `clock` times the training.
+def train_job(
+    trainers: LevelTrainers,
+    source: DataSource,
+    job: Train,
+    clock: Callable[[], float] = lambda: 0.0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Trained:
+    """Score the levels that the job asks for on the validation data, then train its sub-model.
+
+    Args:
+        clock: times the training.
+        on_step: called before every step.
 
     Raises:
         LocalError: there is no training data, or it does not fit the programs.
@@ -155,9 +182,15 @@ def train_job(trainers: LevelTrainers, source: DataSource, job: Train, clock: Ca
     drawn = drawn_levels(list(widths), job.steps, job.seed)
     places = {level: trainers.place(job, level, widths[level]) for level in sorted(set(drawn))}
     started = clock()
-    batches = source.batches(np.random.default_rng(job.seed), job.batch, job.steps)
+    batches = _telling(source.batches(np.random.default_rng(job.seed), job.batch, job.steps), on_step)
     result = _train(job, zip(drawn, batches, strict=True), places, first)
     return Trained(job.number, *result, clock() - started, tuple(scores))
+
+
+def _telling(batches: Iterable[Batch], on_step: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        on_step()
+        yield batch
 
 
 def drawn_examples(source: DataSource, batch: int, seed: int) -> Iterator[NDArray[np.float32]]:

@@ -50,15 +50,23 @@ def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout_s
 
 
 class Child:
-    """`regrow ...` as a process whose output goes to a file."""
+    """`regrow ...` as a process whose output goes to a file. module: what is run in place of the command."""
 
-    def __init__(self, arguments: Sequence[object], output: Path, *, prefix: Sequence[object] = ()) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        output: Path,
+        *,
+        prefix: Sequence[object] = (),
+        module: str = "cli.main",
+        more: Mapping[str, str] | None = None,
+    ) -> None:
         self.output = output
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(more or {})}
         self._start = output.stat().st_size if output.exists() else 0
         with output.open("ab") as file:
             self.process = subprocess.Popen(
-                [str(part) for part in (*prefix, sys.executable, "-m", "cli.main", *arguments)],
+                [str(part) for part in (*prefix, sys.executable, "-m", module, *arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
