@@ -268,7 +268,9 @@ class Updater:
         other = self._settings.prefix / self._slots.other()
         makes_room = sum(file.lstat().st_size for file in other.rglob("*")) if other.is_dir() else 0
         if free + makes_room < manifest.min_free_bytes + RESERVE_BYTES:
-            raise LocalError(f"release {manifest.number} needs {manifest.min_free_bytes / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free")
+            raise LocalError(
+                f"release {manifest.number} needs {manifest.min_free_bytes / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free"
+            )
 
     # ---- the steps -----------------------------------------------------------------------------------------------------------------
 
@@ -351,7 +353,9 @@ class Updater:
         self._journal = replace_journal(self._journal, outcome="rolled back")
         if self._journal.reason != BY_HAND:  # what did not work is nothing to go back to
             self._slots.remove(self._journal.slot)
-        self._say(f"release {self._journal.number} is rolled back ({self._journal.reason}); {self._slots.version(self._journal.before)} runs")
+        self._say(
+            f"release {self._journal.number} is rolled back ({self._journal.reason}); {self._slots.version(self._journal.before)} runs"
+        )
         return ""
 
     # ---- journal, lock, agent ------------------------------------------------------------------------------------------------------

@@ -291,6 +291,36 @@ class Certificate(Message, frozen=True, kw_only=True, omit_defaults=True):
     reason: Text = ""
 
 
+class Release(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, retained: the software that the device shall install; without `files` it is withdrawn.
+
+    manifest, signed: the bytes and their signature, as in regrow.release; files: the wheels that the manifest names, each a Blob.
+    """
+
+    number: Positive
+    manifest: Annotated[bytes, msgspec.Meta(max_length=256 * 1024)] = b""
+    signed: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    files: Annotated[list[Blob], msgspec.Meta(max_length=256)] = []
+
+
+class ReleaseReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: how far it is with a release, after every connect and every change.
+
+    number: of the release, 0 none; percent: of its bytes that are here; version, python, machine, board: what this device is.
+    """
+
+    number: Count
+    state: Annotated[
+        str, msgspec.Meta(pattern=r"^(none|waiting|fetching|verified|installing|trial|healthy|rolled back|failed|refused|withdrawn)\Z")
+    ]
+    percent: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
+    reason: Text = ""
+    version: Text = ""
+    python: Text = ""
+    machine: Text = ""
+    board: Text = ""
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -307,6 +337,8 @@ KINDS: dict[int, type[Message]] = {
     13: ControlReport,
     14: CertificateRequest,
     15: Certificate,
+    16: Release,
+    17: ReleaseReport,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
@@ -327,6 +359,8 @@ AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
     ControlReport,
     CertificateRequest,
     Certificate,
+    Release,
+    ReleaseReport,
 ]
 M = TypeVar("M", bound=Message)
 

@@ -35,7 +35,9 @@ def main():
 """
 
 
-def make_wheel(folder: Path, name: str, version: str, module: str, source: str, *, needs: Sequence[str] = (), tag: str = "py3-none-any") -> Path:
+def make_wheel(
+    folder: Path, name: str, version: str, module: str, source: str, *, needs: Sequence[str] = (), tag: str = "py3-none-any"
+) -> Path:
     """A wheel of one module; with `main` in it, the command of its name."""
     info = f"{name}-{version}.dist-info"
     files = {
@@ -107,7 +109,13 @@ class Board:
         subprocess.run([*pip, *wheels_of(path / "first", "1.0.0")], check=True)
         for link in ("current", "good"):
             (self.prefix / link).symlink_to("a")
-        fields = {"keys": [PUBLIC.hex()], "prefix": str(self.prefix), "spool": str(self.spool), "health": str(self.health), "restart": ["true"]}
+        fields = {
+            "keys": [PUBLIC.hex()],
+            "prefix": str(self.prefix),
+            "spool": str(self.spool),
+            "health": str(self.health),
+            "restart": ["true"],
+        }
         self.settings.write_text(json.dumps(fields))
         self.settings.chmod(0o644)
 
