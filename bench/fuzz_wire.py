@@ -1,4 +1,6 @@
-"""Does any mutated message make the decoder do something else than decode or raise PeerError, and how much memory does it take?
+"""Does any mutated message make a decoder do something else than decode or raise PeerError, and how much memory does it take?
+
+Bare messages (regrow.wire), and sealed ones (regrow.seal), which must never open once a byte of them is another.
 
 Seeded, so that a finding can be repeated: flips, truncations, insertions, doubled slices and length bombs on one example of every kind.
 """
@@ -13,12 +15,13 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regrow import wire
 from regrow.errors import PeerError
+from regrow.seal import Verify, open_seal, seal
 
 # msgpack markers whose length follows: str, bin, array, map and ext of 8, 16 and 32 bit
 _BOMBS = tuple(
@@ -36,8 +39,8 @@ _NUMBERS = (
 Corpus = Mapping[str, tuple[bytes, type[wire.Message]]]
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """One to three mutations; the header's length is then mostly put right, so that the header's decoder is reached."""
+def mutate(data: bytes, rng: random.Random, *, framed: bool = True) -> bytes:
+    """One to three mutations; the header's length of a frame is then mostly put right, so that the header's decoder is reached."""
     body = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(body)) if body else 0
@@ -55,7 +58,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         else:
             bomb = rng.choice(_BOMBS + _NUMBERS)
             body[at : at + rng.choice((1, len(bomb)))] = bomb
-    if len(body) >= 8 and rng.random() < 0.8:
+    if framed and len(body) >= 8 and rng.random() < 0.8:
         body[:4] = data[:4]
         body[4:8] = (len(body) - 8).to_bytes(4, "little")
     return bytes(body)
@@ -83,6 +86,33 @@ def fuzz(corpus: Corpus, count: int, seed: int) -> dict[str, Any]:
     return dict(outcomes)
 
 
+def fuzz_seals(corpus: Mapping[str, bytes], count: int, seed: int, *, topic: str, keys: Sequence[bytes], verify: Verify) -> dict[str, Any]:
+    """Counts of what happened to mutated seals; one that opens although it is not what was sealed is the finding."""
+    outcomes: Counter[str] = Counter(unchanged=0, refused=0)
+    rng = random.Random(seed)
+    names = sorted(corpus)
+    for index in range(count):
+        data = corpus[names[index % len(names)]]
+        changed = mutate(data, rng, framed=False)
+        try:
+            open_seal(topic, changed, keys, verify)
+            outcomes["unchanged" if changed == data else "forged"] += 1
+        except PeerError:
+            outcomes["refused"] += 1
+    return dict(outcomes)
+
+
+def _verify(key: bytes, data: bytes, signature: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, data)
+    except InvalidSignature:
+        return False
+    return True
+
+
 def main() -> None:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,6 +123,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     sys.path[:0] = [str(here), str(here.parent)]  # a script, but its corpus is the tests' golden messages
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from machine import write_result  # type: ignore[import-not-found, unused-ignore]  # beside this script, as for the other benches
 
     from tests.golden.examples import EXAMPLES
@@ -101,12 +132,17 @@ def main() -> None:
     started = time.perf_counter()
     outcomes = fuzz(corpus, options.count, options.seed)
     seconds = time.perf_counter() - started
+    private = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    key = private.public_key().public_bytes_raw()
+    seals = {name: seal("fuzz", data, stamp=1, expires_s=0, key=key, sign=private.sign) for name, (data, _) in corpus.items()}
+    count = options.count // 10  # a signature costs a hundred times a header
     tracemalloc.start()
     fuzz(corpus, min(options.count, 100_000), options.seed + 1)
     figures = {
         "count": options.count,
         "seed": options.seed,
         "outcomes": outcomes,
+        "seals": {"count": count, "outcomes": fuzz_seals(seals, count, options.seed, topic="fuzz", keys=[key], verify=_verify)},
         "messages_per_s": round(options.count / seconds),
         "peak_traced_bytes": tracemalloc.get_traced_memory()[1],
         "max_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

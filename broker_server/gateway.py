@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -36,6 +36,7 @@ from regrow.machine import (
     Persisted,
     Publish,
     SetTimer,
+    Standing,
     Subscribe,
     Unsubscribe,
     Woken,
@@ -43,6 +44,9 @@ from regrow.machine import (
 from regrow.outage import Outage
 from regrow.task import StoreSettings
 from regrow.watchdog import Progress
+
+if TYPE_CHECKING:
+    from broker_server.fleet.sealing import Sealing
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -136,6 +140,7 @@ class Gateway:
         evaluate: scores prefixes on held-out data, on a thread of its own; needed when the task names such data.
         companions: what else this process says to devices, such as the herald of the task's promoted models.
         vitals: what looks whether it gets anywhere.
+        sealing: of a fleet with keys; without, messages travel bare. Closed here.
     """
 
     def __init__(
@@ -149,6 +154,7 @@ class Gateway:
         evaluate: Callable[[Evaluate], Evaluated] | None = None,
         companions: Sequence[Companion] = (),
         vitals: Vitals | None = None,
+        sealing: Sealing | None = None,
     ) -> None:
         self.coordinator, self.store = coordinator, store
         self._vitals = vitals or Vitals(store.path)
@@ -158,7 +164,7 @@ class Gateway:
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
         self._writer = Writer(store, coordinator.ledger.task.store, self._events.put, self._vitals.store)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
-        self._evaluate, self._companions = evaluate, companions
+        self._evaluate, self._companions, self._sealing = evaluate, companions, sealing
         self._evaluating: threading.Thread | None = None
         self._outage = Outage()
         self._timer_s = float("inf")
@@ -180,6 +186,8 @@ class Gateway:
             LocalError: the disk failed, or the broker cannot be kept alive.
         """
         self._on_note, self._housekeeping = on_note, housekeeping
+        if self._sealing is not None:
+            time.sleep(self._sealing.quiet_s)
         self._bus.start()
         try:
             while not self._finished:
@@ -188,17 +196,24 @@ class Gateway:
                     raise event
                 if event is None:
                     break
-                self._tell_of_outages(event)
-                self._perform(self.coordinator.step(event, time.monotonic()))
-                for companion in self._companions:
-                    self._perform(companion.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
-                self._snapshot_if_due()
+                heard = event if self._sealing is None else self._sealing.open(event, time.monotonic())
+                if heard is not None:
+                    self._take(heard)
             self._snapshot()  # not after an error: the ledger may then be ahead of the log
+            if self._sealing is not None:
+                self._sealing.close(time.monotonic())
         finally:
             self._vitals.stopping()
             self._writer.close()
             self._bus.close()
         return self._finished
+
+    def _take(self, event: Event) -> None:
+        self._tell_of_outages(event)
+        self._perform(self.coordinator.step(event, time.monotonic()))
+        for companion in self._companions:
+            self._perform(companion.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
+        self._snapshot_if_due()
 
     def _tell_of_outages(self, event: Event) -> None:
         said = ""
@@ -218,6 +233,8 @@ class Gateway:
                 if said:
                     log.warning("%s", said)
                 self._look_at_vitals(now)
+                if self._sealing is not None:
+                    self._perform(self._sealing.tend(now))
             if self._timer_s <= now and self._events.empty():
                 self._timer_s = float("inf")
                 return Woken()
@@ -233,7 +250,9 @@ class Gateway:
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, (Publish, Subscribe, Unsubscribe)):
+            if isinstance(effect, Publish):
+                self._bus.perform(effect if self._sealing is None else self._sealing.seal(effect, time.monotonic()))
+            elif isinstance(effect, (Subscribe, Unsubscribe)):
                 self._bus.perform(effect)
             elif isinstance(effect, Persist):
                 self._writer.put(effect)
@@ -246,6 +265,8 @@ class Gateway:
                 self._on_note(effect)
                 if effect.kind == "aggregated":
                     self._vitals.aggregated(time.monotonic())
+            elif isinstance(effect, Standing):
+                self._events.put(effect)
             elif isinstance(effect, Finished):
                 self._finished = effect.reason
 

@@ -42,7 +42,7 @@ class HeadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SignOff(msgspec.Struct, frozen=True, kw_only=True):
-    """One decision. digest: that of wire.py, hexadecimal, None: no model is to be used. signature, key_id: reserved, as in wire.py."""
+    """One decision. digest: that of wire.py, hexadecimal, None: no model is to be used."""
 
     number: int
     action: str
@@ -57,8 +57,6 @@ class SignOff(msgspec.Struct, frozen=True, kw_only=True):
     step: str = ""
     withdrawn: list[str] = []
     head: HeadPlan | None = None
-    signature: str | None = None
-    key_id: str | None = None
 
 
 class Promotions:

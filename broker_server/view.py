@@ -142,6 +142,7 @@ def _in_words(note: Note) -> str:
         "rejected": "{device}: update rejected, {reason}",
         "released": "{device}: assignment ended, {reason}",
         "refreshed": "order epoch {epoch} ({bytes} bytes of index sets)",
+        "seal refused": "{peer}: refused {times} times ({kind}): {reason}",
         "promotion": "{device}: model {promotion} {said}",
         "finished": "finished: {reason}",
     }

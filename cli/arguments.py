@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+GATEWAY_HOME = ".gateway"
 MEMORY_MOST_BYTES = 2**53  # that a hello can say
 
 
@@ -44,8 +45,22 @@ def broker_options(command: argparse.ArgumentParser) -> None:
         help="mqtt://user:password@host:port of a broker that is there (or REGROW_BROKER in the environment, which `ps` does not show)",
     )
     command.add_argument("--broker-kind", choices=["auto", "mosquitto", "amqtt"], default="auto", help="which broker to start")
-    command.add_argument("--host", default="127.0.0.1", help="address that our broker listens on; 0.0.0.0 lets devices in")
+    command.add_argument(
+        "--host", metavar="ADDRESS", help="that our broker listens on (default: this machine's only; with a fleet, all, for its devices)"
+    )
     command.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
+    fleet_option(command, "made by `regrow fleet init` (default: RUNS/.gateway/fleet, where there is one)")
+    command.add_argument("--tls-port", type=int, metavar="N", help="port of our broker for the fleet's devices (default: the fleet's)")
+
+
+def fleet_option(command: argparse.ArgumentParser, text: str) -> None:
+    """Add --fleet."""
+    command.add_argument("--fleet", type=Path, metavar="DIR", help=f"folder of the fleet, {text}")
+
+
+def own_fleet(runs: Path) -> Path:
+    """Where the gateway keeps its fleet unless it is told otherwise."""
+    return runs / GATEWAY_HOME / "fleet"
 
 
 # ---- kinds of values: each raises ArgumentTypeError, which argparse tells with the option and the usage -----------------------------
@@ -94,6 +109,14 @@ def part(text: str) -> float:
     if number >= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a part between 0 and 1")
     return number
+
+
+def percent(text: str) -> float:
+    """A number from 0 to 100."""
+    value = not_negative(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
+    return value
 
 
 def memory_mb(text: str) -> float:

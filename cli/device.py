@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from cli.systemd import watchdog_of
 from cli.version import version
-from edge_agent.agent import Agent, read_bundle
+from edge_agent.agent import Agent, Companion
+from edge_agent.bundle import read_bundle
 from edge_agent.data.sources import open_source
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer, scan_program
@@ -34,6 +35,11 @@ def agent(options: argparse.Namespace) -> int:
     make = trainer_of(options.trainer)
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
+        releases = (
+            ()
+            if options.updates is None
+            else (_releases(options.updates, bundle.device, folder.path, lambda: not running.device.needs_link),)
+        )
         running = Agent(
             bundle,
             folder,
@@ -46,6 +52,7 @@ def agent(options: argparse.Namespace) -> int:
             local_head=options.local_head,
             make=make,
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
+            companions=releases,
             vitals=Vitals(folder.path, version(), watchdog_of()),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
@@ -55,6 +62,15 @@ def agent(options: argparse.Namespace) -> int:
             signal.signal(number, lambda *_: running.stop())
         running.run()
     return 0
+
+
+def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:
+    """What fetches releases; it needs the cryptography library, which a device without a fleet has not."""
+    from edge_agent.release import Releases
+    from edge_agent.updater import read_settings
+
+    said = read_settings(settings)
+    return Releases(device, state, said.keys, version=version(), quiet=quiet, prefix=said.prefix, board=said.board)
 
 
 def trainer_of(name: str) -> MakeTrainer:

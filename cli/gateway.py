@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from broker_server.audit import audit
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
-from broker_server.gateway import Gateway
+from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
 from broker_server.promotions import Promotions, use_of
 from broker_server.report import plot, write_metrics
@@ -31,7 +31,9 @@ from broker_server.store import Store
 from broker_server.transport import check_broker
 from broker_server.view import FleetView, watch
 from broker_server.vitals import Vitals
+from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
+from cli.fleet_doors import Doors, open_fleet
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.trainer import Trainer
@@ -46,7 +48,6 @@ from regrow.machine import Evaluate, Evaluated, Note
 from regrow.task import Training
 from regrow.topics import check_name
 
-GATEWAY_HOME = ".gateway"
 TASK_TEXT = """name = "{name}"
 model = "model.onnx"
 
@@ -176,17 +177,19 @@ def _unlocked(run: Path) -> tuple[TaskFolder, Path]:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How the coordinator reaches its broker, what ends the broker, and what keeps it alive."""
+    """How the coordinator reaches its broker, what ends the broker, what keeps it alive, and what else speaks over it."""
 
     url: str
     user: str
     password: str
     stop: Callable[[], None] = lambda: None
     keep: Callable[[], str | None] = lambda: None
+    companions: tuple[Companion, ...] = ()
 
 
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     """The broker that the options name, or one of our own, started. resuming: what it is for waits for a broker that is away."""
+    fleet = open_fleet(options.fleet, own_fleet(home.parent))
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
         address = parse_broker_url(url)
@@ -194,16 +197,39 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
             raise LocalError("--broker: expected mqtt://user:password@host:port; the user may use everything below regrow/v1/")
         if not resuming:  # a run that is there waits for its broker
             check_broker(url, address.username, address.password or "")
-        return Link(url, address.username, address.password or "")
-    if not 0 <= options.port <= 65535:
-        raise LocalError(f"--port {options.port}: 1 to 65535, or 0 for a free one")
+        link = Link(url, address.username, address.password or "")
+        return link if fleet is None else _with_fleet(link, fleet.doors(None, options.host))
+    if not all(0 <= port <= 65535 for port in (options.port, options.tls_port or 0)):
+        raise LocalError(f"--port {options.port}, --tls-port {options.tls_port}: 1 to 65535, or 0 for a free one")
     credentials = Credentials(home)
     kind = None if options.broker_kind == "auto" else options.broker_kind
-    broker = Broker(home, credentials, host=options.host, port=options.port, kind=kind)
+    if fleet is None:
+        broker = Broker(home, credentials, host=options.host or "127.0.0.1", port=options.port, kind=kind)
+    else:
+        broker = Broker(home, credentials, port=options.port, kind=kind, door=fleet.door(options.host, options.tls_port))
     broker.start()
-    hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
-    print(f"{broker.kind} on {options.host}:{broker.port}; {hint}", flush=True)
-    return Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
+    link = Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
+    if fleet is None:
+        hint = f"let devices in with `regrow device add NAME --runs {home.parent}`"
+        print(f"{broker.kind} on {broker.host}:{broker.port}; {hint}", flush=True)
+        return link
+    print(fleet.said(broker), flush=True)
+    try:
+        return _with_fleet(link, fleet.doors(broker, options.host))
+    except LocalError:
+        broker.stop()
+        raise
+
+
+def _with_fleet(link: Link, doors: Doors) -> Link:
+    def stop() -> None:
+        doors.close()
+        link.stop()
+
+    def keep() -> str | None:
+        return "; ".join(filter(None, (doors.look(), link.keep()))) or None
+
+    return replace(link, stop=stop, keep=keep, companions=doors.companions)
 
 
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
@@ -218,7 +244,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-        companions = () if herald is None else (herald,)
+        companions = (*link.companions, *(() if herald is None else (herald,)))
         gateway = Gateway(
             coordinator,
             store,

@@ -18,6 +18,8 @@ COMMANDS = {
     "serve": "cli.commands.serve",
     "promote": "cli.commands.promote",
     "device": "cli.commands.device",
+    "fleet": "cli.commands.fleet",
+    "join": "cli.commands.join",
     "agent": "cli.commands.agent",
     "update": "cli.commands.update",
     "predict": "cli.commands.predict",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.agent import read_bundle
+from edge_agent.bundle import read_bundle
 from edge_agent.data.source import DataSource
 from edge_agent.data.sources import open_source
 from edge_agent.inference import Inference

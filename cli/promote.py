@@ -24,8 +24,9 @@ from broker_server.runs import TaskFolder, joined_devices, load_task, recover
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
 from broker_server.transport import Event, MqttBus
+from cli.arguments import GATEWAY_HOME
 from cli.deployable import write_deployable
-from cli.gateway import GATEWAY_HOME, Link, check_run, link_of
+from cli.gateway import Link, check_run, link_of
 from edge_agent.inference import Inference
 from export.head import with_head
 from regrow.errors import LocalError, PeerError

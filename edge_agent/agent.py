@@ -7,18 +7,23 @@ import logging
 import queue
 import random
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import psutil
 
+from edge_agent.bundle import Bundle
+from edge_agent.control import Control
 from edge_agent.data.source import DataSource
+from edge_agent.identity import Identity as Member
+from edge_agent.identity import fleet_context
 from edge_agent.memory import spare_bytes
 from edge_agent.models import Models
 from edge_agent.promotion import Settled
+from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
@@ -30,6 +35,7 @@ from regrow import outgoing, topics, wire
 from regrow.device import OUTGOING, Device, Phase
 from regrow.errors import LocalError
 from regrow.fetching import PART
+from regrow.guards import REFUSED
 from regrow.machine import (
     Acknowledged,
     Connected,
@@ -46,6 +52,7 @@ from regrow.machine import (
     Save,
     SetTimer,
     Subscribe,
+    Told,
     Train,
     Trained,
     TrainingFailed,
@@ -62,16 +69,7 @@ TUNING = "tuning"
 POLL_S = 1.0
 UPLINK_DRIFT = 0.2
 OWN_TOKEN = -1
-COMPLAINTS = ("gave up", "rejected", "refused", "set aside", "without work")
-
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """What a device needs in order to connect; `regrow device add` writes it."""
-
-    device: str
-    broker: str
-    password: str
+COMPLAINTS = ("gave up", "rejected", "refused", REFUSED, "set aside", "without work")
 
 
 class Companion(Protocol):
@@ -85,26 +83,6 @@ class Tuned:
     """What to save of the worker's tuning."""
 
     data: bytes
-
-
-def read_bundle(path: Path) -> Bundle:
-    """Read NAME.json.
-
-    Raises:
-        LocalError: it cannot be read, or a field is missing or of another type.
-    """
-    try:
-        fields = json.loads(path.read_text())
-        bundle = Bundle(fields["device"], fields["broker"], fields["password"])
-    except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}; make it on the gateway with `regrow device add NAME`") from error
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else "it is not JSON of that form"  # its content may be secret
-        raise LocalError(f"{path}: not a device bundle, {what}; make it with `regrow device add NAME`") from error
-    if not all(isinstance(value, str) for value in (bundle.device, bundle.broker, bundle.password)):
-        raise LocalError(f"{path}: device, broker and password must be strings; make it with `regrow device add NAME`")
-    topics.check_name(bundle.device, "device")
-    return bundle
 
 
 class Agent:
@@ -123,6 +101,8 @@ class Agent:
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
         companions: what else this process does for the device over the same link.
         vitals: what looks whether it gets anywhere.
+        member: of a fleet, with this identity instead of a password; it then heeds what the fleet tells it.
+        sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
     """
 
     def __init__(
@@ -141,9 +121,13 @@ class Agent:
         tune: bool = False,
         companions: Sequence[Companion] = (),
         vitals: Vitals | None = None,
+        member: Member | None = None,
+        sealing: Sealing | None = None,
     ) -> None:
-        self._companions = companions
         self._vitals = vitals or Vitals(folder.path)
+        self._sealing = sealing
+        self._companions = [*companions, *(() if member is None else (Control(member, self, self._fleet_s),))]
+        self._clearing = self._cleared = False
         self._folder, self._bundle, self._source = folder, bundle, source
         self._tried = 0  # how many samples there were when the last job began
         self._meter = self._load_meter()
@@ -164,9 +148,11 @@ class Agent:
             device_id=bundle.device,
             password=bundle.password,
             rng=random.Random(self.identity.boot),
-            will=(topics.status(bundle.device), wire.encode(wire.Status(online=False))),
+            # Bare, so a fleet with keys would not hear it.
+            will=(topics.status(bundle.device), wire.encode(wire.Status(online=False))) if sealing is None else None,
             max_uplink_bps=max_uplink_bps,
             max_downlink_bps=max_downlink_bps,
+            tls=self._tls_of(member),
         )
         self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | Tuned] = queue.SimpleQueue()
         self._worker = Worker(
@@ -242,12 +228,17 @@ class Agent:
                 self._folder.check()  # an agent that waits for work writes nothing, and would not notice
                 wait_s = min(max(self._timer_s - time.monotonic(), 0.0), POLL_S)
                 for event in self._link.poll(wait_s):
-                    self._take(event)
+                    heard = event if self._sealing is None else self._sealing.open(event, time.monotonic())
+                    if heard is not None:
+                        self._take(heard)
                 while not self._results.empty():
                     self._take_result(self._results.get())
-                self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
+                if not self._clearing:
+                    self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
                 self._accompany(None)
-                if self._timer_s <= time.monotonic():
+                if self._sealing is not None:
+                    self._perform(self._sealing.tend(time.monotonic()))
+                if self._timer_s <= time.monotonic() and not self._clearing:
                     self._timer_s = float("inf")
                     self._step(Woken())
                 connected, phase, alive = self._link.connected, self.device.phase, self._worker.alive
@@ -256,6 +247,8 @@ class Agent:
             self._vitals.stopping()
             self._worker.close()
             self._link.close()
+            if self._sealing is not None:
+                self._sealing.close(time.monotonic())
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Acknowledged):
@@ -263,15 +256,54 @@ class Agent:
             if event.token == OWN_TOKEN:
                 return
         self._tell_of_outages(event)
-        self._step(event)
-        self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
+        if not self._clearing:
+            self._step(event)
+            self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
         self._accompany(event)
 
     def _accompany(self, event: Event | None) -> None:
         for companion in self._companions:
             self._perform(companion.step(event, time.monotonic()))
 
+    # ---- what the fleet may ask of it (edge_agent.control.Body) -------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return self.device.assignment is not None
+
+    @property
+    def cleared(self) -> bool:
+        return self._cleared
+
+    def clear(self) -> None:
+        self._clearing = True
+        self._worker.abandon()
+        self._worker.put(self._clear)  # in the thread that might still write
+
+    def _clear(self) -> None:
+        try:
+            self._folder.clear()
+        except LocalError as error:
+            log.error("%s", error)
+        self._cleared = True
+        self._link.wake()
+
+    def change(self, identity: Member) -> None:
+        if self._sealing is not None:
+            self._sealing.identity = identity
+        self._link.use(identity.tls_context(self._fleet_s))
+
+    def _fleet_s(self) -> float:
+        return time.time() if self._sealing is None else self._sealing.now_s(time.monotonic())
+
+    def _tls_of(self, member: Member | None) -> ssl.SSLContext | None:
+        if member is not None:
+            return member.tls_context(self._fleet_s)
+        return None if self._bundle.authority is None else fleet_context(self._bundle.authority)
+
     def _take_result(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
+        if self._clearing:
+            return
         if isinstance(result, Settled):
             self._perform(self._models.settled(result, time.monotonic()))
         elif isinstance(result, Tuned):
@@ -303,12 +335,8 @@ class Agent:
                 self._publish(effect)
             elif isinstance(effect, (Subscribe, Unsubscribe)):
                 self._link.perform(effect)
-            elif isinstance(effect, Save):
-                self._folder.put(effect.name, bytes(effect.data), durable=effect.id is not None)
-                if effect.id is not None:
-                    self._step(Persisted(effect.id))
-            elif isinstance(effect, Drop):
-                self._folder.delete(effect.name, durable=False)
+            elif isinstance(effect, (Save, Drop)):
+                self._keep(effect)
             elif isinstance(effect, Train):
                 self._tried = self._source.appended
                 self._worker.put(effect)
@@ -321,8 +349,25 @@ class Agent:
                 self._vitals.note(effect, time.monotonic())
                 if effect.kind == "without work" and self._source.appended != self._tried:
                     self._start_anew()
+            elif isinstance(effect, Told):
+                self._heed(effect)
             elif isinstance(effect, Finished):
+                log.warning("%s", effect.reason)
                 self._stopping = True
+
+    def _keep(self, effect: Save | Drop) -> None:
+        if isinstance(effect, Drop):
+            self._folder.delete(effect.name, durable=False)
+            return
+        self._folder.put(effect.name, bytes(effect.data), durable=effect.id is not None)
+        if effect.id is not None:
+            self._step(Persisted(effect.id))
+
+    def _heed(self, told: Told) -> None:
+        if told.action == "pause":
+            self._worker.abandon()
+        if not self._clearing:
+            self._step(told)
 
     def _start_anew(self) -> None:
         """Samples have come since the last job failed: perhaps these can be trained on."""
@@ -335,7 +380,7 @@ class Agent:
         if effect.token is None:
             effect = replace(effect, token=OWN_TOKEN)
         self._sent[effect.token or OWN_TOKEN] = effect.topic
-        self._link.perform(effect)
+        self._link.perform(effect if self._sealing is None else self._sealing.seal(effect, time.monotonic()))
 
     def _trained(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         self._results.put(result)
@@ -344,6 +389,8 @@ class Agent:
     # ---- the meter -----------------------------------------------------------------------------------------------------------------
 
     def _measure(self, ack: Acknowledged) -> None:
+        if self._clearing:
+            return
         topic = self._sent.get(ack.token, "") if ack.token == OWN_TOKEN else self._sent.pop(ack.token, "")
         if ack.acked_s <= ack.started_s:
             return

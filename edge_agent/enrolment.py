@@ -18,7 +18,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge_agent import identity
-from edge_agent.identity import About, Identity
+from edge_agent.identity import Identity
+from edge_agent.identity_folder import About, read_about
 from edge_agent.retry import Retry
 from regrow.errors import LocalError, PeerError
 
@@ -35,7 +36,7 @@ def enrol(folder: Path) -> Identity:
         LocalError: there is no claim, or the gateway refuses it: a person must do something.
         PeerError: the gateway cannot be reached, or does not answer as it should: it may later.
     """
-    about = identity.read_about(folder)
+    about = read_about(folder)
     if about.claim is None:
         raise LocalError(f"{folder} has no claim to join a fleet with")
     asked = identity.request(folder)

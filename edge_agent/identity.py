@@ -7,21 +7,16 @@ Whoever opens the folder finishes that move first, so a power cut at any point l
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
 import ssl
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.identity_folder import CERTIFICATE, CURE, KEY, SIGNING_KEY, About, finish_change, opened, read, read_about, write
 from edge_agent.state import sync_folder
-from regrow import topics
-from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError, PeerError
 
 if TYPE_CHECKING:
@@ -31,34 +26,6 @@ if TYPE_CHECKING:
 PROOF_DOMAIN = b"regrow/v1 certificate request\x00"  # as in broker_server.fleet.authority
 # OpenSSL's X509_V_FLAG_NO_CHECK_TIME: a board without a battery begins in another year, so dates are held against the fleet's time instead.
 _NO_CHECK_TIME = 0x200000
-_KEY, _CERTIFICATE, _SIGNING_KEY, _AUTHORITY = "device.key", "device.crt", "signing.key", "ca.crt"
-_CURE = "ask for a new claim on the gateway with `regrow fleet add NAME`, then `regrow join`"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """The right to be certified once, until then (unix seconds)."""
-
-    token: str
-    expires_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """device.json: where the fleet is, and who speaks for it.
-
-    coordinator_keys: Ed25519 public keys, 32 bytes each; authority: the fleet's CA, PEM, of the claim or of ca.crt; since_s: unix
-    seconds at which the gateway wrote this: it is later now, whatever the clock says; claim: not yet used.
-    """
-
-    device: str
-    fleet: str
-    broker: str
-    enrol: str
-    coordinator_keys: tuple[bytes, ...]
-    authority: str
-    since_s: int
-    claim: Claim | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +74,7 @@ def fleet_context(authority: str, now: Callable[[], float] = time.time) -> Dated
     try:
         context.load_verify_locations(cadata=authority)
     except (ssl.SSLError, ValueError) as error:
-        raise LocalError(f"the fleet's certificate (ca) does not check out: {error}; {_CURE}") from error
+        raise LocalError(f"the fleet's certificate (ca) does not check out: {error}; {CURE}") from error
     return context
 
 
@@ -136,15 +103,15 @@ class Identity:
         Raises:
             LocalError: it has no certificate yet, a file is missing or damaged, others can read it, or cryptography is not installed.
         """
-        with _opened(folder):
+        with opened(folder):
             about = read_about(folder)
-            if not (folder / _CERTIFICATE).exists():
-                raise LocalError(f"{folder} has no certificate yet: `regrow join` or the agent gets one with the claim; {_CURE}")
-            certificate = _certificate(_read(folder / _CERTIFICATE))
-            for name in (_KEY, _SIGNING_KEY):
+            if not (folder / CERTIFICATE).exists():
+                raise LocalError(f"{folder} has no certificate yet: `regrow join` or the agent gets one with the claim; {CURE}")
+            certificate = _certificate(read(folder / CERTIFICATE))
+            for name in (KEY, SIGNING_KEY):
                 if (folder / name).exists() and (folder / name).stat().st_mode & 0o077:
                     raise LocalError(f"{folder / name} can be read by others: chmod 600 it, and `regrow fleet rotate` on the gateway")
-            return cls(folder, about, certificate, _signing_key(folder / _SIGNING_KEY))
+            return cls(folder, about, certificate, _signing_key(folder / SIGNING_KEY))
 
     def tls_context(self, now: Callable[[], float] = time.time) -> DatedContext:
         """A client that shows this device's certificate, and believes the fleet's CA only. now: the fleet's time, unix seconds.
@@ -154,9 +121,9 @@ class Identity:
         """
         context = fleet_context(self.about.authority, now)
         try:
-            context.load_cert_chain(self.folder / _CERTIFICATE, self.folder / _KEY)
+            context.load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
         except (OSError, ssl.SSLError) as error:
-            raise LocalError(f"{self.folder}: key and certificate do not check out: {error}; {_CURE}") from error
+            raise LocalError(f"{self.folder}: key and certificate do not check out: {error}; {CURE}") from error
         return context
 
     def sign(self, data: bytes) -> bytes:
@@ -173,36 +140,17 @@ class Identity:
         try:
             last = int(path.read_text()) if path.exists() else 0
         except ValueError as error:
-            raise LocalError(f"{path} is damaged; {_CURE}") from error
-        _write(path, f"{last + 1}\n".encode())
+            raise LocalError(f"{path} is damaged; {CURE}") from error
+        write(path, f"{last + 1}\n".encode())
         return last + 1
 
 
 # ---- before there is a certificate, and when there shall be another one -------------------------------------------------------------
 
 
-def adopt(folder: Path, claim_file: Path) -> About:
-    """Make the claim file NAME.claim.json this folder's; what it was before stays until the new certificate has come.
-
-    Raises:
-        LocalError: it is no claim, or the folder cannot be written.
-    """
-    about = _about(claim_file)
-    if about.claim is None:
-        raise LocalError(f"{claim_file}: no claim in it; make one on the gateway with `regrow fleet add NAME`")
-    with _opened(folder):
-        shutil.rmtree(folder / "pending", ignore_errors=True)
-        _write(folder / "device.json", claim_file.read_bytes())
-    return about
-
-
-def read_about(folder: Path) -> About:
-    """What device.json says. Raises LocalError: there is none, or it does not check out."""
-    return _about(folder / "device.json")
-
-
-def has_certificate(folder: Path) -> bool:
-    return (folder / _CERTIFICATE).exists() or (folder / "ready").exists()
+def is_pending(folder: Path) -> bool:
+    """Whether there are keys that wait for their certificate."""
+    return (folder / "pending" / SIGNING_KEY).exists()
 
 
 def request(folder: Path) -> Request:
@@ -217,17 +165,17 @@ def request(folder: Path) -> Request:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
 
-    with _opened(folder):
+    with opened(folder):
         pending = folder / "pending"
-        if not (pending / _SIGNING_KEY).exists():  # written last
+        if not (pending / SIGNING_KEY).exists():  # written last
             _make_keys(pending)
-        key = serialization.load_pem_private_key(_read(pending / _KEY), None)
+        key = serialization.load_pem_private_key(read(pending / KEY), None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise LocalError(f"{pending / _KEY}: not an elliptic curve's key; remove {pending}")
+            raise LocalError(f"{pending / KEY}: not an elliptic curve's key; remove {pending}")
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, read_about(folder).device)])
         csr = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
         der = csr.public_bytes(serialization.Encoding.DER)
-        signing_key = _signing_key(pending / _SIGNING_KEY)
+        signing_key = _signing_key(pending / SIGNING_KEY)
         return Request(der, signing_key.public_key().public_bytes_raw(), signing_key.sign(PROOF_DOMAIN + der))
 
 
@@ -243,31 +191,16 @@ def accept(folder: Path, certificate: bytes) -> Identity:
     _needs_cryptography()
     from cryptography.hazmat.primitives import serialization
 
-    with _opened(folder):
+    with opened(folder):
         about, pending = read_about(folder), folder / "pending"
         found = _certificate(certificate)
-        key = serialization.load_pem_private_key(_read(pending / _KEY), None)
+        key = serialization.load_pem_private_key(read(pending / KEY), None)
         _check(found, about, key.public_key())
-        _write(pending / _CERTIFICATE, found.public_bytes(serialization.Encoding.PEM))
+        write(pending / CERTIFICATE, found.public_bytes(serialization.Encoding.PEM))
         pending.rename(folder / "ready")
         sync_folder(folder)
-        _finish_change(folder)
+        finish_change(folder)
     return Identity.load(folder)
-
-
-def wipe(folder: Path) -> None:
-    """Remove the identity: keys first, the claim and the name last. What flash keeps of them under other blocks is beyond a file system."""
-    for name in ("pending", "ready"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (_SIGNING_KEY, _KEY, _CERTIFICATE, "start", _AUTHORITY, "device.json"):
-        path = folder / name
-        if path.exists():
-            with path.open("r+b") as file:
-                file.write(bytes(path.stat().st_size))
-                file.flush()
-                os.fsync(file.fileno())
-            path.unlink()
-    sync_folder(folder)
 
 
 def verify(key: bytes, data: bytes, signature: bytes) -> bool:
@@ -282,83 +215,6 @@ def verify(key: bytes, data: bytes, signature: bytes) -> bool:
     return True
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------------------
-
-
-def _about(path: Path) -> About:
-    wrong = f"{path}: not a device's identity or claim"
-    try:
-        said = json.loads(path.read_text())
-        claim = said.get("claim")
-        about = About(
-            device=topics.check_name(_text(said, "device"), "device"),
-            fleet=_text(said, "fleet"),
-            broker=_text(said, "broker"),
-            enrol=_text(said, "enrol"),
-            coordinator_keys=tuple(bytes.fromhex(key) for key in said["coordinator_keys"]),
-            authority=_text(claim, "ca") if claim is not None else (path.parent / _AUTHORITY).read_text(),
-            since_s=_seconds(said, "since_s"),
-            claim=None if claim is None else Claim(_text(claim, "token"), _seconds(claim, "expires_s")),
-        )
-    except OSError as error:
-        raise LocalError(f"{error.filename or path}: {error.strerror}; {_CURE}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else "it is not JSON of that form"  # its content may be secret
-        raise LocalError(f"{wrong}, {what}; {_CURE}") from error
-    if not parse_broker_url(about.broker, of_device=True).tls or not about.enrol.startswith("https://"):
-        raise LocalError(f"{wrong}: a fleet is reached by mqtts:// and https:// only; {_CURE}")
-    if not about.coordinator_keys or any(len(key) != 32 for key in about.coordinator_keys):
-        raise LocalError(f"{wrong}: coordinator_keys are Ed25519 keys of 32 bytes each; {_CURE}")
-    return about
-
-
-def _text(said: Any, name: str) -> str:
-    value = said[name]
-    if not isinstance(value, str) or not value:
-        raise TypeError(name)
-    return value
-
-
-def _seconds(said: Any, name: str) -> int:
-    value = said[name]
-    if type(value) is not int or not 0 <= value < 2**53:
-        raise TypeError(name)
-    return value
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[None]:
-    """Alone in the folder, with an interrupted change finished."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_mode & 0o077:
-            folder.chmod(0o700)
-        with (folder / "lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _finish_change(folder)
-            yield
-    except OSError as error:
-        raise LocalError(f"{error.filename or folder}: {error.strerror or error}; check its owner and the disk") from error
-
-
-def _finish_change(folder: Path) -> None:
-    """Move what is `ready` to its place; again, as often as it is interrupted."""
-    ready = folder / "ready"
-    if not ready.exists():
-        return
-    for name in (_KEY, _SIGNING_KEY, _CERTIFICATE):
-        if (ready / name).exists():
-            (ready / name).replace(folder / name)
-    sync_folder(folder)
-    said = json.loads((folder / "device.json").read_text())
-    claim = said.pop("claim", None)
-    if claim is not None:
-        _write(folder / _AUTHORITY, claim["ca"].encode())
-        _write(folder / "device.json", json.dumps(said, indent=2).encode() + b"\n")
-    shutil.rmtree(ready)
-    sync_folder(folder)
-
-
 def _make_keys(pending: Path) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -366,9 +222,9 @@ def _make_keys(pending: Path) -> None:
     shutil.rmtree(pending, ignore_errors=True)
     pending.mkdir(mode=0o700)
     sync_folder(pending.parent)
-    for name, key in ((_KEY, ec.generate_private_key(ec.SECP256R1())), (_SIGNING_KEY, ed25519.Ed25519PrivateKey.generate())):
+    for name, key in ((KEY, ec.generate_private_key(ec.SECP256R1())), (SIGNING_KEY, ed25519.Ed25519PrivateKey.generate())):
         form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        _write(pending / name, key.private_bytes(*form))
+        write(pending / name, key.private_bytes(*form))
 
 
 def _check(certificate: Certificate, about: About, public: object) -> None:
@@ -401,11 +257,11 @@ def _signing_key(path: Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
-        key = serialization.load_pem_private_key(_read(path), None)
+        key = serialization.load_pem_private_key(read(path), None)
     except ValueError as error:
-        raise LocalError(f"{path} is damaged: {error}; {_CURE}") from error
+        raise LocalError(f"{path} is damaged: {error}; {CURE}") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise LocalError(f"{path}: not an Ed25519 key; {_CURE}")
+        raise LocalError(f"{path}: not an Ed25519 key; {CURE}")
     return key
 
 
@@ -414,22 +270,3 @@ def _needs_cryptography() -> None:
         import cryptography  # noqa: F401
     except ImportError as error:
         raise LocalError("an identity needs the cryptography library: pip install 'regrow[fleet]'") from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}; {_CURE}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file, the owner's only, so that a power cut leaves the old or the new one."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.unlink(missing_ok=True)
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_agent.board import look_here
-from edge_agent.bundle import has_wheel, open_bundle, read_wheels
 from edge_agent.identity import verify
+from edge_agent.release_bundle import has_wheel, open_bundle, read_wheels
 from edge_agent.slots import WHEELS
 from edge_agent.state import sync_folder
 from edge_agent.updater import PREFIX, RESERVE_BYTES, SUFFIX, Journal, read_journal

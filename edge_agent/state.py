@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -138,6 +139,22 @@ class StateFolder:
         except OSError as error:
             self.check()
             raise LocalError(f"cannot delete {file}: {error}") from error
+
+    def clear(self) -> None:
+        """Remove everything in the folder, models too, except that it is held.
+
+        Raises:
+            LocalError: something cannot be removed.
+        """
+        try:
+            for entry in self.path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != _LOCK:
+                    entry.unlink()
+            sync_folder(self.path)
+        except OSError as error:
+            raise LocalError(f"cannot remove {error.filename or self.path}: {error.strerror or error}") from error
 
     def list(self, prefix: str = "") -> list[str]:
         """Names that start with `prefix`, sorted; nothing is read, so one of them may still be set aside by `get`."""

@@ -77,7 +77,7 @@ class MqttLink:
     Args:
         url: mqtt://host:port or mqtts://host:port.
         device_id: client id and user name.
-        password: from the device's bundle.
+        password: from the device's bundle; None: a certificate says who it is.
         will: topic and payload that the broker publishes (not retained) when the connection is lost; a hint only.
         max_uplink_bps, max_downlink_bps: wire bits per second; None = as fast as the link goes.
         keepalive_s: a peer that is silent for up to twice as long counts as dead.
@@ -94,7 +94,7 @@ class MqttLink:
         url: str,
         *,
         device_id: str,
-        password: str,
+        password: str | None,
         rng: random.Random,
         will: tuple[str, bytes] | None = None,
         max_uplink_bps: float | None = None,
@@ -187,6 +187,13 @@ class MqttLink:
         with contextlib.suppress(OSError):  # full: it is awake already; closed: nobody waits
             self._wake_write.send(b"!")
 
+    def use(self, tls: ssl.SSLContext) -> None:
+        """Show another certificate: the connection at hand ends, and the next attempt is made at once."""
+        self._tls = tls
+        if self._client is not None or self._dial is not None:
+            self._lost("connecting anew with a new certificate")
+            self._retry_at_s = self._clock()
+
     def close(self) -> None:
         """Say goodbye, so that the broker keeps the will to itself, and free the sockets; at most about a second."""
         if self._client is not None and self.connected:
@@ -227,7 +234,8 @@ class MqttLink:
     def _start(self, raw: socket.socket) -> None:
         self._sock = PacedSocket(raw, uplink=self._uplink, downlink=self._downlink, clock=self._clock, on_packet=self._offered)
         client = self._client = _Client(self._device_id, self._sock)
-        client.username_pw_set(self._device_id, self._password)
+        if self._password is not None:
+            client.username_pw_set(self._device_id, self._password)
         client.max_inflight_messages_set(MAX_INFLIGHT)  # raises after connect
         if self._will is not None:
             client.will_set(self._will[0], self._will[1], qos=1)

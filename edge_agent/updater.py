@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.board import look_here
-from edge_agent.bundle import has_wheel, open_bundle, read_wheels
+from edge_agent.release_bundle import has_wheel, open_bundle, read_wheels
 from edge_agent.slots import CURRENT, GOOD, About, Slots
 from edge_agent.state import sync_folder
 from regrow.errors import LocalError, PeerError, RegrowError
@@ -32,8 +32,8 @@ PREFIX = Path("/opt/regrow")
 AGENT = Path("/var/lib/private/regrow-agent")  # where systemd keeps the state of a unit with DynamicUser
 RESTART = ("systemctl", "restart", "regrow-agent.service")
 SUFFIX = ".bundle"
-# Every place where a cut is tried (tests/edge_agent/test_updater.py, bench/update_kills.py). NAME:begin: the journal names the step, nothing
-# of it is done; NAME:done: it is done, and the journal does not know.
+# Every place where a cut is tried (tests/edge_agent/test_updater.py, bench/update_kills.py). NAME:begin: the journal names the step and
+# nothing of it is done; NAME:done: it is done, and the journal does not know.
 PLACES = (
     *("take", "copied", "taken"),
     *("build:begin", "build:empty", "build:done", "smoke:begin", "smoke:done"),
@@ -248,7 +248,7 @@ class Updater:
         return True
 
     def _accept(self, descriptor: int, wheels: Path | None) -> tuple[Manifest, list[Wheel]]:
-        """The manifest of a bundle that is right to the last byte, and what fits. wheels: where it goes, each file checked; None: nowhere."""
+        """The manifest of a bundle that is right to the last byte, and the wheels that fit. wheels: where these go; None: nowhere."""
         with os.fdopen(os.dup(descriptor), "rb") as stream:
             manifest = open_bundle(stream, self._settings.keys)
             version = self._slots.version(self._slots.linked(CURRENT))

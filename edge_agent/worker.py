@@ -19,7 +19,7 @@ from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
 from edge_agent.tuning import Setting, Tuning
 from regrow import wire
-from regrow.errors import PeerError, RegrowError
+from regrow.errors import LocalError, PeerError, RegrowError
 from regrow.local_rules import drawn_levels
 from regrow.local_training import STATISTICS_BATCHES, Batch, Training
 from regrow.machine import Train, Trained, TrainingFailed
@@ -65,6 +65,7 @@ class Worker:
         self._tuning, self._tuned = tuning, tuned
         self._progress = progress or Progress("training")
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
+        self._put = self._given_up = 0  # numbers of jobs
         self._key: tuple[bytes, ...] = ()
         self._trainers: LevelTrainers | None = None
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
@@ -72,7 +73,18 @@ class Worker:
 
     def put(self, job: Train | Callable[[], None]) -> None:
         """Queue a job of training, or other work that must neither disturb one nor the link; such work raises nothing."""
+        if isinstance(job, Train):
+            self._put = job.number
         self._jobs.put(job)
+
+    def abandon(self) -> None:
+        """Give up every job of training that was put until now, the one at hand at its next step."""
+        self._given_up = self._put
+
+    def _go_on(self, job: Train) -> None:
+        self._progress.step(time.monotonic())
+        if job.number <= self._given_up:
+            raise LocalError("given up")
 
     def close(self) -> None:
         """Let the job at hand go: what it would give is repeated after the next start."""
@@ -110,7 +122,7 @@ class Worker:
     def _train(self, job: Train) -> Trained:
         trainers = self._trainers_of(job.programs)
         trainers.keep({job.level, *job.widths, *job.evaluate}, whole=job.kept is not None)
-        trained = train_job(trainers, self._source, job, time.monotonic, lambda: self._progress.step(time.monotonic()))
+        trained = train_job(trainers, self._source, job, time.monotonic, lambda: self._go_on(job))
         self.step_s = trained.seconds / max(job.steps, 1)
         if trainers.is_full(job.level) and not job.widths:
             self.full_step_s = self.step_s

@@ -29,6 +29,7 @@ from regrow.machine import (
     Save,
     SetTimer,
     Subscribe,
+    Told,
     Trained,
     TrainingFailed,
     Unsubscribe,
@@ -63,6 +64,7 @@ class Device:
         self.identity = identity
         self.uplink_bps = uplink_bps
         self.phase = Phase.IDLE
+        self.told = "work"
         self.connected = False
         self.now = 0.0
         self.names: topics.Run | None = None
@@ -216,12 +218,20 @@ class Device:
     def _hear_assignment(self, assignment: wire.Assignment) -> None:
         """Begin it now, or after what is being worked on: an update stays valid for what it started with."""
         newest = self._done if self.assignment is None else self.assignment.number
-        if assignment.term < self.term or assignment.number <= newest:
+        if assignment.term < self.term or assignment.number <= newest or self.told != "work":
             return
         if self.phase in (Phase.WAITING, Phase.FETCHING):
             self._begin_fetch(assignment)
         else:
             self._next = assignment
+
+    def _hear_told(self, told: Told) -> None:
+        """An update that is ready still leaves; of a job that is given up nothing is kept, and its result is not looked at."""
+        self.told = told.action
+        if told.action != "work":
+            self._next = None
+        if told.action == "pause" and self.phase in (Phase.FETCHING, Phase.TRAINING):
+            self._give_up("paused")
 
     # ---- probing -------------------------------------------------------------------------------------------------------------------
 
@@ -388,6 +398,7 @@ _ANY: Mapping[Any, Callable[[Device, Any], None]] = {
     Measured: Device._measure,
     DataChanged: Device._start_anew,
     Woken: Device._wake,
+    Told: Device._hear_told,
     "tasks": Device._hear_tasks,
     "claim": Device._hear_claim,
     "assignment": Device._hear_assignment,

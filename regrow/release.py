@@ -1,8 +1,8 @@
 """A software release: the signed manifest, the wheels that it names, which of them fit a device, and whether a device may take it.
 
 A bundle is MAGIC, the manifest's length as u32 little-endian, the manifest (JSON; these exact bytes were signed), the Ed25519 signature
-(64 bytes), and then for each wheel its SHA-256 (32 bytes) and its bytes, as many as the manifest says. Nothing in a bundle is a path, a link
-or a mode: a wheel's name is checked by a pattern that has no room for a folder. A bundle may leave out wheels that its reader has already.
+(64 bytes), and then for each wheel its SHA-256 (32 bytes) and its bytes, as many as the manifest says. Nothing in a bundle is a path, a
+link or a mode: a wheel's name is checked by a pattern that has no room for a folder. Wheels that the reader has already may be left out.
 """
 
 from __future__ import annotations

@@ -80,6 +80,31 @@ def promotion_report(device: str, task: str) -> str:
     return f"{ROOT}/device/{device}/promotion/{task}"
 
 
+def device_of(topic: str) -> str | None:
+    """The device that a topic is about: only it, or the coordinator speaking to it, says anything there. None: it is about no device."""
+    parts = topic.split("/")
+    at = 2 if parts[2:3] == ["device"] else 4
+    return parts[at + 1] if parts[:2] == ["regrow", "v1"] and parts[at : at + 1] == ["device"] and len(parts) > at + 1 else None
+
+
+def is_claim(topic: str) -> bool:
+    parts = topic.split("/")
+    return parts[:2] == ["regrow", "v1"] and parts[3:] == ["claim"]
+
+
+def is_sealed(topic: str) -> bool:
+    """Whether messages on this topic are sealed in a fleet with keys (regrow.seal).
+
+    Not so: bytes whose digest stands in a sealed message, noise that measures a link, and last wills, which are hints.
+    """
+    parts = topic.split("/")
+    if parts[2:3] == ["device"]:
+        return not (len(parts) == 5 and parts[4] == "status")
+    if (parts[2:3] == ["release"] and len(parts) == 5) or parts[3:5] == ["promotion", "file"]:
+        return False
+    return not (parts[4:5] in (["chunk"], ["order"], ["program"]) or (parts[4:5] == ["device"] and parts[6:] == ["probe"]))
+
+
 # ---- topics of a task and of one run of it -------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 A message is `b"RG"`, a version byte, a kind byte, the header's length as u32 little-endian, the header (a msgpack map) and the payload
 (what is left). Receivers MUST refuse another magic, version or kind, MUST check every length before they allocate, and MUST ignore header
-fields that they do not know, so that v1 can grow. `signature` and `key_id` are reserved for signed work and are absent without it.
+fields that they do not know, so that v1 can grow. In a fleet with keys the whole frame travels inside a seal (regrow.seal).
 
 Chunks of the model, index sets and programs travel as bare bytes: their digest stands in a manifest.
 """
@@ -44,10 +44,7 @@ Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Fields that every header may have."""
-
-    signature: Annotated[bytes, msgspec.Meta(max_length=1024)] | None = None
-    key_id: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    """What is a header: a map, in which defaults are left out."""
 
 
 class Hello(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -284,9 +281,8 @@ class CertificateRequest(Message, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Certificate(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Coordinator -> device: the certificate that was asked for, or why there is none. request: digest of the CSR."""
+    """Coordinator -> device: the certificate that was asked for (PEM), or why there is none."""
 
-    request: Digest
     certificate: Annotated[bytes, msgspec.Meta(max_length=8192)] = b""
     reason: Text = ""
 

@@ -1,7 +1,7 @@
 """Publishes the fleet's newest release to the devices that its stage reaches, and notes what they say: a machine on the coordinator's link.
 
-Order of publication: the wheels' pieces, some at a time and each acknowledged; then a Release to each device; then what an older one left is
-cleared. After every reconnect all of it again: nothing relies on the broker's memory.
+Order of publication: the wheels' pieces, some at a time and each acknowledged; then a Release to each device; then what an older one left
+is cleared. After every reconnect all of it again: nothing relies on the broker's memory.
 """
 
 from __future__ import annotations
@@ -21,14 +21,10 @@ _FIRST_TOKEN = 1 << 41  # beside the herald's of promoted models
 
 
 class ReleaseHerald:
-    """One fleet's. `step` takes every event of the link; whoever owns the link carries the effects out.
+    """One fleet's, in the one process that speaks for it. `step` takes every event of the link; whoever owns it carries the effects out."""
 
-    Args:
-        speaks: this process is the one that speaks for the fleet.
-    """
-
-    def __init__(self, releases: Releases, *, speaks: bool = True) -> None:
-        self._releases, self._speaks = releases, speaks
+    def __init__(self, releases: Releases) -> None:
+        self._releases = releases
         self._connected = False
         self._stamp: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._pieces: dict[str, bytes] = {}  # topic -> b"" of what is published on this connection
@@ -40,8 +36,6 @@ class ReleaseHerald:
 
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:  # noqa: ARG002 - a fleet is not a task's
         """Take an event in, or None for the time alone."""
-        if not self._speaks:
-            return []
         effects: list[Effect] = []
         if isinstance(event, Connected):
             self._connected, self._stamp, self._look_s = True, None, now

@@ -125,15 +125,14 @@ class Steward:
         return [Note("device", {"device": device, "doing": report.doing})]
 
     def _certify(self, device: str, asked: wire.CertificateRequest) -> list[Effect]:
-        digest = wire.digest(asked.csr)
         try:
             request = check_request(asked.csr, asked.signing_key, asked.proof, device)
             pem = members.renew(self._registry, self._authority, request)
         except PeerError as error:
             log.warning("%s gets no certificate: %s", device, error)
-            return [Publish(topics.certificate(device), wire.encode(wire.Certificate(request=digest, reason=str(error)[:900])))]
+            return [Publish(topics.certificate(device), wire.encode(wire.Certificate(reason=str(error)[:900])))]
         log.warning("%s has been certified anew", device)
-        return [Publish(topics.certificate(device), wire.encode(wire.Certificate(request=digest, certificate=pem.encode())))]
+        return [Publish(topics.certificate(device), wire.encode(wire.Certificate(certificate=pem.encode())))]
 
 
 def control_of(device: Device) -> wire.Control:

@@ -34,3 +34,5 @@ def add_parser(commands: Commands) -> None:
     agent.add_argument("--memory-mb", type=memory_mb, metavar="N", help=memory)
     head = "train the last layer of promoted models on the data here, for use here only, and use it where it gains"
     agent.add_argument("--local-head", action="store_true", help=head)
+    updates = "fetch releases for the updater of this device, whose settings these are (/etc/regrow/update.json)"
+    agent.add_argument("--updates", type=Path, metavar="FILE", help=updates)

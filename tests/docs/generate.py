@@ -90,11 +90,10 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 
 def _wire(name: str) -> str:
-    """The table of one struct of wire.py: in the order of the array, or of the map's keys without what every message may have."""
+    """The table of one struct of wire.py: in the order of the array, or of the map's keys."""
     struct = getattr(wire, name)
     info: Any = inspect.type_info(struct)
-    own = [field for field in info.fields if field.name not in ("signature", "key_id") or struct is wire.Message]
-    rows = [(f"`{f.name}`", type_text(f.type), default_text(f), words.WIRE[f"{name}.{f.name}"]) for f in own]
+    rows = [(f"`{f.name}`", type_text(f.type), default_text(f), words.WIRE[f"{name}.{f.name}"]) for f in info.fields]
     if struct.__struct_config__.array_like:
         numbered = ((str(place), *row) for place, row in enumerate(rows))
         return table(("place", "field", "type and bounds", "default", "meaning"), numbered)

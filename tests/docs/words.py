@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 WIRE = {
-    "Message.signature": "Reserved for signed work. Senders leave it out; receivers ignore it.",
-    "Message.key_id": "Reserved, with `signature`.",
     "Hello.boot": "Random, new with every start of the agent, and when more data have come after some that could not be trained on.",
     "Hello.install": "Random, new with every installation. A lost sequence number also starts a new one.",
     "Hello.uplink_bps": "Measured uplink goodput, bit/s. Without it, or with 0, the device is not admitted yet.",

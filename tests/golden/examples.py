@@ -153,5 +153,4 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         b"",
     ),
     "promotion-report-sparse": (wire.PromotionReport(number=4, outcome="removed"), b""),
-    "signed": (wire.Claim(run="r1", term=1, signature=b"\x01" * 64, key_id="k1"), b""),
 }

@@ -107,3 +107,44 @@ def test_what_the_coordinator_publishes_is_never_taken_for_a_devices_word() -> N
     ]
     assert all(parse_from_device(topic, RUN) is None for topic in own)
     assert not any(matches(pattern, topic) for pattern in RUN.from_devices() for topic in own)
+
+
+SEALED = {
+    topics.hello("d1"): "d1",
+    topics.tasks("d1"): "d1",
+    topics.promotion_report("d1", "toy"): "d1",
+    topics.claim("toy"): None,
+    topics.promotion("toy"): None,
+    topics.Run("toy", "r1").manifest(3): None,
+    topics.Run("toy", "r1").assignment("d1"): "d1",
+    topics.Run("toy", "r1").receipt("d1"): "d1",
+    topics.Run("toy", "r1").telemetry("d1"): "d1",
+    topics.Run("toy", "r1").update("d1", 4, 0): "d1",
+    "regrow/v1/device/d1/anything/new": "d1",
+    "regrow/v1/anything/new": None,
+    "": None,
+}
+BARE = {
+    topics.status("d1"): "d1",
+    topics.Run("toy", "r1").chunk(3, 0): None,
+    topics.Run("toy", "r1").order(1, 0, 0): None,
+    topics.Run("toy", "r1").program(bytes(16), 0): None,
+    topics.Run("toy", "r1").probe("d1"): "d1",
+    topics.promoted_file("toy", bytes(16), 0): None,
+}
+
+
+@pytest.mark.parametrize(("topic", "device"), {**SEALED, **BARE}.items())
+def test_what_a_topic_carries_and_whom_it_is_about(topic: str, device: str | None) -> None:
+    assert topics.is_sealed(topic) == (topic in SEALED)
+    assert topics.device_of(topic) == device
+    assert topics.is_claim(topic) == (topic == topics.claim("toy"))
+
+
+@pytest.mark.parametrize("name", ["chunk", "order", "program", "promotion", "status", "probe", "release", "claim"])
+def test_no_name_of_a_device_task_or_run_opens_a_sealed_topic(name: str) -> None:
+    run = topics.Run(name, name)
+    for topic in (topics.hello(name), topics.tasks(name), topics.claim(name), topics.promotion(name), topics.promotion_report(name, name)):
+        assert topics.is_sealed(topic)
+    for topic in (run.manifest(1), run.assignment(name), run.receipt(name), run.telemetry(name), run.update(name, 1, 1)):
+        assert topics.is_sealed(topic)

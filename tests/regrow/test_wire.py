@@ -37,7 +37,6 @@ sixteen = st.binary(min_size=16, max_size=16)
         step_s=st.none() | finite,
         failed=st.text(max_size=200),
         pending=st.none() | st.builds(wire.Pending, count, st.integers(1, wire.MAX_CHUNKS)),
-        signature=st.none() | st.binary(max_size=100),
     ),
     st.binary(max_size=300),
 )

@@ -1,0 +1,197 @@
+"""`regrow fleet`: who is in the fleet, and what each device shall do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from broker_server.fleet import members
+from broker_server.fleet.authority import Authority, check_request
+from broker_server.fleet.registry import Device, Registry, now_s
+from broker_server.fleet.steward import read_seen
+from cli.arguments import own_fleet
+from edge_agent import identity
+from edge_agent.identity_folder import adopt
+from regrow.errors import LocalError
+
+COLUMNS = ("device", "state", "doing", "heard of", "certificate until", "board")
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    named: Path | None = options.fleet
+    return own_fleet(options.runs) if named is None else named
+
+
+def init(options: argparse.Namespace) -> int:
+    """Make a fleet."""
+    folder = _folder(options)
+    hosts = options.host or _own_hosts()
+    fleet = members.init(folder, options.name, hosts, tls_port=options.tls_port, enrol_port=options.enrol_port)
+    print(f"fleet {fleet.name} in {folder}: back it up, and let nobody read it")
+    print(f"devices find the broker at {fleet.broker} and join at {fleet.enrol}; its certificate also names {', '.join(hosts)}")
+    print("next: regrow fleet add NAME, for each device; then regrow serve TASK")
+    return 0
+
+
+def _own_hosts() -> list[str]:
+    """This machine's addresses and its mDNS name: what devices on the same network find it by."""
+    found = [address.address for addresses in psutil.net_if_addrs().values() for address in addresses if address.family == socket.AF_INET]
+    reachable = [address for address in found if not address.startswith(("127.", "169.254."))]
+    if not reachable:
+        raise LocalError("this machine has no address that devices could find it by; say --host NAME_OR_ADDRESS")
+    return [*reachable, f"{socket.gethostname().split('.')[0].lower()}.local", "localhost", "127.0.0.1"]
+
+
+def add(options: argparse.Namespace) -> int:
+    """Let a device join."""
+    registry = Registry(_folder(options))
+    if options.offline:
+        folder = _offline(registry, options)
+        print(f"{folder}: a whole identity. Its keys were made here and travel with it: for the lab only; a device's own never leave it")
+        return 0
+    path = members.write_claim(registry, options.name, options.out, days=options.days, board=options.board)
+    until = _day(registry.device(options.name).claim.expires_s)  # type: ignore[union-attr]  # it has just been made
+    print(f"{path}: for {options.name} alone, once, until {until}; on the device: regrow join {path.name} --identity DIR")
+    return 0
+
+
+def _offline(registry: Registry, options: argparse.Namespace) -> Path:
+    """The identity folder of a device that joins here and now, as it would over the network."""
+    folder: Path = options.out / options.name
+    if folder.exists():
+        raise LocalError(f"{folder} is there already; remove it, or choose another --out")
+    path = members.write_claim(registry, options.name, options.out, days=options.days, board=options.board)
+    try:
+        about = adopt(folder, path)
+        asked = identity.request(folder)
+        request = check_request(asked.csr, asked.signing_key, asked.proof, options.name)
+        token = "" if about.claim is None else about.claim.token
+        identity.accept(folder, members.enrol(registry, Authority(registry.folder), options.name, token, request).encode())
+    finally:
+        path.unlink()
+    return folder
+
+
+# ---- looking ------------------------------------------------------------------------------------------------------------------------
+
+
+def list_devices(options: argparse.Namespace) -> int:
+    """List the devices."""
+    registry = Registry(_folder(options))
+    devices, seen = registry.devices(), read_seen(registry.folder)
+    if options.json:
+        print(json.dumps({name: _facts(device, seen.get(name, {})) for name, device in devices.items()}, indent=2))
+        return 0
+    rows = [COLUMNS, *(_row(name, device, seen.get(name, {})) for name, device in devices.items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    for row in rows if devices else ():
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if not devices:
+        print("no devices yet: regrow fleet add NAME")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """Show one device."""
+    registry = Registry(_folder(options))
+    facts = _facts(registry.device(options.name), read_seen(registry.folder).get(options.name, {}))
+    if options.json:
+        print(json.dumps({"device": options.name, **facts}, indent=2))
+        return 0
+    print(f"{options.name}: {facts['state']}")
+    for name, value in facts.items():
+        if name == "certificates":
+            for number, certified in enumerate(value, 1):
+                state = "in use" if certified["used"] else "not yet used"
+                revoked = "" if certified["revoked_s"] is None else f", revoked {_day(certified['revoked_s'])}"
+                print(f"  certificate {number}: {certified['serial']}, until {_day(certified['not_after_s'])}, {state}{revoked}")
+        elif value not in (None, "", [], "claimed") and name != "state":
+            print(f"  {name}: {_day(value) if name.endswith('_s') else value}")
+    return 0
+
+
+def _facts(device: Device, seen: dict[str, Any]) -> dict[str, Any]:
+    """What may be shown: no token, not even its hash."""
+    return {
+        "state": device.state,
+        "board": device.board,
+        "percentile": device.percentile,
+        "added_s": device.added_s,
+        "claim_until_s": None if device.claim is None else device.claim.expires_s,
+        "doing": seen.get("doing"),
+        "heard_s": seen.get("seen_s"),
+        "shall_replace": device.replace,
+        "signing_keys": [key.hex() for key in device.signing_keys],
+        "certificates": [
+            {"serial": c.serial, "not_after_s": c.not_after_s, "used": c.used, "revoked_s": c.revoked_s} for c in device.certificates
+        ],
+    }
+
+
+def _row(name: str, device: Device, seen: dict[str, Any]) -> tuple[str, ...]:
+    good = device.good
+    heard = _ago(now_s() - seen["seen_s"]) if "seen_s" in seen else "-"
+    claimed = f"claim until {_day(device.claim.expires_s)}" if device.state == "claimed" and device.claim is not None else "-"
+    return name, device.state, seen.get("doing") or "-", heard, _day(good[-1].not_after_s) if good else claimed, device.board or "-"
+
+
+def _day(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
+
+
+def _ago(seconds: float) -> str:
+    for unit, length_s in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds // length_s:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"
+
+
+# ---- saying -------------------------------------------------------------------------------------------------------------------------
+
+
+def revoke(options: argparse.Namespace) -> int:
+    """Put a device out."""
+    members.revoke(Registry(_folder(options)), options.name)
+    print(f"{options.name} is out: its certificate is revoked, and a running gateway ends its connection within seconds")
+    return 0
+
+
+def rotate(options: argparse.Namespace) -> int:
+    """Have a device make new keys."""
+    members.rotate(Registry(_folder(options)), options.name)
+    print(f"{options.name} shall make new keys; `regrow fleet show {options.name}` says when the old certificate is revoked")
+    return 0
+
+
+def pause(options: argparse.Namespace) -> int:
+    """Stop a device's training."""
+    return _stand(options, "paused", "stops training and stays connected")
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Let a device work again."""
+    return _stand(options, "active", "works again")
+
+
+def drain(options: argparse.Namespace) -> int:
+    """Let a device finish its job."""
+    return _stand(options, "draining", "finishes its job and takes no other")
+
+
+def wipe(options: argparse.Namespace) -> int:
+    """Have a device remove everything."""
+    if not options.yes:
+        raise LocalError(f"this removes {options.name}'s training state, models and keys, and cannot be taken back: say --yes")
+    return _stand(options, "wiping", "removes its state, models and at last its keys; what it has not sent is lost")
+
+
+def _stand(options: argparse.Namespace, standing: members.Standing, said: str) -> int:
+    members.stand(Registry(_folder(options)), options.name, standing)
+    print(f"{options.name} {said}, as soon as it is connected; `regrow fleet list` says what it does")
+    return 0

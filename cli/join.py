@@ -1,0 +1,22 @@
+"""`regrow join`: a device's way into a fleet, by hand."""
+
+from __future__ import annotations
+
+import argparse
+
+from edge_agent.enrolment import enrol
+from edge_agent.identity_folder import adopt
+from regrow.errors import LocalError, PeerError
+
+
+def join(options: argparse.Namespace) -> int:
+    """Get the certificate that the claim is for."""
+    about = adopt(options.identity, options.claim)
+    try:
+        joined = enrol(options.identity)
+    except PeerError as error:
+        raise LocalError(
+            f"{error}; say the same again, or start `regrow agent --identity {options.identity}`, which goes on trying"
+        ) from error
+    print(f"{joined.device} is in fleet {about.fleet}; next: regrow agent --identity {options.identity} --data SOURCE")
+    return 0

@@ -1,0 +1,209 @@
+"""The folder that holds a device's identity: every file is the owner's only, and a change of keys is made wholly or not at all.
+
+New keys are made in `pending/`; when the certificate for them has come that folder is renamed to `ready/`, which decides it, and its
+files then take the places of the old ones. Whoever opens the folder finishes that move first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_agent.state import sync_folder
+from regrow import topics
+from regrow.broker_url import parse_broker_url
+from regrow.errors import LocalError
+
+KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, WIPING = "device.key", "device.crt", "signing.key", "ca.crt", "wiping"
+CURE = "ask for a new claim on the gateway with `regrow fleet add NAME`, then `regrow join`"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to be certified once, until then (unix seconds)."""
+
+    token: str
+    expires_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """device.json: where the fleet is, and who speaks for it.
+
+    coordinator_keys: Ed25519 public keys, 32 bytes each; authority: the fleet's CA, PEM, of the claim or of ca.crt; since_s: unix
+    seconds at which the gateway wrote this: it is later now, whatever the clock says; claim: not yet used.
+    """
+
+    device: str
+    fleet: str
+    broker: str
+    enrol: str
+    coordinator_keys: tuple[bytes, ...]
+    authority: str
+    since_s: int
+    claim: Claim | None = None
+
+
+def adopt(folder: Path, claim_file: Path) -> About:
+    """Make the claim file NAME.claim.json this folder's; what it was before stays until the new certificate has come.
+
+    Raises:
+        LocalError: it is no claim, or the folder cannot be written.
+    """
+    about = _about(claim_file)
+    if about.claim is None:
+        raise LocalError(f"{claim_file}: no claim in it; make one on the gateway with `regrow fleet add NAME`")
+    with opened(folder):
+        shutil.rmtree(folder / "pending", ignore_errors=True)
+        write(folder / "device.json", claim_file.read_bytes())
+    return about
+
+
+def read_about(folder: Path) -> About:
+    """What device.json says. Raises LocalError: there is none, or it does not check out."""
+    return _about(folder / "device.json")
+
+
+def has_certificate(folder: Path) -> bool:
+    return (folder / CERTIFICATE).exists() or (folder / "ready").exists()
+
+
+def begin_wipe(folder: Path) -> None:
+    """Remember, durably, that everything is to be removed: whoever opens the folder next goes on with it."""
+    with opened(folder):
+        write(folder / WIPING, b"\n")
+
+
+def is_wiping(folder: Path) -> bool:
+    return (folder / WIPING).exists()
+
+
+def can_speak(folder: Path) -> bool:
+    """Whether there are keys to say anything with."""
+    return all((folder / name).exists() for name in (KEY, SIGNING_KEY, CERTIFICATE, "device.json"))
+
+
+def wipe(folder: Path) -> None:
+    """Remove the identity: keys first, the mark of `begin_wipe` last. What flash keeps under other blocks is beyond a file system.
+
+    Raises:
+        LocalError: something cannot be removed.
+    """
+    try:
+        for name in (SIGNING_KEY, KEY):
+            if (folder / name).exists():
+                with (folder / name).open("r+b") as file:
+                    file.write(bytes((folder / name).stat().st_size))
+                    file.flush()
+                    os.fsync(file.fileno())
+                (folder / name).unlink()
+        for entry in list(folder.iterdir()):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != WIPING:
+                entry.unlink()
+        sync_folder(folder)
+        (folder / WIPING).unlink(missing_ok=True)
+        sync_folder(folder)
+    except OSError as error:
+        raise LocalError(f"cannot remove {error.filename or folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Alone in the folder, with an interrupted change finished."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_mode & 0o077:
+            folder.chmod(0o700)
+        with (folder / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            finish_change(folder)
+            yield
+    except OSError as error:
+        raise LocalError(f"{error.filename or folder}: {error.strerror or error}; check its owner and the disk") from error
+
+
+def finish_change(folder: Path) -> None:
+    """Move what is `ready` to its place; again, as often as it is interrupted."""
+    ready = folder / "ready"
+    if not ready.exists():
+        return
+    for name in (KEY, SIGNING_KEY, CERTIFICATE):
+        if (ready / name).exists():
+            (ready / name).replace(folder / name)
+    sync_folder(folder)
+    said = json.loads((folder / "device.json").read_text())
+    claim = said.pop("claim", None)
+    if claim is not None:
+        write(folder / AUTHORITY, claim["ca"].encode())
+        write(folder / "device.json", json.dumps(said, indent=2).encode() + b"\n")
+    shutil.rmtree(ready)
+    sync_folder(folder)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LocalError(f"{path}: {error.strerror}; {CURE}") from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file, the owner's only, so that a power cut leaves the old or the new one."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.unlink(missing_ok=True)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def _about(path: Path) -> About:
+    wrong = f"{path}: not a device's identity or claim"
+    try:
+        said = json.loads(path.read_text())
+        claim = said.get("claim")
+        about = About(
+            device=topics.check_name(_text(said, "device"), "device"),
+            fleet=_text(said, "fleet"),
+            broker=_text(said, "broker"),
+            enrol=_text(said, "enrol"),
+            coordinator_keys=tuple(bytes.fromhex(key) for key in said["coordinator_keys"]),
+            authority=_text(claim, "ca") if claim is not None else (path.parent / AUTHORITY).read_text(),
+            since_s=_seconds(said, "since_s"),
+            claim=None if claim is None else Claim(_text(claim, "token"), _seconds(claim, "expires_s")),
+        )
+    except OSError as error:
+        raise LocalError(f"{error.filename or path}: {error.strerror}; {CURE}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else "it is not JSON of that form"  # its content may be secret
+        raise LocalError(f"{wrong}, {what}; {CURE}") from error
+    if not parse_broker_url(about.broker, of_device=True).tls or not about.enrol.startswith("https://"):
+        raise LocalError(f"{wrong}: a fleet is reached by mqtts:// and https:// only; {CURE}")
+    if not about.coordinator_keys or any(len(key) != 32 for key in about.coordinator_keys):
+        raise LocalError(f"{wrong}: coordinator_keys are Ed25519 keys of 32 bytes each; {CURE}")
+    return about
+
+
+def _text(said: Any, name: str) -> str:
+    value = said[name]
+    if not isinstance(value, str) or not value:
+        raise TypeError(name)
+    return value
+
+
+def _seconds(said: Any, name: str) -> int:
+    value = said[name]
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise TypeError(name)
+    return value
