@@ -167,8 +167,8 @@ class Releases:
         return []
 
     def _hear_release(self, release: wire.Release) -> list[Effect]:
+        self._said = None  # every announcement is answered: the gateway may have missed what was said before
         if release == self._release:
-            self._said = None  # it is said again whenever it is asked for again
             return []
         effects = self._forget("waiting", "")
         self._release, self._retry_s = release, float("-inf")

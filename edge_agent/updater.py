@@ -202,7 +202,8 @@ class Updater:
     def _waiting(self) -> str | None:
         """The newest bundle in the spool."""
         try:
-            names = [name for name in os.listdir(self._settings.spool) if name.endswith(SUFFIX)]  # noqa: PTH208
+            with os.scandir(self._settings.spool) as entries:
+                names = [entry.name for entry in entries if entry.name.endswith(SUFFIX) and not entry.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return None
         return max(names, key=lambda name: (len(name), name), default=None)

@@ -3,7 +3,8 @@
 Healthy is a device that is connected or trying, and that trains or waits for work. The loop tries to connect by itself, each attempt with
 a deadline, so a loop that turns is one that tries; whether training advances is what the training thread says step by step.
 
-health.json is plain JSON in the state folder, replaced at most once a minute and without fsync, which would wear the card:
+health.json is plain JSON in the state folder, replaced once a minute, at once when something happens for the first time, and without fsync,
+which would wear the card:
     version      of the software that wrote it
     boot         the kernel's boot id: the seconds below are CLOCK_MONOTONIC of that boot, the same for every process of the machine
     started_s    when this agent started
@@ -55,6 +56,7 @@ class Vitals:
     def note(self, note: Note, now: float) -> None:
         """Something has happened; when the coordinator has accepted an update, a round is done."""
         if note.kind == "accepted":
+            self._first("round_s")
             self._fields["round_s"] = now
 
     def stopping(self) -> None:
@@ -64,6 +66,7 @@ class Vitals:
     def turn(self, now: float, *, connected: bool, phase: Phase, alive: bool) -> None:
         """The loop has turned. alive: the training thread runs."""
         if connected:
+            self._first("connected_s")
             self._fields["connected_s"] = now
         stuck = self._stuck(now, phase, alive)
         news = self._watchdog.turn(now, stuck, f"{'connected' if connected else 'trying to connect'}; {phase.value}")
@@ -72,6 +75,11 @@ class Vitals:
         if now >= self._write_s:
             self._write_s = now + WRITE_S
             self._write(now, "stuck" if stuck else phase.value)
+
+    def _first(self, field: str) -> None:
+        """What happens for the first time is written at once: an update on trial waits for it."""
+        if self._fields[field] is None:
+            self._write_s = float("-inf")
 
     def _stuck(self, now: float, phase: Phase, alive: bool) -> str:
         if not alive:
