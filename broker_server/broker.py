@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from broker_server.credentials import COORDINATOR, BrokerFiles, Credentials, write_private
-from broker_server.fleet.registry import MEMBERS, Registry
+from broker_server.fleet.registry import Registry
 from broker_server.stopping import ending_with_parent
 from regrow.errors import LocalError
 
@@ -226,7 +226,8 @@ class Broker:
     def _render(self) -> BrokerFiles:
         if self.door is None:
             return self._credentials.render(self._home)
-        denied = [name for name, device in self.door.registry.devices().items() if device.state not in MEMBERS]
+        # Not those who have only a claim: they are in a moment before the next reload.
+        denied = [name for name, device in self.door.registry.devices().items() if device.state in ("revoked", "wiped")]
         return self._credentials.render(self._home, passwords=self.kind == "amqtt", denied=denied)
 
     def _spawn(self) -> None:

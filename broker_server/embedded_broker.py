@@ -154,7 +154,7 @@ class Broker(AmqttBroker):  # type: ignore[misc]  # amqtt is untyped
             log.error("cannot read %s, keeping the users known so far: %s", self._users, err)
         if session.will_flag and not may_write(session.username or "", session.will_topic or ""):
             return False
-        if _certificate_of(session):
+        if _certificate_of(session)[0]:
             return self._certified(session)
         user, password = session.username, session.password
         if not user or password is None or session.client_id != user or user not in self._hashes:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import random
 import signal
+import threading
+import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +15,12 @@ from pathlib import Path
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, Companion
-from edge_agent.bundle import read_bundle
+from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data.sources import open_source
+from edge_agent.enrolment import enrol_until_done
+from edge_agent.identity import Identity, verify
+from edge_agent.identity_folder import adopt, can_speak, has_certificate, has_identity, is_wiping, read_about, wipe
+from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer, scan_program
 from edge_agent.vitals import Vitals
@@ -21,18 +29,31 @@ from regrow.errors import LocalError
 from regrow.local_training import Training
 
 SOFTWARE = "regrow"
+WIPED = "{}: wiped by its fleet; a new claim lets this device in again"
 
 
 def agent(options: argparse.Namespace) -> int:
     """Run a device until SIGINT or SIGTERM."""
-    bundle = read_bundle(options.bundle)
+    _check(options)
+    make = trainer_of(options.trainer)
+    if options.identity is None:
+        return _run(options, make, read_bundle(options.bundle), None)
+    member = _member(options.identity, options.claim)
+    return 0 if member is None else _run(options, make, Bundle(member.device, member.broker, None), member)
+
+
+def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.validation < 1:
         raise LocalError(f"--validation {options.validation}: at least 0 and below 1, for example 0.2")
     if options.gap < 0:
         raise LocalError(f"--gap {options.gap}: at least 0")
     if options.capacity is not None and options.capacity < 1:
         raise LocalError(f"--capacity {options.capacity}: at least 1")
-    make = trainer_of(options.trainer)
+    if options.claim is not None and options.identity is None:
+        raise LocalError("--claim begins an identity: say --identity DIR, where that shall be")
+
+
+def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member: Identity | None) -> int:
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
         releases = (
@@ -54,13 +75,16 @@ def agent(options: argparse.Namespace) -> int:
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
             companions=releases,
             vitals=Vitals(folder.path, version(), watchdog_of()),
+            member=member,
+            sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
         print(f"{bundle.device}: {samples}; {offer}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: running.stop())
+        at_signals(running.stop)
         running.run()
+    if member is not None and not can_speak(member.folder):
+        print(WIPED.format(member.folder), flush=True)
     return 0
 
 
@@ -71,6 +95,39 @@ def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool
 
     said = read_settings(settings)
     return Releases(device, state, said.keys, version=version(), quiet=quiet, prefix=said.prefix, board=said.board)
+
+
+def _member(folder: Path, claim: Path | None) -> Identity | None:
+    """The device's identity, made from its claim first where that is not done; None: it was stopped, or was being wiped.
+
+    Raises:
+        LocalError: there is neither, or the gateway refuses the claim.
+    """
+    if is_wiping(folder) and not can_speak(folder):  # a power cut came between the report and the last key
+        wipe(folder)
+        print(WIPED.format(folder), flush=True)
+        return None
+    if claim is not None and not has_identity(folder):
+        adopt(folder, claim)
+    about = read_about(folder)
+    if about.claim is None:
+        return Identity.load(folder)
+    print(f"{about.device}: joining fleet {about.fleet} at {about.enrol}", flush=True)
+    stopped = threading.Event()
+    at_signals(stopped.set)
+    try:
+        return enrol_until_done(folder, stopped, random.Random())
+    except LocalError as error:
+        if not has_certificate(folder):
+            raise
+        logging.getLogger(__name__).warning("%s; going on with the certificate that is there", error)
+        return Identity.load(folder)
+
+
+def at_signals(stop: Callable[[], None]) -> None:
+    """Call this at SIGINT and SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop())
 
 
 def trainer_of(name: str) -> MakeTrainer:

@@ -13,8 +13,7 @@ import psutil
 
 from broker_server.fleet import members
 from broker_server.fleet.authority import Authority, check_request
-from broker_server.fleet.registry import Device, Registry, now_s
-from broker_server.fleet.steward import read_seen
+from broker_server.fleet.registry import Device, Registry, now_s, read_seen
 from cli.arguments import own_fleet
 from edge_agent import identity
 from edge_agent.identity_folder import adopt

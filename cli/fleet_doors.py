@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from broker_server.broker import Broker, Door
 from broker_server.fleet.registry import Registry
+from broker_server.fleet.sealing import Sealing, sealing_of
 from broker_server.gateway import Companion
 
 if TYPE_CHECKING:
@@ -21,9 +22,13 @@ ALL_ADDRESSES = "0.0.0.0"
 
 @dataclass(frozen=True, slots=True)
 class Doors:
-    """What keeps a fleet's doors, called about twice a second, and what speaks for it on the coordinator's link."""
+    """What keeps a fleet's doors, called about twice a second, and what speaks for it on the coordinator's link.
+
+    sealing: role of a process -> what seals for it.
+    """
 
     companions: tuple[Companion, ...]
+    sealing: Callable[[str], Sealing]
     look: Callable[[], str | None] = lambda: None
     close: Callable[[], None] = lambda: None
 
@@ -56,7 +61,7 @@ class OpenFleet:
         speaking = ExitStack()
         if not speaking.enter_context(speaking_for(self.registry)):
             print("another process speaks for this fleet and enrols its devices", flush=True)
-            return Doors((Steward(self.registry, self.authority, speaks=False),))
+            return Doors((Steward(self.registry, self.authority, speaks=False),), self.sealing)
         enrolling = Enrolment(self.registry, self.authority, host or ALL_ADDRESSES, self.registry.fleet().enrol_port)
         keeper = Gatekeeper(self.registry, self.authority, broker, enrolling)
 
@@ -65,7 +70,11 @@ class OpenFleet:
             speaking.close()
 
         speakers = (Steward(self.registry, self.authority), ReleaseHerald(Releases(self.registry)))
-        return Doors(speakers, lambda: keeper.look(time.monotonic()), close)
+        return Doors(speakers, self.sealing, lambda: keeper.look(time.monotonic()), close)
+
+    def sealing(self, role: str) -> Sealing:
+        """What seals for a process of this role; no two at a time have the same."""
+        return sealing_of(self.registry, self.authority, role)
 
 
 def open_fleet(named: Path | None, own: Path) -> OpenFleet | None:

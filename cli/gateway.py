@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from broker_server.audit import audit
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
+from broker_server.fleet.sealing import Sealing
 from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
 from broker_server.promotions import Promotions, use_of
@@ -177,7 +178,7 @@ def _unlocked(run: Path) -> tuple[TaskFolder, Path]:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How the coordinator reaches its broker, what ends the broker, what keeps it alive, and what else speaks over it."""
+    """How the coordinator reaches its broker, what ends the broker, what keeps it alive, what else speaks over it, and what seals it."""
 
     url: str
     user: str
@@ -185,6 +186,7 @@ class Link:
     stop: Callable[[], None] = lambda: None
     keep: Callable[[], str | None] = lambda: None
     companions: tuple[Companion, ...] = ()
+    sealing: Callable[[str], Sealing | None] = lambda _: None
 
 
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
@@ -229,7 +231,7 @@ def _with_fleet(link: Link, doors: Doors) -> Link:
     def keep() -> str | None:
         return "; ".join(filter(None, (doors.look(), link.keep()))) or None
 
-    return replace(link, stop=stop, keep=keep, companions=doors.companions)
+    return replace(link, stop=stop, keep=keep, companions=doors.companions, sealing=doors.sealing)
 
 
 def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
@@ -254,6 +256,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             evaluate=evaluate,
             companions=companions,
             vitals=Vitals(path, version(), watchdog_of()),
+            sealing=link.sealing(f"serve-{folder.task.name}"),
         )
         reason = _serve(options, gateway, path, folder, link.keep)
         finish(store, path, folder, ledger)

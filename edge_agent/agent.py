@@ -247,7 +247,7 @@ class Agent:
             self._vitals.stopping()
             self._worker.close()
             self._link.close()
-            if self._sealing is not None:
+            if self._sealing is not None and not self._clearing:
                 self._sealing.close(time.monotonic())
 
     def _take(self, event: Event) -> None:

@@ -62,7 +62,7 @@ class Control:
         self._ask_s = float("-inf")
         self._wiping = identity_folder.is_wiping(identity.folder)
         self._wipe_until_s: float | None = None
-        self._told = False
+        self._told = self._over = False
 
     def step(self, event: Event | None, now: float) -> list[Effect]:
         """Take an event in, or None for the time alone."""
@@ -144,13 +144,14 @@ class Control:
             self._wipe_until_s = now + WIPE_PATIENCE_S
             self._body.clear()
             return [Told("pause")]
-        if not self._body.cleared:
+        if not self._body.cleared or self._over:
             return []
         if self._told or now >= self._wipe_until_s:
             try:
                 identity_folder.wipe(self._identity.folder)
             except LocalError as error:
                 log.error("%s", error)
+            self._over = True
             return [Finished("wiped by its fleet")]
         report = wire.ControlReport(number=max(self._heard, 1), doing="wiped", serial=_serial(self._identity))
         if not self._connected or report == self._reported:

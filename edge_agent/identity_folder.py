@@ -81,6 +81,11 @@ def begin_wipe(folder: Path) -> None:
         write(folder / WIPING, b"\n")
 
 
+def has_identity(folder: Path) -> bool:
+    """Whether the folder says who the device is, with a claim or a certificate."""
+    return (folder / "device.json").exists()
+
+
 def is_wiping(folder: Path) -> bool:
     return (folder / WIPING).exists()
 

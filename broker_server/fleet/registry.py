@@ -7,11 +7,12 @@ and written whole; a reader without the lock sees the one before or the one afte
 from __future__ import annotations
 
 import fcntl
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -152,6 +153,15 @@ def write_fleet(folder: Path, fleet: Fleet) -> None:
 
 def write_devices(folder: Path, devices: Mapping[str, Device]) -> None:
     write_private(folder / "devices.json", msgspec.json.format(msgspec.json.encode(_Devices(1, dict(devices)))) + b"\n")
+
+
+def read_seen(folder: Path) -> dict[str, dict[str, Any]]:
+    """name -> {seen_s, doing, serial} of the devices that were heard of; nothing durable hangs on it."""
+    try:
+        found = json.loads((folder / "seen.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def one(devices: Mapping[str, Device], name: str) -> Device:

@@ -11,20 +11,18 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from broker_server.credentials import write_private
 from broker_server.fleet import members
 from broker_server.fleet.authority import Authority, check_request
-from broker_server.fleet.registry import MEMBERS, Device, Registry, now_s
+from broker_server.fleet.registry import MEMBERS, Device, Registry, now_s, read_seen
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError
 from regrow.machine import Connected, Disconnected, Effect, Event, Note, Publish, Received, Standing, Subscribe
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
-SEEN_S = 30.0  # between two writings of who was heard of
+SEEN_S = 30.0  # between two writings of who was heard of, unless one does something else now
 _HEARD = ("control-report", "certificate-request")
 _ACTIONS = {"active": "work", "paused": "pause", "draining": "drain", "wiping": "wipe"}
 
@@ -45,7 +43,7 @@ class Steward:
         self._standing: Standing | None = None
         self._said: dict[str, wire.Control] = {}
         self._seen = read_seen(registry.folder)
-        self._seen_written = dict(self._seen)
+        self._seen_changed = self._seen_later = False
 
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:  # noqa: ARG002 - a fleet is not a task's
         """Take an event in, or None for the time alone."""
@@ -67,8 +65,8 @@ class Steward:
     # ---- saying ---------------------------------------------------------------------------------------------------------------------
 
     def _look(self, now: float) -> list[Effect]:
-        if self._seen != self._seen_written and now >= self._seen_due_s:
-            self._seen_due_s, self._seen_written = now + SEEN_S, dict(self._seen)
+        if self._seen_changed or (self._seen_later and now >= self._seen_due_s):
+            self._seen_due_s, self._seen_changed, self._seen_later = now + SEEN_S, False, False
             write_private(self._registry.folder / "seen.json", json.dumps(self._seen, indent=1).encode())
         stamp = self._registry.stamp()
         if stamp == self._stamp:
@@ -117,7 +115,10 @@ class Steward:
         known = self._registry.devices().get(device)
         if known is None:
             return []
-        self._seen[device] = {"seen_s": self._clock(), "doing": report.doing, "serial": report.serial.hex().lstrip("0")}
+        said = {"doing": report.doing, "serial": report.serial.hex().lstrip("0")}
+        news = {name: self._seen.get(device, {}).get(name) for name in said} != said
+        self._seen_changed, self._seen_later = self._seen_changed or news, True
+        self._seen[device] = {"seen_s": self._clock(), **said}
         if report.doing == "wiped":
             members.wiped(self._registry, self._authority, device)
         else:
@@ -151,15 +152,6 @@ def standing_of(devices: dict[str, Device]) -> Standing:
 def serial_bytes(serial: str) -> bytes:
     """A serial as it travels."""
     return bytes.fromhex(serial.zfill(len(serial) + len(serial) % 2))
-
-
-def read_seen(folder: Path) -> dict[str, dict[str, Any]]:
-    """name -> {seen_s, doing, serial} of the devices that were heard of; nothing durable hangs on it."""
-    try:
-        found = json.loads((folder / "seen.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -15,7 +15,12 @@ def add_parser(commands: Commands) -> None:
         "be a device: fetch, train on the data here, send",
         "Runs until it is stopped, through reboots and lost links. Its data never leaves it.",
     )
-    agent.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="NAME.json from `regrow device add`")
+    who = agent.add_mutually_exclusive_group(required=True)
+    identity = "folder of this device's identity in a fleet; with a claim in it and no certificate yet, the agent joins by itself"
+    who.add_argument("--identity", type=Path, metavar="DIR", help=identity)
+    who.add_argument("--bundle", type=Path, metavar="FILE", help="NAME.json from `regrow device add`")
+    claim = "NAME.claim.json from `regrow fleet add`, to begin an identity with that has none"
+    agent.add_argument("--claim", type=Path, metavar="FILE", help=claim)
     sources = "x.npz, idx:IMAGES,LABELS, csv:FILE?label=y, images:DIR or entry:NAME"
     agent.add_argument("--data", required=True, metavar="SOURCE", help=sources)
     agent.add_argument("--state", type=Path, metavar="DIR", help="durable state (default: regrow-state-NAME here)")

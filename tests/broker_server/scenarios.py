@@ -33,6 +33,10 @@ class Rig:
             self.credentials.add_device(device)
         self.broker = Broker(home / "broker", self.credentials, kind=kind, rng=random.Random(1))
         self.broker.start()
+        self.listen()
+
+    def listen(self) -> None:
+        """Let the coordinator hear everything."""
         self.heard: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.bus = self.coordinator(self.heard.put)
         self.hear(Connected)
