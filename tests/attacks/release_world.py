@@ -25,7 +25,7 @@ from edge_agent.release import SPOOL, Releases
 from edge_agent.transport import MqttLink
 from edge_agent.updater import Journal, Updater, read_settings
 from regrow import topics, wire
-from regrow.machine import Publish, Subscribe, Unsubscribe
+from regrow.machine import Connected, Publish, Subscribe, Unsubscribe
 from regrow.publication import PIECE_BYTES, blob
 from tests.edge_agent.release_rig import wheels_of
 from tests.testbed.processes import until
@@ -64,6 +64,12 @@ class World:
         self.link = MqttLink(self._broker.url, device_id=DEVICE, password=password, rng=random.Random(1))
         self.heard: list[str] = []
         self.start_device()
+
+    def start_again(self) -> None:
+        """Another life of it, on the link that is there."""
+        self.start_device()
+        for effect in self.device.step(Connected(), time.monotonic()):
+            self.link.perform(effect)  # type: ignore[arg-type]
 
     def _install(self, folder: Path) -> None:
         """What a refusal needs of a device: an environment that says its version, and the updater's settings."""
