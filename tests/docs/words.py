@@ -112,6 +112,18 @@ WIRE = {
     "PromotionReport.new": "The promoted model on this device's validation data; absent without such data.",
     "PromotionReport.old": "What was in use before, on the same examples.",
     "PromotionReport.tuned": "The promoted model with the last layer trained here; used only where its accuracy is higher.",
+    "Release.number": "Grows with every release of the fleet. One that is not above all that a device has begun is refused.",
+    "Release.manifest": "What is signed: JSON, see [updates.md](updates.md#what-is-in-a-release).",
+    "Release.signed": "Ed25519 signature over `regrow release v1`, a zero byte and the manifest.",
+    "Release.files": "One for each wheel of the manifest, by its name; none: the release is withdrawn. A device fetches those that fit it.",
+    "ReleaseReport.number": "The release that it is about; 0: none was ever heard of.",
+    "ReleaseReport.state": "How far it is; [updates.md](updates.md#bringing-a-release-out) says what each means.",
+    "ReleaseReport.percent": "Of the pieces that lack, how many have come.",
+    "ReleaseReport.reason": "Why it waits, failed, was refused or rolled back.",
+    "ReleaseReport.version": "Of the agent that says this.",
+    "ReleaseReport.python": 'Its Python, as "3.11".',
+    "ReleaseReport.machine": "Its processor, as `uname -m` has it.",
+    "ReleaseReport.board": "Its board.",
 }
 
 _DEVICE, _COORDINATOR = "device", "coordinator"
@@ -132,6 +144,9 @@ TOPICS = {
     "promotion": (_COORDINATOR, "yes", "`Promotion`"),
     "promoted_file": (_COORDINATOR, "yes", "piece i of the promotion's file with this digest (hexadecimal)"),
     "promotion_report": (_DEVICE, "no", "`PromotionReport`"),
+    "release": (_COORDINATOR, "yes", "`Release`"),
+    "release_file": (_COORDINATOR, "yes", "piece i of the wheel with this digest (hexadecimal)"),
+    "release_report": (_DEVICE, "no", "`ReleaseReport`"),
 }
 
 _G, _P, _OURS = "FedGMR", "PR-FL", "ours"

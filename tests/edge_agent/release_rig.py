@@ -97,16 +97,16 @@ def bundle_of(manifest: Manifest, wheels: Sequence[Path], key: Ed25519PrivateKey
 
 
 class Board:
-    """A device's prefix with version 1.0.0 in environment a. `boot` runs what the current link names, as its unit would."""
+    """A device's prefix with a first version in environment a. `boot` runs what the current link names, as its unit would."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, version: str = "1.0.0") -> None:
         self.path, self.prefix, self.spool, self.health = path, path / "opt", path / "spool", path / "health.json"
         self.settings = path / "update.json"
         self.prefix.mkdir(parents=True)
         self.spool.mkdir()
         subprocess.run([sys.executable, "-m", "venv", self.prefix / "a"], check=True)
         pip = [self.prefix / "a" / "bin" / "python", "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        subprocess.run([*pip, *wheels_of(path / "first", "1.0.0")], check=True)
+        subprocess.run([*pip, *wheels_of(path / "first", version)], check=True)
         for link in ("current", "good"):
             (self.prefix / link).symlink_to("a")
         fields = {
