@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import write_result
-from edge_agent.updater import PLACES, PLACES_BACK, read_journal
+from edge_agent.update_files import read_journal
+from edge_agent.updater import PLACES, PLACES_BACK
 from export.models import digits_mlp
 from tests.edge_agent.release_rig import PUBLIC, bundle_of, manifest_of
 from tests.edge_agent.updater_child import DURING
@@ -87,6 +88,7 @@ class Device:
         subprocess.run([*pip, *first], check=True)
         for link in ("current", "good"):
             (self.prefix / link).symlink_to("a")
+        self._child = shutil.copy(CHILD, folder)  # it belongs to the wheels that were made from this tree
         self._asked, self._done = folder / "asked", folder / "done"
         os.mkfifo(self._asked)
         os.mkfifo(self._done)
@@ -166,7 +168,7 @@ class Device:
 
     def update(self, place: str) -> int:
         """`regrow update apply` of the good version until the cut; then its whole process group is gone, pip too."""
-        command = [self.prefix / "good" / "bin" / "python", CHILD, self.settings, place]
+        command = [self.prefix / "good" / "bin" / "python", self._child, self.settings, place]
         with (self.folder / "updater.log").open("ab") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={"PATH": os.defpath}, cwd=self.folder)
             status = child.wait()

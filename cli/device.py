@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
 def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:
     """What fetches releases; it needs the cryptography library, which a device without a fleet has not."""
     from edge_agent.release import Releases
-    from edge_agent.updater import read_settings
+    from edge_agent.update_files import read_settings
 
     said = read_settings(settings)
     return Releases(device, state, said.keys, version=version(), quiet=quiet, prefix=said.prefix, board=said.board)

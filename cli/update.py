@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from edge_agent.slots import CURRENT, GOOD, NAMES, Slots
-from edge_agent.updater import SUFFIX, Settings, Updater, read_journal, read_settings
+from edge_agent.update_files import SUFFIX, Settings, read_journal, read_settings
+from edge_agent.updater import Updater
 from regrow.errors import LocalError, RegrowError
 
 

@@ -20,7 +20,8 @@ from edge_agent.identity import verify
 from edge_agent.release_bundle import has_wheel, open_bundle, read_wheels
 from edge_agent.slots import WHEELS
 from edge_agent.state import sync_folder
-from edge_agent.updater import PREFIX, RESERVE_BYTES, SUFFIX, Journal, read_journal
+from edge_agent.update_files import PREFIX, SUFFIX, Journal, read_journal
+from edge_agent.updater import RESERVE_BYTES
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError
 from regrow.machine import Connected, Disconnected, Effect, Event, Publish, Received, Subscribe

@@ -23,7 +23,8 @@ from broker_server.fleet.releases import Wish
 from broker_server.transport import MqttBus
 from edge_agent.release import SPOOL, Releases
 from edge_agent.transport import MqttLink
-from edge_agent.updater import Journal, Updater, read_settings
+from edge_agent.update_files import Journal, read_settings
+from edge_agent.updater import Updater
 from regrow import topics, wire
 from regrow.machine import Connected, Publish, Subscribe, Unsubscribe
 from regrow.publication import PIECE_BYTES, blob

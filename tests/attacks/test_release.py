@@ -19,7 +19,8 @@ pytest.importorskip("cryptography")
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker_server.broker import Kind
-from edge_agent.updater import Updater, read_settings
+from edge_agent.update_files import read_settings
+from edge_agent.updater import Updater
 from regrow import topics, wire
 from regrow.machine import Publish, Subscribe
 from regrow.publication import blob

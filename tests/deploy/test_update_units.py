@@ -11,7 +11,7 @@ import pytest
 
 from cli.main import parser
 from edge_agent.slots import GOOD
-from edge_agent.updater import AGENT, PREFIX, SETTINGS, SUFFIX
+from edge_agent.update_files import AGENT, PREFIX, SETTINGS, SUFFIX
 from tests.docs.generate import ROOT
 
 SERVICE, PATH = ROOT / "deploy" / "regrow-update.service", ROOT / "deploy" / "regrow-update.path"

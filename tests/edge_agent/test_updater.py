@@ -17,7 +17,8 @@ import pytest
 
 pytest.importorskip("cryptography")
 
-from edge_agent.updater import PLACES, PLACES_BACK, Journal, Updater, lacking, read_journal, read_settings
+from edge_agent.update_files import Journal, read_journal, read_settings
+from edge_agent.updater import PLACES, PLACES_BACK, Updater, lacking
 from regrow.errors import LocalError
 from tests.edge_agent.release_rig import Board, bundle_of, manifest_of, wheels_of
 from tests.edge_agent.updater_child import DURING

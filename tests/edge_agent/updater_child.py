@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from edge_agent.slots import Slots
-from edge_agent.updater import Updater, read_settings
+from edge_agent.update_files import read_settings
+from edge_agent.updater import Updater
 
 DURING = "build:during"  # while pip unpacks; it then goes on for a moment without its parent, which a power cut would not allow
 

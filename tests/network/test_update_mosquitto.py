@@ -11,7 +11,7 @@ pytest.importorskip("cryptography")
 
 from broker_server.fleet.authority import Authority
 from cli.version import version
-from edge_agent.updater import Journal, read_journal
+from edge_agent.update_files import Journal, read_journal
 from export.models import digits_mlp
 from tests.edge_agent.release_rig import Board, wheels_of
 from tests.testbed.certified import CertifiedFleet
