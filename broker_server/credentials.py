@@ -154,9 +154,15 @@ class Credentials:
         del self._devices[device]
         self._save()
 
-    def write_bundle(self, device: str, broker_url: str, folder: Path) -> Path:
-        """Write NAME.json, all that a device needs to connect, readable by the owner only; returns its path."""
+    def write_bundle(self, device: str, broker_url: str, folder: Path, authority: str | None = None) -> Path:
+        """Write NAME.json, all that a device needs to connect, readable by the owner only; returns its path.
+
+        Args:
+            authority: the CA that the device checks the broker by, PEM; None: the system's.
+        """
         bundle = {"device": device, "broker": broker_url, "password": self.password(device)}
+        if authority is not None:
+            bundle["ca"] = authority
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{device}.json"
         write_private(path, json.dumps(bundle, indent=2).encode() + b"\n")

@@ -51,6 +51,8 @@ def broker_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", type=int, default=1883, help="port of our broker; 0 picks a free one")
     fleet_option(command, "made by `regrow fleet init` (default: RUNS/.gateway/fleet, where there is one)")
     command.add_argument("--tls-port", type=int, metavar="N", help="port of our broker for the fleet's devices (default: the fleet's)")
+    passwords = "with a fleet: TLS by its certificate, but devices with passwords, and nothing sealed; for the bench, on amqtt"
+    command.add_argument("--passwords", action="store_true", help=passwords)
 
 
 def fleet_option(command: argparse.ArgumentParser, text: str) -> None:

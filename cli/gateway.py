@@ -201,6 +201,8 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
             check_broker(url, address.username, address.password or "")
         link = Link(url, address.username, address.password or "")
         return link if fleet is None else _with_fleet(link, fleet.doors(None, options.host))
+    if options.passwords and (fleet is None or options.broker_kind == "mosquitto"):
+        raise LocalError("--passwords needs a fleet, for its certificate, and amqtt: mosquitto's door lets nobody in without one")
     if not all(0 <= port <= 65535 for port in (options.port, options.tls_port or 0)):
         raise LocalError(f"--port {options.port}, --tls-port {options.tls_port}: 1 to 65535, or 0 for a free one")
     credentials = Credentials(home)
@@ -208,7 +210,8 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     if fleet is None:
         broker = Broker(home, credentials, host=options.host or "127.0.0.1", port=options.port, kind=kind)
     else:
-        broker = Broker(home, credentials, port=options.port, kind=kind, door=fleet.door(options.host, options.tls_port))
+        door = fleet.door(options.host, options.tls_port)
+        broker = Broker(home, credentials, port=options.port, kind="amqtt" if options.passwords else kind, door=door)
     broker.start()
     link = Link(broker.url, COORDINATOR, credentials.coordinator_password, broker.stop, _keeper(broker, home))
     if fleet is None:
@@ -216,6 +219,8 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
         print(f"{broker.kind} on {broker.host}:{broker.port}; {hint}", flush=True)
         return link
     print(fleet.said(broker), flush=True)
+    if options.passwords:
+        return link
     try:
         return _with_fleet(link, fleet.doors(broker, options.host))
     except LocalError:
@@ -336,7 +341,9 @@ def device_add(options: argparse.Namespace) -> int:
     parse_broker_url(options.broker, of_device=True)  # here, and not on a device that somebody then has to reach
     credentials = Credentials(options.runs / GATEWAY_HOME)
     credentials.add_device(options.name)
-    print(credentials.write_bundle(options.name, options.broker, options.out))
+    fleet = own_fleet(options.runs) / "ca.crt"
+    authority = fleet.read_text() if options.broker.startswith("mqtts") and fleet.exists() else None
+    print(credentials.write_bundle(options.name, options.broker, options.out, authority))
     return 0
 
 

@@ -43,9 +43,8 @@ def enrol(folder: Path) -> Identity:
     fields = {name: base64.b64encode(value).decode() for name, value in _parts(asked).items()}
     status, said = _post(about, {"device": about.device, "token": about.claim.token, **fields})
     if status == 403:
-        raise LocalError(
-            f"the gateway refuses {about.device}: {said.get('error', '')}; the claim has expired or was used, or is another one's"
-        )
+        why = "the claim has expired, was used by another device, or is not of this fleet; `regrow fleet add` makes another"
+        raise LocalError(f"the gateway refuses {about.device}: {str(said.get('error', ''))[:200]}; {why}")
     if status != 200 or not isinstance(said.get("certificate"), str):
         raise PeerError(f"the gateway answers {status}: {str(said.get('error', 'nothing that is understood'))[:200]}")
     return identity.accept(folder, str(said["certificate"]).encode())

@@ -66,6 +66,12 @@ def adopt(folder: Path, claim_file: Path) -> About:
     return about
 
 
+def settle(folder: Path) -> None:
+    """Finish what a power cut interrupted. Raises LocalError: the folder cannot be used."""
+    with opened(folder):
+        pass
+
+
 def read_about(folder: Path) -> About:
     """What device.json says. Raises LocalError: there is none, or it does not check out."""
     return _about(folder / "device.json")
@@ -128,7 +134,7 @@ def opened(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_mode & 0o077:
             folder.chmod(0o700)
-        with (folder / "lock").open("ab") as lock:
+        with os.fdopen(os.open(folder / "lock", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             finish_change(folder)
             yield

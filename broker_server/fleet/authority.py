@@ -265,8 +265,12 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
+def _clock() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
 def _days_from_now(days: float) -> datetime.datetime:
-    now = max(VALID_FROM, datetime.datetime.now(datetime.timezone.utc))
+    now = max(VALID_FROM, _clock())
     return (now + datetime.timedelta(days=days)).replace(microsecond=0)
 
 

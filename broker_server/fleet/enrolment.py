@@ -108,12 +108,12 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "regrow", ""
 
     def do_POST(self) -> None:
-        address = str(self.client_address[0])
+        address, body = str(self.client_address[0]), self._body()  # first: an answer before it would be lost with the connection
         if self.server.guesses.too_many(address, time.monotonic()):
             self._answer(429, {"error": "too many wrong claims from this address; try again in a minute"})
             return
         try:
-            asked = self._read()
+            asked = self._asked(body)
             request = check_request(asked.csr, asked.signing_key, asked.proof, asked.device)
             pem = members.enrol(self.server.registry, self.server.authority, asked.device, asked.token, request)
         except PeerError as error:
@@ -127,12 +127,15 @@ class _Handler(BaseHTTPRequestHandler):
             log.warning("%s enrolled from %s", asked.device, address)
             self._answer(200, {"certificate": pem})
 
-    def _read(self) -> _Asked:
+    def _body(self) -> bytes | None:
         size = self.headers.get("Content-Length", "")
-        if self.path != PATH or not (size.isascii() and size.isdecimal() and int(size) <= REQUEST_BYTES):
+        return self.rfile.read(int(size)) if size.isascii() and size.isdecimal() and int(size) <= REQUEST_BYTES else None
+
+    def _asked(self, body: bytes | None) -> _Asked:
+        if self.path != PATH or body is None:
             raise PeerError(f"expected {PATH} with at most {REQUEST_BYTES} bytes")
         try:
-            return msgspec.json.decode(self.rfile.read(int(size)), type=_Asked)
+            return msgspec.json.decode(body, type=_Asked)
         except (msgspec.DecodeError, ValueError) as error:
             raise PeerError(f"not an enrolment: {error}") from error
 

@@ -203,3 +203,11 @@ def test_backoff_grows_while_the_broker_keeps_dying(tmp_path: Path) -> None:
             waits.append(float(message.split("next start in ")[1].split(" s")[0]))
     broker.stop()
     assert 0.2 <= waits[0] <= 0.5 <= waits[1] <= 1.0
+
+
+def test_the_embedded_broker_does_not_listen_beyond_loopback_without_tls(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "192.0.2.1", "::", "gateway.local", ""):
+        with pytest.raises(LocalError, match="passwords travel in the clear"):
+            Broker(tmp_path / "b", Credentials(tmp_path / "c"), kind="amqtt", host=host)
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
+        Broker(tmp_path / "b", Credentials(tmp_path / "c"), kind="amqtt", host=host)

@@ -15,8 +15,10 @@ HAND_WRITTEN = (
     "README.md",
     "docs/bring-your-own.md",
     "docs/deploy.md",
+    "docs/fleet.md",
     "docs/models.md",
     "docs/simulate.md",
+    "docs/updates.md",
     "docs/using-the-model.md",
     "docs/zoo.md",
 )

@@ -204,3 +204,8 @@ def test_settings_that_others_may_write_are_refused(board: Board) -> None:
     board.settings.chmod(0o666)
     with pytest.raises(LocalError, match="others than root"):
         read_settings(board.settings)
+
+
+def test_the_documentation_names_every_place() -> None:
+    page = (ROOT / "docs" / "updates.md").read_text()
+    assert [place for place in (*PLACES, *PLACES_BACK) if f"`{place}`" not in page] == []

@@ -153,6 +153,13 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         b"",
     ),
     "promotion-report-sparse": (wire.PromotionReport(number=4, outcome="removed"), b""),
+    "control": (wire.Control(number=7, action="pause", replace=bytes.fromhex("0b5fc6d8")), b""),
+    "control-sparse": (wire.Control(number=1, action="work"), b""),
+    "control-report": (wire.ControlReport(number=7, doing="paused", serial=bytes.fromhex("0b5fc6d8")), b""),
+    "control-report-sparse": (wire.ControlReport(number=0, doing="working"), b""),
+    "certificate-request": (wire.CertificateRequest(csr=b"DER of a request", signing_key=2 * DIGEST, proof=4 * BOOT), b""),
+    "certificate": (wire.Certificate(certificate=b"PEM of a certificate"), b""),
+    "certificate-none": (wire.Certificate(reason="d1 is not in the fleet"), b""),
     "release": (
         wire.Release(
             number=3, manifest=b"{}", signed=bytes(64), files=[wire.Blob("regrow-1.0-py3-none-any.whl", 70_000, DIGEST, [BOOT, INSTALL])]

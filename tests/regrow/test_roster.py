@@ -13,12 +13,12 @@ from regrow import density, reference
 from regrow.coordinator import Coordinator, Phase
 from regrow.device import Device
 from regrow.levels import densities_of
-from regrow.machine import Effect, Event
+from regrow.machine import Effect, Event, Standing
 from regrow.roster import Least, Ranked, Tally
 from regrow.task import Task
 from testbed.memory import COORDINATOR
 from tests.regrow.fleet import PROGRAMS, identity, start_ledger, task
-from tests.regrow.harness import Tape, begin, check_run, restart_coordinator
+from tests.regrow.harness import Tape, begin, check_run, feed, restart_coordinator
 
 FLEET = {f"d{number}": 4e6 / (1 + number % 5) for number in range(12)}
 
@@ -29,7 +29,8 @@ def expected(leader: Coordinator) -> dict[str, Any]:
     method = ledger.task.method
     live = {who for who in devices if leader.live(who)}
     leased = {who for who, device in devices.items() if device.lease is not None}
-    working = [who for who in live if devices[who].rejections < ledger.task.fleet.max_rejections and devices[who].memory_density > 0.0]
+    fit = [who for who in live if devices[who].rejections < ledger.task.fleet.max_rejections and devices[who].memory_density > 0.0]
+    working = [who for who in fit if who not in leader.roster.resting]
     first = [devices[who].first_density for who in working]
     transfers = {who: device.density / device.uplink_bps for who, device in devices.items()}
     rounds = [mean for device in devices.values() if (mean := density.mean_round_s(device.full_round_s)) is not None]
@@ -44,7 +45,7 @@ def expected(leader: Coordinator) -> dict[str, Any]:
     ]
     return {
         "idle": {who for who in working if who not in leased and who not in ledger.arrived},
-        "outstanding": (leased & live) - leader.roster.overdue,
+        "outstanding": (leased & live) - leader.roster.overdue - leader.roster.resting,
         "fastest": first.count(max(first)) if first else 0,
         "leases": Counter(device.lease.version for device in devices.values() if device.lease is not None),
         "mean": float(np.mean([device.density for device in devices.values()])) if devices else None,
@@ -94,7 +95,7 @@ class Checked(Coordinator):
 
 
 def troubled(settings: Task, seed: int) -> Tape:
-    """Devices die, come back and are reinstalled, the link of the coordinator breaks, and some never deliver."""
+    """Devices die, come back, are reinstalled or put to rest, the link of the coordinator breaks, and some never deliver."""
     world = begin(settings, {})
     chance = random.Random(seed)
     world.add(COORDINATOR, Checked(start_ledger(settings), "r1", PROGRAMS, 7))
@@ -106,6 +107,8 @@ def troubled(settings: Task, seed: int) -> Tape:
             break
         who = chance.choice(sorted(FLEET))
         deed = chance.choice(["kill", "reboot", "reinstall", "cut", "offline"])
+        resting = frozenset(chance.sample(sorted(FLEET), 2))
+        feed(world, COORDINATOR, Standing(resting, resting ^ {who}))
         if deed == "kill":
             world.kill(who)
         elif deed == "cut":
@@ -116,6 +119,7 @@ def troubled(settings: Task, seed: int) -> Tape:
             world.connect(COORDINATOR)
         else:
             world.reboot(who, turn, turn if deed == "reinstall" else 0)
+    feed(world, COORDINATOR, Standing())
     world.finish()
     return world
 
