@@ -72,9 +72,9 @@ class Tally:
 class Device:
     """A prefix, its agent and whoever starts it anew when the updater asks (here: through two FIFOs)."""
 
-    def __init__(self, folder: Path, name: str, fleet: Fleet, first: Sequence[Path], sources: Path) -> None:
+    def __init__(self, folder: Path, name: str, fleet: Fleet, first: Sequence[Path]) -> None:
         self.folder, self.name, self.prefix = folder, name, folder / "opt"
-        self.spool, self.state, self.sources = folder / "spool", folder / "state", sources
+        self.spool, self.state = folder / "spool", folder / "state"
         self.health = self.state / "health.json"
         self.prefix.mkdir(parents=True)
         self.spool.mkdir()
@@ -84,7 +84,7 @@ class Device:
         fleet.credentials.write_bundle(name, f"mqtt://127.0.0.1:{fleet.port}", folder)
         write_digits(folder / "data.npz", seed=1)
         subprocess.run([sys.executable, "-m", "venv", self.prefix / "a"], check=True)
-        pip = [self.prefix / "a" / "bin" / "python", "-I", "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        pip = [str(self.prefix / "a" / "bin" / "python"), "-I", "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
         subprocess.run([*pip, *first], check=True)
         for link in ("current", "good"):
             (self.prefix / link).symlink_to("a")
@@ -265,61 +265,99 @@ def result_of(tallies: dict[str, Tally], chains: int, seconds: float) -> dict[st
     }
 
 
+def combined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several results as one; waits are of the first."""
+    names = ("kills", "old", "new", "neither", "trained_again")
+    found = json.loads(json.dumps(results[0]))
+    for other in results[1:]:
+        for row, more in zip(found["steps"], other["steps"], strict=True):
+            for name in names:
+                row[name] += more[name]
+        found["chains"] += other["chains"]
+        found["seconds"] += other["seconds"]
+    found["total"] = {name: sum(row[name] for row in found["steps"]) for name in names}
+    found.pop("machine", None)
+    return {**found, "runs": [{"chains": result["chains"], "machine": result["machine"]} for result in results]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wheels", type=Path, required=True)
+    parser.add_argument("--combine", type=Path, nargs="+", metavar="JSON", help="only add results up, of runs that were cut short")
+    parser.add_argument("--wheels", type=Path)
     parser.add_argument("--chains", type=int, default=20)
     parser.add_argument("--devices", type=int, default=2, help="that are cut at the same time")
-    parser.add_argument("--work", type=Path, required=True, help="folder for everything; must not exist")
+    parser.add_argument("--work", type=Path, help="folder for everything; must not exist")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "update_kills.json")
     options = parser.parse_args()
-    began_s = time.monotonic()
+    if options.combine:
+        write_result(options.out, combined([json.loads(file.read_text()) for file in options.combine]))
+        return
+    if options.wheels is None or options.work is None:
+        parser.error("--wheels and --work are needed, or --combine")
+    measure(options)
+
+
+class Campaign:
+    """The chains that are to be done, shared out among the devices; the result is written after each."""
+
+    def __init__(self, wheels: dict[str, Path], others: Sequence[Path], chains: int, out: Path) -> None:
+        self._wheels, self._others, self._left, self._out = wheels, others, chains, out
+        self._tallies = {place: Tally() for place in (*ALL, *PLACES_BACK)}
+        self._began_s, self._done = time.monotonic(), 0
+        self._lock = threading.Lock()
+        self.wrong: list[str] = []
+
+    def work(self, device: Device) -> None:
+        """Take chain after chain; from release to release the device goes from one version to the other and back."""
+        versions, number = (OLD, NEW), 1
+        try:
+            device.start()
+            while self._take():
+                mine = {place: Tally() for place in self._tallies}
+                good, bad = [self._wheels[versions[1]], *self._others], [self._wheels[BAD], *self._others]
+                chain(device, number, *versions, good, bad, mine)
+                number, versions = number + 2, versions[::-1]
+                self._add(mine)
+        except (SystemExit, OSError, subprocess.SubprocessError) as error:
+            with self._lock:
+                self.wrong.append(str(error))
+
+    def _take(self) -> bool:
+        with self._lock:
+            self._left -= 1
+            return self._left >= 0 and not self.wrong
+
+    def _add(self, mine: dict[str, Tally]) -> None:
+        with self._lock:
+            self._done += 1
+            for place, tally in mine.items():
+                for name in ("kills", "old", "new", "neither", "trained_again", "seconds"):
+                    setattr(self._tallies[place], name, getattr(self._tallies[place], name) + getattr(tally, name))
+            result = result_of(self._tallies, self._done, time.monotonic() - self._began_s)
+            print(f"{result['seconds']} s: {self._done} chains, {result['total']}", flush=True)
+            write_result(self._out, result)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Kill as many chains as were asked for."""
     others = sorted(options.wheels.glob("*.whl"))
     wheels = made_wheels(options.work / "wheels")
-    tallies = {place: Tally() for place in (*ALL, *PLACES_BACK)}
-    left, done, wrong = list(range(options.chains)), [], []
-    guard = threading.Lock()
     with Fleet(options.work / "fleet", digits_mlp(seed=1), TASK, kind="mosquitto") as fleet:
         names = [f"d{number}" for number in range(options.devices)]
         for name in names:
             fleet.credentials.add_device(name)
         fleet.serve()
-        devices = [Device(options.work / name, name, fleet, [wheels[OLD], *others], options.work) for name in names]
-
-        def work(device: Device) -> None:
-            versions = (OLD, NEW)
-            number = 1
-            try:
-                device.start()
-                while True:
-                    with guard:
-                        if not left or wrong:
-                            return
-                        left.pop()
-                    mine = {place: Tally() for place in tallies}
-                    chain(device, number, *versions, [wheels[versions[1]], *others], [wheels[BAD], *others], mine)
-                    number, versions = number + 2, versions[::-1]
-                    with guard:
-                        done.append(device.name)
-                        for place, tally in mine.items():
-                            for name in ("kills", "old", "new", "neither", "trained_again", "seconds"):
-                                setattr(tallies[place], name, getattr(tallies[place], name) + getattr(tally, name))
-                        print(f"{time.monotonic() - began_s:.0f} s: {len(done)} chains", flush=True)
-                        write_result(options.out, result_of(tallies, len(done), time.monotonic() - began_s))
-            except (SystemExit, OSError, subprocess.SubprocessError) as error:
-                with guard:
-                    wrong.append(str(error))
-
-        threads = [threading.Thread(target=work, args=(device,)) for device in devices]
+        devices = [Device(options.work / name, name, fleet, [wheels[OLD], *others]) for name in names]
+        campaign = Campaign(wheels, others, options.chains, options.out)
+        threads = [threading.Thread(target=campaign.work, args=(device,)) for device in devices]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         for device in devices:
             device.close()
-    if wrong:
-        raise SystemExit("\n".join(wrong))
-    print(json.dumps(result_of(tallies, len(done), time.monotonic() - began_s)["total"]))
+    if campaign.wrong:
+        raise SystemExit("\n".join(campaign.wrong))
 
 
 if __name__ == "__main__":
