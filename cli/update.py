@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from edge_agent.slots import CURRENT, GOOD, NAMES, Slots
@@ -26,9 +25,7 @@ def update(options: argparse.Namespace) -> int:
         return 0
     if options.action == "check":
         return _check(updater, settings, bundle)
-    if bundle is not None:
-        _lay(bundle, settings.spool)
-    journal = updater.apply()
+    journal = updater.apply(bundle)
     print(f"release {journal.number}: {journal.outcome}" if journal.number else "no release was ever applied")
     return 0
 
@@ -46,16 +43,6 @@ def _check(updater: Updater, settings: Settings, bundle: Path | None) -> int:
     if not found:
         print(f"no bundle in {settings.spool}")
     return 1 if refused else 0
-
-
-def _lay(bundle: Path, spool: Path) -> None:
-    """Put a bundle that a person brought into the spool, whole."""
-    if bundle.suffix != SUFFIX or not bundle.is_file():
-        raise LocalError(f"{bundle}: not a file N{SUFFIX} from the fleet's releases folder")
-    spool.mkdir(parents=True, exist_ok=True, mode=0o700)
-    aside = spool / f".{bundle.name}"
-    shutil.copyfile(bundle, aside)
-    aside.replace(spool / bundle.name)
 
 
 def _status(settings: Settings) -> int:

@@ -69,19 +69,23 @@ class Updater:
 
     # ---- what can be asked for -----------------------------------------------------------------------------------------------------
 
-    def apply(self) -> Journal:
-        """Go on with what was begun, then take what lies in the spool, until nothing is left to do.
+    def apply(self, bundle: Path | None = None) -> Journal:
+        """Go on with what was begun, then take a bundle that a person brought, and what lies in the spool, until nothing is left to do.
 
         Raises:
             LocalError: nothing is installed here, or the disk failed; the journal keeps the place, and another call goes on.
         """
+        if bundle is not None and not bundle.is_file():
+            raise LocalError(f"{bundle}: no such file")
         with self._locked():
             self._journal = read_journal(self._settings.prefix)
             if not (self._settings.prefix / GOOD).is_symlink():
                 self._slots.point(GOOD, self._slots.linked(CURRENT))
             self._go_on()
+            if bundle is not None and self._take(bundle.name, bundle.resolve().parent, keep=True):
+                self._go_on()
             while (waiting := self._waiting()) is not None:
-                if self._take(waiting):
+                if self._take(waiting, self._settings.spool):
                     self._go_on()
         return self._journal
 
@@ -125,23 +129,24 @@ class Updater:
             return None
         return max(names, key=lambda name: (len(name), name), default=None)
 
-    def _take(self, name: str) -> bool:
-        """Copy the wheels of a bundle, checked, and journal it as begun. The folder is the agent's: no link in it is followed."""
-        spool = os.open(self._settings.spool, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    def _take(self, name: str, folder: Path, *, keep: bool = False) -> bool:
+        """Copy the wheels of a bundle, checked, and journal it as begun. The spool is the agent's: no link in it is followed."""
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             self._at("take")
-            taken = self._try_to_take(name, spool)
+            taken = self._try_to_take(name, opened)
             self._at("taken")
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=spool)
-            os.fsync(spool)
+            if not keep:
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=opened)
+                os.fsync(opened)
             return taken
         finally:
-            os.close(spool)
+            os.close(opened)
 
-    def _try_to_take(self, name: str, spool: int) -> bool:
+    def _try_to_take(self, name: str, folder: int) -> bool:
         try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=spool)
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             try:
                 manifest, wheels = self._accept(descriptor, self._slots.wheels)
             finally:

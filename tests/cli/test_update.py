@@ -111,6 +111,7 @@ def test_a_device_says_what_runs_and_whether_a_bundle_would_be_taken(
     assert "cut off" in capsys.readouterr().out
     assert main(["update", "apply", str(wrong), *told]) == 0
     assert "2.bundle is refused" in capsys.readouterr().out
+    assert wrong.exists(), "a bundle that a person brought stays theirs"
     assert main(["update", "status", *told]) == 0
     assert "refused 2.bundle: " in capsys.readouterr().out
 
@@ -120,7 +121,7 @@ def test_a_device_says_what_runs_and_whether_a_bundle_would_be_taken(
     [
         (["rollback"], "holds no whole version to go back to"),
         (["status", "x.bundle"], "takes no bundle"),
-        (["apply", "x.zip"], "not a file N.bundle"),
+        (["apply", "none.bundle"], "none.bundle: no such file"),
         (["check", "none.bundle"], "No such file"),
     ],
 )
