@@ -41,10 +41,16 @@ PROGRAMS = {
     "ip": "iproute2",
     "mosquitto": "mosquitto",
 }
-PACKAGES = "systemd,systemd-sysv,systemd-resolved,dbus,cloud-init,netplan.io,openssh-server,sudo,python3,python3-venv,iproute2,netbase,ca-certificates"
+PACKAGES = ("systemd", "systemd-sysv", "systemd-resolved", "dbus", "cloud-init", "netplan.io", "openssh-server", "sudo") + (
+    "python3",
+    "python3-venv",
+    "iproute2",
+    "netbase",
+    "ca-certificates",
+)
 SUITE, SYSTEM, PYTHON = "trixie", "pi-os-trixie", "3.13"
 DEVICE, GATEWAY, ADDRESS, UPDATES = "pi-07", "gateway", "10.42.0.1", 2
-PATIENCE_S = 420.0
+PATIENCE_S = 300.0
 TASK = f"""name = "first-boot"
 model = "model.onnx"
 [method]
@@ -131,7 +137,7 @@ def unpack(system: Path) -> None:
     if (system / "etc" / "os-release").is_file():
         return
     print(f"unpacking Debian {SUITE}", flush=True)
-    said("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(system))
+    said("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(system))
     (system / "etc/cloud/cloud.cfg.d/99-boot-partition.cfg").write_text(
         "datasource_list: [NoCloud]\ndatasource:\n  NoCloud:\n    seedfrom: file:///boot/firmware/\n"
     )
@@ -166,7 +172,7 @@ def running(words: list[str], log: Path, cwd: Path, patience_s: float = 30.0) ->
     """A child that ends with the block."""
     with log.open("ab") as output:
         child = subprocess.Popen(
-            ending_with_parent(words),
+            ending_with_parent([str(shutil.which(words[0])), *words[1:]]),
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
@@ -214,7 +220,7 @@ def first_boot(stack: ExitStack, folder: Path, system: Path, console: Path, gate
 
     print("booting the board", flush=True)
     booted_s, booted = time.monotonic(), time.time()
-    nspawn = ["systemd-nspawn", "--quiet", "--directory", str(copy), "--boot", "--register=no", "--keep-unit"]
+    nspawn = ["systemd-nspawn", "--quiet", "--directory", str(copy), "--boot", "--register=no", "--keep-unit", "--capability=CAP_NET_ADMIN"]
     container = stack.enter_context(running([*nspawn, f"--network-namespace-path=/run/netns/{board}"], console, folder, 60.0))
     ended = wait(lambda: gateway.poll() is not None, PATIENCE_S, container, console)
     took_s = round(time.monotonic() - booted_s, 1)
@@ -253,10 +259,13 @@ def leave_a_look(board: Path) -> None:
     (board / "root/look.py").write_text(LOOK)
     (board / "etc/systemd/system/look.service").write_text(
         "[Unit]\nAfter=cloud-final.service\n[Service]\nType=oneshot\nStandardOutput=journal+console\n"
-        'ExecStart=/bin/sh -c "until journalctl --namespace=* -u regrow-agent | grep -q accepted; do sleep 1; done; python3 /root/look.py"\n'
-        "[Install]\nWantedBy=multi-user.target\n"
+        'ExecStart=/bin/sh -c "until journalctl --namespace=* -u regrow-agent | grep -q accepted; do sleep 1; done; '
+        'python3 /root/look.py"\n'
+        "[Install]\nWantedBy=cloud-init.target\n"
     )
     said("systemctl", "--root", str(board), "enable", "look")
+    (board / "etc/systemd/system/regrow-agent.service.d").mkdir()
+    (board / "etc/systemd/system/regrow-agent.service.d/console.conf").write_text("[Service]\nStandardError=journal+console\n")
 
 
 def wait(over: Any, patience_s: float, child: subprocess.Popen[bytes], log: Path) -> bool:

@@ -44,7 +44,6 @@ BACKOFF_MAX_S = 30.0
 STABLE_S = 30.0
 MESSAGE_LIMIT_BYTES = 1024 * 1024  # a chunk is at most 256 KiB
 MAX_CONNECTIONS = 2000
-LOG_BYTES = 1_000_000
 _NO_RESUMPTION = """openssl_conf = all
 [all]
 ssl_conf = ssl
@@ -58,6 +57,7 @@ _EXPOSED = (
     "this would let passwords travel in the clear: beyond loopback, the embedded amqtt and the coordinator's own listener are not to be "
     "reached without TLS; `regrow fleet init NAME` makes a fleet with certificates (and mosquitto is the broker for real use)"
 )
+LOG_BYTES = 1_000_000
 # An anonymous CONNECT (MQTT 3.1.1, clean session, client id "r"); the answer must be a CONNACK that refuses it.
 _PROBE = b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x0a\x00\x01r"
 

@@ -39,6 +39,7 @@ DEVICE_WRITES = (
 DEVICE_READS = (
     "regrow/v1/device/%u/#",
     "regrow/v1/+/claim",
+    "regrow/v1/release/#",
     "regrow/v1/+/promotion",
     "regrow/v1/+/promotion/file/#",
     "regrow/v1/+/+/manifest/#",

@@ -8,19 +8,18 @@ broker's memory. A device answers every announcement, so no receipts are needed.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from broker_server.promotions import Promotions, SignOff, in_words
+from broker_server.queueing import Queueing
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError
-from regrow.machine import Acknowledged, Connected, Disconnected, Effect, Event, Note, Publish, Received, Subscribe
+from regrow.machine import Acknowledged, Connected, Disconnected, Effect, Event, Note, Received, Subscribe
 from regrow.publication import PIECE_BYTES
 
 log = logging.getLogger(__name__)
 LOOK_S = 1.0
-WINDOW = 16
 _FIRST_TOKEN = 1 << 40  # the coordinator gives its publishes none
 
 
@@ -36,9 +35,7 @@ class Herald:
         self._connected = False
         self._number = -1  # of the decision that is published or being published on this connection
         self._current: dict[str, bytes] = {}
-        self._queue: deque[Publish] = deque()
-        self._waiting: set[int] = set()
-        self._token = _FIRST_TOKEN
+        self._queue = Queueing(_FIRST_TOKEN)
         self._look_s = float("-inf")
         self._known = promotions.reports()
         self._changed: dict[str, wire.PromotionReport] = {}
@@ -51,9 +48,9 @@ class Herald:
             effects.append(Subscribe((topics.promotion_report("+", self._promotions.task),)))
         elif isinstance(event, Disconnected):
             self._connected = False
-            self._forget()
+            self._queue.clear()
         elif isinstance(event, Acknowledged):
-            self._waiting.discard(event.token)
+            self._queue.acknowledged(event.token)
         elif isinstance(event, Received):
             self._hear(event)
         if now >= self._look_s:
@@ -61,17 +58,13 @@ class Herald:
             effects += self._notes()
             if self._connected and leads and self._promotions.newest_number() != max(self._number, 0):
                 self._begin()
-        return [*effects, *self._send()]
-
-    def _forget(self) -> None:
-        self._queue.clear()
-        self._waiting.clear()
+        return [*effects, *self._queue.send()]
 
     # ---- publishing ----------------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Queue the newest decision; one whose files do not check out is not published, and what is there stays."""
-        self._forget()
+        self._queue.clear()
         self._number = self._promotions.newest_number()
         try:
             history = self._promotions.history()
@@ -88,9 +81,9 @@ class Herald:
         }
         old = {**self._current, **self._left_by(history)}
         self._current = dict.fromkeys(pieces, b"")
-        self._queue.extend(Publish(topic, data, retain=True) for topic, data in pieces.items())
-        self._queue.append(Publish(topics.promotion(task), wire.encode(announcement), retain=True))
-        self._queue.extend(Publish(topic, b"", retain=True) for topic in old if topic not in pieces)
+        self._queue.put(pieces.items())
+        self._queue.put([(topics.promotion(task), wire.encode(announcement))], after_all=True)
+        self._queue.put((topic, b"") for topic in old if topic not in pieces)
 
     def _left_by(self, history: list[SignOff]) -> dict[str, bytes]:
         """What the decision before may have left on a broker that outlived its publisher."""
@@ -106,19 +99,6 @@ class Herald:
             for digest, data in files.items()
             for number in range(len(wire.pieces(data, PIECE_BYTES)))
         }
-
-    def _send(self) -> list[Effect]:
-        """The next of the queue; the announcement only when all pieces before it are acknowledged."""
-        effects: list[Effect] = []
-        announcement = topics.promotion(self._promotions.task)
-        while self._queue and len(self._waiting) < WINDOW:
-            if self._queue[0].topic == announcement and self._waiting:
-                break
-            publish = self._queue.popleft()
-            self._token += 1
-            self._waiting.add(self._token)
-            effects.append(Publish(publish.topic, publish.payload, retain=True, token=self._token))
-        return effects
 
     # ---- hearing -------------------------------------------------------------------------------------------------------------------
 

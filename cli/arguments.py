@@ -129,6 +129,14 @@ def part(text: str) -> float:
     return number
 
 
+def percent(text: str) -> float:
+    """A number from 0 to 100."""
+    value = not_negative(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
+    return value
+
+
 def memory_mb(text: str) -> float:
     """Megabytes (10^6 bytes) that a hello can say."""
     value = positive(text)

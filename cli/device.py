@@ -17,7 +17,7 @@ from types import FrameType
 from cli.doctor import examined_by_agent, subject_of
 from cli.systemd import watchdog_of
 from cli.version import version
-from edge_agent.agent import Agent
+from edge_agent.agent import Agent, Companion
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.checkup import Checkup
 from edge_agent.data.sources import open_source
@@ -66,6 +66,9 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
     with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
         subject = subject_of(bundle, folder.path, member)
+        companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
+        if options.updates is not None:
+            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: not running.device.needs_link))
         running = Agent(
             bundle,
             folder,
@@ -81,7 +84,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
             member=member,
             sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
-            companions=(Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes),),
+            companions=companions,
             vitals=Vitals(folder.path, version(), watchdog),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
@@ -92,6 +95,15 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
     if member is not None and not can_speak(member.folder):
         print(WIPED.format(member.folder), flush=True)
     return 0
+
+
+def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:
+    """What fetches releases; it needs the cryptography library, which a device without a fleet has not."""
+    from edge_agent.release import Releases
+    from edge_agent.update_files import read_settings
+
+    said = read_settings(settings)
+    return Releases(device, state, said.keys, version=version(), quiet=quiet, prefix=said.prefix, board=said.board)
 
 
 def _member(folder: Path, claim: Path | None, watchdog: Watchdog) -> Identity | None:

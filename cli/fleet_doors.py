@@ -57,6 +57,8 @@ class OpenFleet:
         """Open them; only one process of a fleet does, another one only heeds who rests. broker: the one that we run, or none."""
         from broker_server.fleet.enrolment import Enrolment
         from broker_server.fleet.gatekeeper import Gatekeeper
+        from broker_server.fleet.release_herald import ReleaseHerald
+        from broker_server.fleet.releases import Releases
         from broker_server.fleet.steward import Steward, speaking_for
 
         speaking = ExitStack()
@@ -70,7 +72,8 @@ class OpenFleet:
             keeper.close()
             speaking.close()
 
-        return Doors((Steward(self.registry, self.authority),), self.sealing, lambda: keeper.look(time.monotonic()), close)
+        speakers = (Steward(self.registry, self.authority), ReleaseHerald(Releases(self.registry)))
+        return Doors(speakers, self.sealing, lambda: keeper.look(time.monotonic()), close)
 
     def sealing(self, role: str) -> Sealing:
         """What seals for a process of this role; no two at a time have the same."""

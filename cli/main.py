@@ -26,6 +26,7 @@ COMMANDS = {
     "board": "cli.commands.board",
     "image": "cli.commands.image",
     "doctor": "cli.commands.doctor",
+    "update": "cli.commands.update",
     "predict": "cli.commands.predict",
     "config": "cli.commands.config",
     "backup": "cli.commands.backup",
@@ -131,10 +132,18 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     import argparse
     from importlib import import_module
 
+    class Version(argparse.Action):
+        """Looked up only when it is asked for: it costs more than parsing."""
+
+        def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+            print(f"regrow {import_module('cli.version').version()}")
+            parser.exit()
+
     top = argparse.ArgumentParser(
         prog="regrow",
         description="Federated learning for uneven edge fleets. Start with `regrow demo`; then docs/bring-your-own.md.",
     )
+    top.add_argument("--version", action=Version, nargs=0, help="say which version this is, and exit")
     top.add_argument("--verbose", action="store_true", help="log everything, for finding a fault")
     top.add_argument("--log", action="store_true", help="log what happens, as a service should")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -7,21 +7,19 @@ at a time. It follows the newest announcement of every task; what it has decided
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 
 import msgspec
 
 from regrow import topics, wire
 from regrow.errors import PeerError
-from regrow.machine import Connected, Disconnected, Drop, Effect, Event, Note, Publish, Received, Save, Subscribe, Unsubscribe
+from regrow.machine import Connected, Disconnected, Drop, Effect, Event, Note, Publish, Received, Save, Subscribe
+from regrow.piecewise import PATIENCE_S, Piecewise, check_blob
 from regrow.publication import PIECE_BYTES
 
 PIECE = "promoted-"
 DECISION = "promotion-"
 MAX_TASKS = 8
-AT_ONCE = 2
-PATIENCE_S = 60.0
 ATTEMPTS = 3  # a model that ends the agent each time it is tried must not do so for ever
 LOST = "the agent ended each time that it tried this model; look at its log and at the memory that it may take"
 
@@ -45,12 +43,10 @@ class Try:
 
 @dataclass(slots=True)
 class _Fetch:
-    """What is asked for. lacking: digest -> topic of the pieces that are not here; asked: topics; since_s: of the last one that came."""
+    """What is asked for, and of which task."""
 
     task: str
-    lacking: dict[bytes, str]
-    asked: set[str] = field(default_factory=set)
-    since_s: float = 0.0
+    pieces: Piecewise
 
 
 class Intake:
@@ -148,7 +144,7 @@ class Intake:
         """Of disk, for what is being fetched: what lacks, and the model once more where it is placed."""
         if self._fetch is None or (blob := self._heard[self._fetch.task].model) is None:
             return 0
-        return PIECE_BYTES * len(self._fetch.lacking) + blob.size
+        return PIECE_BYTES * len(self._fetch.pieces.lacking) + blob.size
 
     # ---- hearing -------------------------------------------------------------------------------------------------------------------
 
@@ -158,7 +154,7 @@ class Intake:
             self._hear_tasks({offered.task for offered in wire.decode(event.payload, wire.Tasks)[0].tasks})
         elif task is not None:
             self._hear_promotion(task, wire.decode(event.payload, wire.Promotion)[0])
-        elif self._fetch is not None and event.topic in self._fetch.asked:
+        elif self._fetch is not None and event.topic in self._fetch.pieces.asked:
             self._take(self._fetch, event, now)
 
     def _hear_tasks(self, tasks: set[str]) -> None:
@@ -188,16 +184,14 @@ class Intake:
             self._say(task, report)
 
     def _take(self, fetch: _Fetch, event: Received, now: float) -> None:
-        digest = wire.digest(event.payload)
-        if fetch.lacking.get(digest) != event.topic or len(event.payload) > PIECE_BYTES:
-            self._fail(fetch.task, f"{event.topic}: {len(event.payload)} bytes that the announcement does not name", now)
+        try:
+            digest, effects = fetch.pieces.take(event, now)
+        except PeerError as error:
+            self._fail(fetch.task, str(error), now)
             return
         name = PIECE + digest.hex()
         self._have.add(name)
-        del fetch.lacking[digest]
-        self._effects += [Save(name, event.payload), Unsubscribe((event.topic,))]
-        fetch.asked.discard(event.topic)
-        fetch.since_s = now
+        self._effects += [Save(name, event.payload), *effects]
 
     # ---- doing ---------------------------------------------------------------------------------------------------------------------
 
@@ -209,17 +203,13 @@ class Intake:
                 return
             self._sweep()
             lacking = {digest: topic for digest, topic in self._wanted(task).items() if PIECE + digest.hex() not in self._have}
-            self._fetch = _Fetch(task, lacking, since_s=now)
+            self._fetch = _Fetch(task, Piecewise(lacking, now))
         fetch = self._fetch
-        if not fetch.lacking:
+        if not fetch.pieces.lacking:
             self._try(fetch.task)
-        elif self._connected and quiet and len(fetch.asked) < AT_ONCE:
-            others = (topic for topic in fetch.lacking.values() if topic not in fetch.asked)
-            more = tuple(islice(others, AT_ONCE - len(fetch.asked)))
-            if more:
-                fetch.asked.update(more)
-                self._effects.append(Subscribe(more))
-        if fetch.asked and now - fetch.since_s > PATIENCE_S:
+        elif self._connected and quiet:
+            self._effects += fetch.pieces.ask()
+        if fetch.pieces.stalled(now):
             self._fail(fetch.task, "its pieces are not on the broker", now)
 
     def _try(self, task: str) -> None:
@@ -246,8 +236,8 @@ class Intake:
         self._retry_s[task] = now + PATIENCE_S
 
     def _stop(self) -> None:
-        if self._fetch is not None and self._fetch.asked and self._connected:
-            self._effects.append(Unsubscribe(tuple(sorted(self._fetch.asked))))
+        if self._fetch is not None and self._connected:
+            self._effects += self._fetch.pieces.stop()
         self._fetch = None if not self._trying else self._fetch
 
     def _say(self, task: str, report: wire.PromotionReport) -> None:
@@ -310,7 +300,4 @@ def _check(promotion: wire.Promotion) -> None:
     """Raises PeerError: a file is too large, or cannot be of these pieces."""
     blobs = [] if promotion.model is None else [promotion.model]
     for blob in [*blobs, *(promotion.head.programs if promotion.head is not None else ())]:
-        if not 0 < blob.size <= wire.MAX_MODEL_BYTES:
-            raise PeerError(f"{blob.name} has {blob.size} bytes; a device takes 1 to {wire.MAX_MODEL_BYTES}")
-        if len(blob.pieces) != -(-blob.size // PIECE_BYTES):
-            raise PeerError(f"{blob.name}: {len(blob.pieces)} pieces for {blob.size} bytes")
+        check_blob(blob, wire.MAX_MODEL_BYTES)

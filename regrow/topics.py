@@ -20,8 +20,8 @@ def check_name(name: str, what: str) -> str:
     """Return the name, or raise LocalError if it cannot be one level of a topic."""
     if not NAME.match(name):
         raise UsageError(f"{what} {name!r}: use 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit")
-    if name == "device" and what == "task":
-        raise UsageError("task 'device': this name is reserved by the topic layout; choose another")
+    if name in ("device", "release") and what == "task":
+        raise UsageError(f"task {name!r}: this name is reserved by the topic layout; choose another")
     return name
 
 
@@ -54,6 +54,18 @@ def certificate_request(device: str) -> str:
 
 def certificate(device: str) -> str:
     return f"{ROOT}/device/{device}/certificate"
+
+
+def release(device: str) -> str:
+    return f"{ROOT}/device/{device}/release"
+
+
+def release_report(device: str) -> str:
+    return f"{ROOT}/device/{device}/release-report"
+
+
+def release_file(digest: bytes, piece: int) -> str:
+    return f"{ROOT}/release/{digest.hex()}/{piece}"
 
 
 def parse_of_device(topic: str, kinds: Collection[str]) -> tuple[str, str] | None:

@@ -295,6 +295,36 @@ class Certificate(Message, frozen=True, kw_only=True, omit_defaults=True):
     reason: Text = ""
 
 
+class Release(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, retained: the software that the device shall install; without `files` it is withdrawn.
+
+    manifest, signed: the bytes and their signature, as in regrow.release; files: the wheels that the manifest names, each a Blob.
+    """
+
+    number: Positive
+    manifest: Annotated[bytes, msgspec.Meta(max_length=256 * 1024)] = b""
+    signed: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    files: Annotated[list[Blob], msgspec.Meta(max_length=256)] = []
+
+
+class ReleaseReport(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Device -> coordinator: how far it is with a release, after every connect and every change.
+
+    number: of the release, 0 none; percent: of its bytes that are here; version, python, machine, board: what this device is.
+    """
+
+    number: Count
+    state: Annotated[
+        str, msgspec.Meta(pattern=r"^(none|waiting|fetching|verified|installing|trial|healthy|rolled back|failed|refused|withdrawn)\Z")
+    ]
+    percent: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
+    reason: Text = ""
+    version: Text = ""
+    python: Text = ""
+    machine: Text = ""
+    board: Text = ""
+
+
 class DoctorRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Coordinator -> device, not retained: say what ails you. number: grows; now_s: the gateway's clock, unix seconds."""
 
@@ -326,6 +356,8 @@ KINDS: dict[int, type[Message]] = {
     13: ControlReport,
     14: CertificateRequest,
     15: Certificate,
+    16: Release,
+    17: ReleaseReport,
     18: DoctorRequest,
     19: DoctorReport,
 }
@@ -348,6 +380,8 @@ AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
     ControlReport,
     CertificateRequest,
     Certificate,
+    Release,
+    ReleaseReport,
     DoctorRequest,
     DoctorReport,
 ]

@@ -42,3 +42,5 @@ def add_parser(commands: Commands) -> None:
     agent.add_argument("--storage", choices=["auto", "float32", "float16"], default="auto", help=storage)
     head = "train the last layer of promoted models on the data here, for use here only, and use it where it gains"
     agent.add_argument("--local-head", action="store_true", help=head)
+    updates = "fetch releases for the updater of this device, whose settings these are (/etc/regrow/update.json)"
+    agent.add_argument("--updates", type=Path, metavar="FILE", help=updates)

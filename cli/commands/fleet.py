@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, count, fleet_option, positive, runs_option
+from cli.arguments import Commands, add_command, count, fleet_option, percent, positive, runs_option
 
 
 def add_parser(commands: Commands) -> None:
@@ -57,6 +57,32 @@ def add_parser(commands: Commands) -> None:
     _one(kinds, "drain", "cli.fleet:drain", "let a device finish the job that it has, and give it no other", running)
     wipe = _one(kinds, "wipe", "cli.fleet:wipe", "have a device remove its training state, models and at last its keys", running)
     wipe.add_argument("--yes", action="store_true", help="really; it cannot be taken back")
+    _update(kinds)
+
+
+def _update(kinds: Commands) -> None:
+    update = add_command(
+        kinds,
+        "update",
+        "cli.fleet_update:update",
+        "bring other software to the devices: sign a release and offer it to a part of them",
+        "A running `regrow serve` publishes it within a second. The same command with a higher --percent widens the stage.",
+    )
+    what = update.add_mutually_exclusive_group(required=True)
+    what.add_argument("--wheel", type=Path, metavar="FILE", help="regrow-VERSION-py3-none-any.whl, as `pip wheel --no-deps .` makes it")
+    what.add_argument("--status", action="store_true", help="how far each device is")
+    what.add_argument("--halt", action="store_true", help="offer the newest release to nobody any more; what has begun to install goes on")
+    wheels = "folder of wheels that it depends on, for every kind of board in the fleet (`pip download`)"
+    update.add_argument("--wheels", type=Path, metavar="DIR", help=wheels)
+    update.add_argument("--percent", type=percent, default=10.0, metavar="N", help="of the devices that it may be for")
+    update.add_argument("--board", action="append", default=None, metavar="BOARD", help="only for these; again for others (default: all)")
+    update.add_argument("--force-downgrade", action="store_true", help="let devices install it though it is older than what they have")
+    minutes = "a device that has not reached the broker and finished a round so long after the switch goes back by itself"
+    update.add_argument("--minutes", type=positive, default=10.0, metavar="N", help=minutes)
+    idle = "let contact with the broker be enough: for fleets that have nothing to train"
+    update.add_argument("--contact-only", action="store_true", help=idle)
+    update.add_argument("--json", action="store_true", help="with --status: for programs")
+    _folder(update)
 
 
 def _one(kinds: Commands, name: str, function: str, summary: str, more: str = "") -> argparse.ArgumentParser:

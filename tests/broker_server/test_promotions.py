@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from broker_server.herald import WINDOW, Herald, herald_of
+from broker_server.herald import Herald, herald_of
 from broker_server.promotions import HeadPlan, Promotions, SignOff, in_words, use_of
+from broker_server.queueing import WINDOW
 from regrow import topics, wire
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Effect, Note, Publish, Received, Subscribe

@@ -225,6 +225,9 @@ def _topics(_: str) -> str:
         "promotion": topics.promotion("{task}"),
         "promoted_file": topics.promoted_file("{task}", _Shown(), "{i}"),  # type: ignore[arg-type]  # a place for the number
         "promotion_report": topics.promotion_report("{id}", "{task}"),
+        "release": topics.release("{id}"),
+        "release_file": topics.release_file(_Shown(), "{i}"),  # type: ignore[arg-type]  # a place for the number
+        "release_report": topics.release_report("{id}"),
         "control": topics.control("{id}"),
         "control_report": topics.control_report("{id}"),
         "certificate_request": topics.certificate_request("{id}"),

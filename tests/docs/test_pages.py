@@ -19,6 +19,7 @@ HAND_WRITTEN = (
     "docs/gateway.md",
     "docs/models.md",
     "docs/simulate.md",
+    "docs/updates.md",
     "docs/using-the-model.md",
     "docs/zoo.md",
 )

@@ -136,6 +136,18 @@ WIRE = {
     "Finding.state": "`warn`: works for now; `fail`: does not work; `unknown`: could not be found out.",
     "Finding.said": "One line for people.",
     "Finding.cure": "What to do; empty: nothing.",
+    "Release.number": "Grows with every release of the fleet. One that is not above all that a device has begun is refused.",
+    "Release.manifest": "What is signed: JSON, see [updates.md](updates.md#what-is-in-a-release).",
+    "Release.signed": "Ed25519 signature over `regrow release v1`, a zero byte and the manifest.",
+    "Release.files": "One for each wheel of the manifest, by its name; none: the release is withdrawn. A device fetches those that fit it.",
+    "ReleaseReport.number": "The release that it is about; 0: none was ever heard of.",
+    "ReleaseReport.state": "How far it is; [updates.md](updates.md#bringing-a-release-out) says what each means.",
+    "ReleaseReport.percent": "Of the pieces that lack, how many have come.",
+    "ReleaseReport.reason": "Why it waits, failed, was refused or rolled back.",
+    "ReleaseReport.version": "Of the agent that says this.",
+    "ReleaseReport.python": 'Its Python, as "3.11".',
+    "ReleaseReport.machine": "Its processor, as `uname -m` has it.",
+    "ReleaseReport.board": "Its board.",
 }
 
 _DEVICE, _COORDINATOR = "device", "coordinator"
@@ -163,6 +175,9 @@ TOPICS = {
     "doctor_request": (_COORDINATOR, "no", "`DoctorRequest`"),
     "doctor_report": (_DEVICE, "no", "`DoctorReport`"),
     "doctor_echo": (_DEVICE, "no", "a random word, to hear it again; nobody else subscribes"),
+    "release": (_COORDINATOR, "yes", "`Release`"),
+    "release_file": (_COORDINATOR, "yes", "piece i of the wheel with this digest (hexadecimal)"),
+    "release_report": (_DEVICE, "no", "`ReleaseReport`"),
 }
 
 _G, _P, _OURS = "FedGMR", "PR-FL", "ours"

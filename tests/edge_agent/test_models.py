@@ -16,8 +16,9 @@ from edge_agent import models
 from edge_agent.data.source import DataSource
 from edge_agent.model_folder import ModelFolder
 from regrow import topics, wire
-from regrow.intake import ATTEMPTS, DECISION, PATIENCE_S, PIECE
+from regrow.intake import ATTEMPTS, DECISION, PIECE
 from regrow.machine import Connected, Received, Subscribe
+from regrow.piecewise import PATIENCE_S
 from tests.edge_agent.promotion_rig import TASK, Rig, digits, linear, untrained_head
 
 GOOD, FAIR, BAD = linear(), linear(wrong=3), linear(wrong=9)

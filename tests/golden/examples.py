@@ -187,4 +187,18 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         b"",
     ),
     "doctor-report-sparse": (wire.DoctorReport(number=1), b""),
+    "release": (
+        wire.Release(
+            number=3, manifest=b"{}", signed=bytes(64), files=[wire.Blob("regrow-1.0-py3-none-any.whl", 70_000, DIGEST, [BOOT, INSTALL])]
+        ),
+        b"",
+    ),
+    "release-withdrawn": (wire.Release(number=3), b""),
+    "release-report": (
+        wire.ReleaseReport(
+            number=3, state="rolled back", percent=100, reason="no round", version="1.0", python="3.11", machine="aarch64", board="pi"
+        ),
+        b"",
+    ),
+    "release-report-sparse": (wire.ReleaseReport(number=0, state="none"), b""),
 }

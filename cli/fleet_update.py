@@ -1,0 +1,86 @@
+"""`regrow fleet update`: stage a release, widen or halt it, and see how far the devices are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from broker_server.fleet.authority import Authority
+from broker_server.fleet.registry import Registry
+from broker_server.fleet.releases import Releases, Staged, Wish, in_words, percentile
+from cli.arguments import own_fleet
+from regrow import wire
+from regrow.errors import LocalError
+
+COLUMNS = ("device", "stage", "offered", "runs", "board", "Python", "what became of it")
+
+
+def update(options: argparse.Namespace) -> int:
+    """Stage, widen, halt or show."""
+    folder: Path = options.fleet or own_fleet(options.runs)
+    releases = Releases(Registry(folder))
+    if options.status:
+        return _status(releases, as_json=options.json)
+    if options.halt:
+        halted = releases.halt().opened()
+        print(f"release {halted.number} ({halted.version}) is offered to nobody any more; devices that are installing it go on")
+        return 0
+    others = sorted(options.wheels.glob("*.whl")) if options.wheels is not None else []
+    if options.wheels is not None and not others:
+        raise LocalError(f"--wheels {options.wheels}: no wheel in this folder")
+    wish = Wish(
+        percent=options.percent,
+        boards=tuple(sorted(set(options.board or ()))),
+        forced=options.force_downgrade,
+        trial_minutes=options.minutes,
+        wants="contact" if options.contact_only else "round",
+    )
+    staged, new = releases.stage(options.wheel, others, wish, Authority(folder).sign)
+    _tell(releases, staged, new=new)
+    return 0
+
+
+def _tell(releases: Releases, staged: Staged, *, new: bool) -> None:
+    manifest, offered = staged.opened(), releases.offered(staged)
+    print(f"release {manifest.number}: {manifest.name} {manifest.version}, {len(manifest.files)} wheels, {'staged' if new else 'widened'}")
+    targets = ", ".join(f"Python {python} on {machine}" for python, machine in manifest.targets)
+    print(f"for {targets}; {', '.join(manifest.boards) or 'every board'}; {manifest.min_free_bytes / 1e6:.0f} MB of disk on a device")
+    print(f"{staged.percent:g} %: {len(offered)} of {len(releases.registry.devices())} devices: {', '.join(offered) or 'none'}")
+    print("`regrow serve` publishes it; see `regrow fleet update --status`")
+
+
+def _status(releases: Releases, *, as_json: bool) -> int:
+    staged, reports = releases.newest(), releases.reports()
+    if staged is None:
+        print("no release was ever staged: regrow fleet update --wheel FILE")
+        return 0
+    manifest, offered = staged.opened(), set(releases.offered(staged))
+    rows = []
+    for name, device in releases.registry.devices().items():
+        report = reports.get(name)
+        here = ("", "", "") if report is None else (report.version, report.board, report.python)
+        rows.append(
+            (name, percentile(manifest, name), name in offered, here[0], here[1] or device.board, here[2], _said(report, manifest.number))
+        )
+    if as_json:
+        about = {"release": manifest.number, "version": manifest.version, "percent": staged.percent, "halted": staged.halted}
+        print(json.dumps({**about, "devices": [dict(zip(COLUMNS, row, strict=True)) for row in rows]}, indent=1))
+        return 0
+    state = "halted" if staged.halted else f"offered to {staged.percent:g} %"
+    print(f"release {manifest.number}: {manifest.name} {manifest.version}, {state}")
+    table = Table(*COLUMNS, pad_edge=False)
+    for name, stage, is_offered, *said in rows:
+        table.add_row(name, f"{stage:.0f} %", "yes" if is_offered else "no", *(text or "-" for text in said))
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+    return 0
+
+
+def _said(report: wire.ReleaseReport | None, number: int) -> str:
+    if report is None:
+        return "never heard of"
+    return in_words(report) if report.number == number else f"release {report.number}: {in_words(report)}"
