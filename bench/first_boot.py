@@ -41,13 +41,10 @@ PROGRAMS = {
     "ip": "iproute2",
     "mosquitto": "mosquitto",
 }
-PACKAGES = ("systemd", "systemd-sysv", "systemd-resolved", "dbus", "cloud-init", "netplan.io", "openssh-server", "sudo") + (
-    "python3",
-    "python3-venv",
-    "iproute2",
-    "netbase",
-    "ca-certificates",
-)
+PACKAGES = (
+    "systemd systemd-sysv systemd-resolved dbus cloud-init netplan.io openssh-server sudo "
+    "python3 python3-venv iproute2 netbase ca-certificates"
+).replace(" ", ",")
 SUITE, SYSTEM, PYTHON = "trixie", "pi-os-trixie", "3.13"
 DEVICE, GATEWAY, ADDRESS, UPDATES = "pi-07", "gateway", "10.42.0.1", 2
 PATIENCE_S = 300.0
@@ -137,7 +134,7 @@ def unpack(system: Path) -> None:
     if (system / "etc" / "os-release").is_file():
         return
     print(f"unpacking Debian {SUITE}", flush=True)
-    said("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(system))
+    said("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(system))
     (system / "etc/cloud/cloud.cfg.d/99-boot-partition.cfg").write_text(
         "datasource_list: [NoCloud]\ndatasource:\n  NoCloud:\n    seedfrom: file:///boot/firmware/\n"
     )

@@ -85,6 +85,7 @@ def write_gateway(image: GatewayImage, folder: Path, debs: Path | None = None) -
     shutil.copyfile(deploy / "regrow-gateway.service", folder / "units" / "regrow-gateway.service")
     shutil.copyfile(deploy / "image" / "gateway" / "install.sh", folder / "install.sh")
     shutil.copyfile(deploy / "image" / "gateway" / "chrony.conf", folder / "chrony.conf")
+    shutil.copyfile(deploy / "journald@regrow.conf", folder / "journald@regrow.conf")
     shutil.copytree(image.task, folder / "task", dirs_exist_ok=True)
     if image.access_point is not None:
         _write_access_point(image.access_point, host.name, folder)

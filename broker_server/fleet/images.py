@@ -29,6 +29,8 @@ from regrow.errors import LocalError
 from regrow.topics import check_name
 
 FIRST_RUN = "systemd.run={boot}/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
+UNITS = ("regrow-agent.service", "regrow-update.service", "regrow-update.path")
+UPDATES = "--updates /etc/regrow/update.json"
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}\Z")
 _SSH_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-\S+|ssh-rsa|sk-\S+) [A-Za-z0-9+/=]+( .*)?\Z")
 _TIMEZONE = re.compile(r"[A-Za-z0-9_+/-]+\Z")
@@ -111,10 +113,10 @@ def claimed_device(claim: bytes) -> str:
     """
     try:
         fields: Any = json.loads(claim)
-        device, token = fields["device"], fields["claim"]
+        device, token, keys = fields["device"], fields["claim"], fields["coordinator_keys"]
     except (ValueError, KeyError, TypeError):
         raise LocalError("the claim: expected the file that `regrow fleet add NAME` wrote") from None
-    if b"PRIVATE KEY" in claim or not isinstance(device, str) or not isinstance(token, dict):
+    if b"PRIVATE KEY" in claim or not isinstance(device, str) or not isinstance(token, dict) or not isinstance(keys, list):
         raise LocalError("the claim: expected the file that `regrow fleet add NAME` wrote, with no key in it")
     return device
 
@@ -185,11 +187,14 @@ def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> 
         "REGROW_COUNTRY": host.wifi.country if host.wifi else "",
     }
     (folder / "device.env").write_text(shell_settings(settings))
-    (folder / "agent.env").write_text(f"REGROW_DATA={image.data}\nREGROW_OPTIONS={image.options}\n")
+    (folder / "agent.env").write_text(f"REGROW_DATA={image.data}\nREGROW_OPTIONS={' '.join(filter(None, (UPDATES, image.options)))}\n")
     (folder / "claim.json").write_bytes(image.claim)
+    keys: list[str] = json.loads(image.claim)["coordinator_keys"]  # public ones: what signs the fleet's releases
+    (folder / "update.json").write_text(json.dumps({"keys": keys}, indent=2) + "\n")
     (folder / "authorized_keys").write_text("".join(f"{key}\n" for key in host.ssh_keys))
     (folder / "units").mkdir(exist_ok=True)
-    for unit in (deploy / "regrow-agent.service", deploy / "image" / "regrow-wifi.service"):
+    units = (*(deploy / name for name in UNITS), deploy / "image" / "regrow-wifi.service")
+    for unit in units:
         shutil.copyfile(unit, folder / "units" / unit.name)
     for settings_file in ("regrow-agent-identity.conf", "journald@regrow.conf"):
         shutil.copyfile(deploy / settings_file, folder / settings_file)

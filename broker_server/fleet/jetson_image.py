@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from broker_server.fleet.boards import deploy_folder
-from broker_server.fleet.images import Image, shell_settings, write_payload
+from broker_server.fleet.images import UPDATES, Image, shell_settings, write_payload
 from regrow.errors import LocalError
 
 # JetPack -> the tag of its L4T container: Ubuntu 22.04, Python 3.10.
@@ -36,9 +36,11 @@ def write_jetson(image: Image, base: str, torch: Path | None, folder: Path, data
     """
     deploy = deploy_folder() / "image" / "jetson"
     write_payload(image, folder, data_file)
-    for name in ("authorized_keys", "wifi.sh", "regrow-agent-identity.conf", "journald@regrow.conf"):
+    for name in ("authorized_keys", "wifi.sh", "regrow-agent-identity.conf", "journald@regrow.conf", "update.json"):
         (folder / name).unlink()
     shutil.rmtree(folder / "units")
+    # The container is the board's environment; a new version is a new image, built on the board.
+    (folder / "agent.env").write_text((folder / "agent.env").read_text().replace(UPDATES, "").replace("= ", "="))
     for path in deploy.iterdir():
         shutil.copyfile(path, folder / path.name)
     with (folder / "device.env").open("a") as settings:

@@ -15,21 +15,24 @@ command -v python3 >/dev/null || fail "this system has no python3"
 version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ -z "$REGROW_PYTHON" ] || [ "$version" = "$REGROW_PYTHON" ] || fail "the wheels here are for Python $REGROW_PYTHON, this system has $version: make the image with another --os"
 
-# A virtual environment is complete when its marker says so; one that a power cut interrupted is made anew.
-if [ ! -L "$prefix/current" ]; then
-    rm -rf "$prefix/a"
-    mkdir -p "$prefix"
+# As in docs/updates.md: one environment of two, and links. What a power cut interrupted is made anew.
+if [ ! -e "$prefix/bin" ]; then
+    rm -rf "$prefix"
+    mkdir -p "$prefix/wheels"
     python3 -m venv --without-pip "$prefix/a"
     PYTHONPATH=$(echo "$here"/wheels/pip-*.whl) "$prefix/a/bin/python" -m pip --quiet --disable-pip-version-check --no-cache-dir \
         install --no-index --find-links "$here/wheels" "regrow[fleet]" || fail "the wheels could not be installed"
-    "$prefix/a/bin/regrow" --help >/dev/null || fail "regrow does not run here"
+    "$prefix/a/bin/regrow" --version || fail "regrow does not run here"
+    cp "$here"/wheels/*.whl "$prefix/wheels/"
+    ln -s a "$prefix/current"
+    ln -s a "$prefix/good"
     sync
-    ln -s a "$prefix/current.new"
-    mv -T "$prefix/current.new" "$prefix/current"
+    ln -s current/bin "$prefix/bin"
 fi
 
 install -d -m 755 "$settings" /srv/regrow
 install -m 644 "$here/agent.env" "$settings/agent.env"
+install -m 644 "$here/update.json" "$settings/update.json"
 for data in "$here"/data/*; do
     [ ! -e "$data" ] || install -m 644 "$data" /srv/regrow/
 done

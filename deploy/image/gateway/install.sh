@@ -37,16 +37,16 @@ fi
 chown regrow:regrow "$state"
 chmod 700 "$state"
 
-if [ ! -L "$prefix/current" ]; then
-    rm -rf "$prefix/a"
+if [ ! -e "$prefix/bin" ]; then
+    rm -rf "$prefix"
     mkdir -p "$prefix"
     python3 -m venv --without-pip "$prefix/a"
     PYTHONPATH=$(echo "$here"/wheels/pip-*.whl) "$prefix/a/bin/python" -m pip --quiet --disable-pip-version-check --no-cache-dir \
         install --no-index --find-links "$here/wheels" "regrow[server,fleet]" || fail "the wheels could not be installed"
-    "$prefix/a/bin/regrow" --help >/dev/null || fail "regrow does not run here"
+    "$prefix/a/bin/regrow" --version || fail "regrow does not run here"
+    ln -s a "$prefix/current"
     sync
-    ln -s a "$prefix/current.new"
-    mv -T "$prefix/current.new" "$prefix/current"
+    ln -s current/bin "$prefix/bin"
 fi
 
 # The access point, its DHCP server, and the name under which devices find the gateway.
@@ -72,10 +72,11 @@ if [ -d "$here/task" ] && [ ! -d "$state/tasks/$REGROW_TASK_NAME" ]; then
 fi
 if [ ! -f "$state/runs/.gateway/fleet/fleet.json" ]; then
     # shellcheck disable=SC2086 # several words
-    (cd "$state" && run_as_regrow "$prefix/current/bin/regrow" fleet init "$REGROW_FLEET" --fleet "$state/runs/.gateway/fleet" $REGROW_HOSTS)
+    (cd "$state" && run_as_regrow "$prefix/bin/regrow" fleet init "$REGROW_FLEET" --fleet "$state/runs/.gateway/fleet" $REGROW_HOSTS)
 fi
 
 install -d -m 755 "$settings"
+install -m 644 "$here/journald@regrow.conf" /etc/systemd/
 install -m 644 "$here/gateway.env" "$settings/gateway.env"
 for unit in "$here"/units/*; do
     install -m 644 "$unit" /etc/systemd/system/

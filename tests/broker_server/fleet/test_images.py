@@ -20,7 +20,7 @@ from regrow.errors import LocalError
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMtSqQBn4+YJRPyMqiJ5ND9zTaRZMYfyXMDTKoo/OKVC someone"
-CLAIM = json.dumps({"device": "pi-07", "claim": {"token": "once"}})
+CLAIM = json.dumps({"device": "pi-07", "coordinator_keys": ["00" * 32], "claim": {"token": "once"}})
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, given: list[st
 
 
 def test_nothing_with_a_key_in_it_is_taken_for_a_claim_or_a_public_key(tmp_path: Path) -> None:
-    for text in ("", "[]", '{"device": "pi-07"}', json.dumps({"device": "a", "claim": {}, "key": "-----BEGIN PRIVATE KEY-----"})):
+    for text in ("", "[]", '{"device": "pi-07"}', CLAIM.replace("once", "-----BEGIN PRIVATE KEY-----")):
         with pytest.raises(LocalError, match="the claim"):
             claimed_device(text.encode())
     (tmp_path / "id").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
