@@ -66,7 +66,7 @@ aggregations = {UPDATES}
 LOOK = r"""
 import json, pathlib, pwd, stat, subprocess
 def said(*words): return subprocess.run(words, capture_output=True, text=True).stdout.strip()
-identity = next(pathlib.Path("/var/lib/private").glob("regrow-agent/**/device.crt")).parent
+identity = next(pathlib.Path("/var/lib/private").glob("regrow-*/**/device.crt")).parent
 print("FACTS " + json.dumps({
     "host_name": said("hostname"),
     "systemd": said("systemctl", "--version").split()[1],
