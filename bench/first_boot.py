@@ -46,7 +46,7 @@ PACKAGES = (
     "python3 python3-venv iproute2 netbase ca-certificates"
 ).replace(" ", ",")
 SUITE, SYSTEM, PYTHON = "trixie", "pi-os-trixie", "3.13"
-DEVICE, GATEWAY, ADDRESS, UPDATES = "pi-07", "gateway", "10.42.0.1", 2
+DEVICE, GATEWAY, ADDRESS, UPDATES = "pi-07", "gateway.internal", "10.42.0.1", 2
 PATIENCE_S = 300.0
 TASK = f"""name = "first-boot"
 model = "model.onnx"

@@ -60,7 +60,8 @@ class GatewayImage:
     @property
     def names(self) -> tuple[str, ...]:
         """What devices may dial, first what they do dial."""
-        own = (f"{self.host.name}.local",) if self.access_point is None else (self.host.name, ADDRESS)
+        # systemd-resolved asks no DNS server for a name of one label, and .local is mDNS's.
+        own = (f"{self.host.name}.local",) if self.access_point is None else (f"{self.host.name}.internal", ADDRESS)
         return (*own, *self.hosts)
 
 
@@ -102,6 +103,4 @@ def _write_access_point(wifi: Wifi, name: str, folder: Path) -> None:
         f"[wifi]\nmode=ap\nband=bg\nssid={keyfile_ssid(wifi)}\n\n[wifi-security]\nkey-mgmt=wpa-psk\nproto=rsn\npsk={wifi.key}\n\n"
         f"[ipv4]\nmethod=shared\naddress1={ADDRESS}/24\n\n[ipv6]\nmethod=disabled\n"
     )
-    (folder / "dnsmasq.conf").write_text(
-        f"address=/{name}/{ADDRESS}\naddress=/{name}.local/{ADDRESS}\ndhcp-option=option:ntp-server,{ADDRESS}\n"
-    )
+    (folder / "dnsmasq.conf").write_text(f"address=/{name}.internal/{ADDRESS}\ndhcp-option=option:ntp-server,{ADDRESS}\n")

@@ -139,10 +139,10 @@ def test_a_gateway_brings_its_task_and_opens_its_network(tmp_path: Path) -> None
     image = GatewayImage(host, "field", task, wifi_of("Fleet", "correct horse", "DE"), (), "regrow-data")
     write_gateway(image, tmp_path / "regrow")
     settings = (tmp_path / "regrow" / "gateway.conf").read_text()
-    assert "REGROW_HOSTS='--host gateway --host 10.42.0.1'" in settings
+    assert "REGROW_HOSTS='--host gateway.internal --host 10.42.0.1'" in settings
     assert "REGROW_SSD=regrow-data" in settings
     assert "mode=ap" in (tmp_path / "regrow" / "access-point.nmconnection").read_text()
-    assert "address=/gateway/10.42.0.1" in (tmp_path / "regrow" / "dnsmasq.conf").read_text()
+    assert "address=/gateway.internal/10.42.0.1" in (tmp_path / "regrow" / "dnsmasq.conf").read_text()
     assert (tmp_path / "regrow" / "task" / "task.toml").is_file()
     with pytest.raises(LocalError, match="one radio"):
         GatewayImage(Host(SYSTEMS["pi-os-trixie"], "gateway", image.access_point), "field", task, image.access_point)
@@ -216,7 +216,7 @@ def test_every_lock_names_a_version_and_a_digest_of_all_that_is_wanted() -> None
         for architecture in boards.ARCHITECTURES:
             for python in boards.pythons(role):
                 lines = boards.lock_of(python, architecture, role).read_text().splitlines()[1:]
-                names = {line.split("==")[0].lower() for line in lines}
+                names = {line.split("==")[0].lower().replace("_", "-") for line in lines}
                 assert names >= {need.split(">")[0] for need in wanted}
                 assert all("==" in line and len(line.split("--hash=sha256:")[1]) == 64 for line in lines)
 
