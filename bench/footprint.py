@@ -1,7 +1,8 @@
 """What do a device and the gateway cost: packages, disk, peak memory, disk writes?
 
-Installs the bare package into a fresh environment, then runs the demo and samples every process of it. Writes are what the kernel counts as
-sent to the disk (/proc/PID/io write_bytes); where it counts none (a RAM disk), the agents' own count is given beside it.
+Installs the package into fresh environments, bare and with the extra of a device with an identity, then runs the demo and samples every
+process of it. Writes are what the kernel counts as sent to the disk (/proc/PID/io write_bytes); where it counts none (a RAM disk), the
+agents' own count is given beside it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_OURS = {"pip", "setuptools", "regrow"}
 
 
-def bare_install() -> dict[str, Any]:
-    """Packages and megabytes of `pip install regrow` with no extra, without pip itself."""
+def install(extra: str = "") -> dict[str, Any]:
+    """Packages and megabytes of `pip install regrow` with an extra ("[fleet]") or none, without pip itself."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        command = ["-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", str(ROOT / "constraints.txt"), str(ROOT)]
+        command = ["-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", str(ROOT / "constraints.txt"), f"{ROOT}{extra}"]
         subprocess.run([python, *command], check=True)
         listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True, text=True)
         names = sorted({package["name"] for package in json.loads(listed.stdout)} - NOT_OURS)
@@ -88,9 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=90.0, help="of the fleet, for each broker (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "footprint.json", help="where the JSON goes")
+    parser.add_argument("--install-only", type=Path, metavar="OUT", help="leave the demo out, and write the JSON there")
     arguments = parser.parse_args()
-    result = {"install": bare_install(), "demo": [run_demo(arguments.seconds, broker) for broker in ("amqtt", "mosquitto")]}
-    write_result(arguments.out, {"command": f"python bench/footprint.py --seconds {arguments.seconds:g}", **result})
+    result: dict[str, Any] = {"install": install(), "install_fleet": install("[fleet]")}
+    if arguments.install_only is not None:
+        write_result(arguments.install_only, {"command": f"python bench/footprint.py --install-only {arguments.install_only}", **result})
+    else:
+        result["demo"] = [run_demo(arguments.seconds, broker) for broker in ("amqtt", "mosquitto")]
+        write_result(arguments.out, {"command": f"python bench/footprint.py --seconds {arguments.seconds:g}", **result})
     print(json.dumps(result))
 
 

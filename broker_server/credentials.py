@@ -193,10 +193,11 @@ class Credentials:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file with mode 0600 so that a power cut leaves the old or the new one, never a part."""
+    """Replace a file with mode 0600 so that a power cut leaves the old or the new one, never a part; root writes for the folder's owner."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            keep_owner(file.fileno(), path.parent)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -209,6 +210,13 @@ def write_private(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def keep_owner(descriptor: int, folder: Path) -> None:
+    """Give a file that root has made to the folder's owner: a service that runs as another user must be able to read it."""
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def _mosquitto_access(denied: Iterable[str] = ()) -> str:

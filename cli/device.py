@@ -17,7 +17,7 @@ from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.data.sources import open_source
 from edge_agent.enrolment import enrol_until_done
 from edge_agent.identity import Identity, verify
-from edge_agent.identity_folder import adopt, can_speak, has_certificate, has_identity, is_wiping, read_about, settle, wipe
+from edge_agent.identity_folder import adopt, can_speak, has_certificate, is_news, is_wiping, read_about, settle, wipe
 from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer, scan_program
@@ -88,9 +88,9 @@ def _member(folder: Path, claim: Path | None) -> Identity | None:
         wipe(folder)
         print(WIPED.format(folder), flush=True)
         return None
-    if claim is not None and not has_identity(folder):
-        adopt(folder, claim)
     settle(folder)
+    if claim is not None and is_news(claim, folder):
+        adopt(folder, claim)
     about = read_about(folder)
     if about.claim is None:
         return Identity.load(folder)

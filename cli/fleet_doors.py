@@ -41,7 +41,10 @@ class OpenFleet:
     authority: Authority
 
     def door(self, host: str | None, port: int | None) -> Door:
-        """Where its devices come in; by default on all addresses, at the port that their identities name."""
+        """Where its devices come in, with a certificate that holds; by default on all addresses, at the port that their identities name."""
+        from broker_server.fleet import members
+
+        members.renew_own(self.registry, self.authority)
         return Door(self.registry, host or ALL_ADDRESSES, self.registry.fleet().tls_port if port is None else port)
 
     def said(self, broker: Broker) -> str:

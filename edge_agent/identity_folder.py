@@ -87,9 +87,16 @@ def begin_wipe(folder: Path) -> None:
         write(folder / WIPING, b"\n")
 
 
-def has_identity(folder: Path) -> bool:
-    """Whether the folder says who the device is, with a claim or a certificate."""
-    return (folder / "device.json").exists()
+def is_news(claim_file: Path, folder: Path) -> bool:
+    """Whether the claim file is later than what the folder has, or that has nothing; a file that is gone is none where there is something.
+
+    Raises:
+        LocalError: it is no claim.
+    """
+    known = (folder / "device.json").exists()
+    if known and not claim_file.exists():
+        return False
+    return not known or _about(claim_file).since_s > read_about(folder).since_s
 
 
 def is_wiping(folder: Path) -> bool:

@@ -30,18 +30,30 @@ class Gatekeeper:
         self._devices: Mapping[str, Device] = registry.devices()
         self._revoked = _revoked(self._devices)
         self._ending: set[str] = set()
-        self._dates_s = self._open_s = float("-inf")
+        self._dates_s = self._open_s = self._complain_s = float("-inf")
 
     def look(self, now: float) -> str | None:
-        """Do what has become due at monotonic time `now`; returns what happened, for the log, or None."""
+        """Do what has become due at monotonic time `now`; returns what happened, for the log, or None.
+
+        Files that do not check out, or belong to somebody else, leave the doors as they are: a fleet at work does not end for them.
+        """
+        try:
+            return self._look(now)
+        except (LocalError, OSError) as error:
+            if now < self._complain_s:
+                return None
+            self._complain_s = now + DATES_S
+            return f"the fleet's doors stay as they are: {error}"
+
+    def _look(self, now: float) -> str | None:
         said: list[str] = []
         if now >= self._dates_s:
             self._dates_s = now + DATES_S
             said += self._renew()
         stamp = self._registry.stamp()
         if stamp != self._stamp:
-            self._stamp = stamp
             self._heed(self._registry.devices())
+            self._stamp = stamp
         self._end_sessions()
         said += self._open_or_close(now)
         return "; ".join(said) or None
@@ -66,20 +78,12 @@ class Gatekeeper:
             self._ending = {name for name in self._ending if not self._broker.end_session(name)}
 
     def _renew(self) -> list[str]:
-        said = []
-        fleet = self._registry.fleet()
-        with self._registry.change() as devices:
-            renewed = self._authority.broker_is_stale(fleet.hosts)
-            if renewed:
-                self._authority.certify_broker(fleet.hosts)
-                self._enrolment.renew_certificate()
-                said.append("the broker has a new certificate")
-            listed = self._authority.list_is_stale()
-            if listed:
-                self._authority.write_list(members.revoked(devices))
-        if (renewed or listed) and self._broker is not None:
-            self._broker.reload()
-        return said
+        renewed = members.renew_own(self._registry, self._authority)
+        if renewed:
+            self._enrolment.renew_certificate()
+            if self._broker is not None:
+                self._broker.reload()
+        return renewed
 
     def _open_or_close(self, now: float) -> list[str]:
         wanted = enrolment.wanted(self._devices)

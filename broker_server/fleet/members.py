@@ -218,6 +218,19 @@ def revoked(devices: Mapping[str, Device]) -> list[tuple[str, int]]:
     return [(c.serial, c.revoked_s) for device in devices.values() for c in device.certificates if c.revoked_s is not None]
 
 
+def renew_own(registry: Registry, authority: Authority) -> list[str]:
+    """Make anew what runs out: the broker's certificate, the list of revoked ones. Returns what was, in words."""
+    said, hosts = [], registry.fleet().hosts
+    with registry.change() as devices:
+        if authority.broker_is_stale(hosts):
+            authority.certify_broker(hosts)
+            said.append("the broker has a new certificate")
+        if authority.list_is_stale():
+            authority.write_list(revoked(devices))
+            said.append("the list of revoked certificates is new")
+    return said
+
+
 # ---- files for devices --------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import IO, Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from broker_server.credentials import COORDINATOR, DEVICE_NAME, write_private
+from broker_server.credentials import COORDINATOR, DEVICE_NAME, keep_owner, write_private
 from regrow.errors import LocalError
 
 State = Literal["claimed", "active", "paused", "draining", "wiping", "wiped", "revoked"]
@@ -196,7 +197,7 @@ def _read(path: Path, kind: type[T]) -> T:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("ab") as file:
-        path.chmod(0o600)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        keep_owner(file.fileno(), path.parent)
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file

@@ -56,6 +56,7 @@ class Steward:
         elif isinstance(event, Disconnected):
             self._connected = False
         elif isinstance(event, Received) and self._speaks:
+            self._notice(event.topic)
             effects += self._hear(event)
         if now >= self._look_s:
             self._look_s = now + LOOK_S
@@ -95,6 +96,12 @@ class Steward:
         effects += [Publish(topics.control(name), b"", retain=True) for name in self._said if name not in wanted]
         self._said = wanted
         return effects
+
+    def _notice(self, topic: str) -> None:
+        """Whatever a device says, it is there."""
+        known = self._seen.get(topics.device_of(topic) or "")
+        if known is not None:
+            known["seen_s"], self._seen_later = self._clock(), True
 
     # ---- hearing --------------------------------------------------------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ def test_a_port_in_use_says_so_in_one_line(tmp_path: Path) -> None:
 def test_a_broker_that_lets_anybody_in_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         broker = Broker(tmp_path / "b", Credentials(tmp_path / "c"), kind="amqtt", port=stranger.getsockname()[1])
-        monkeypatch.setattr(broker, "_check_address", lambda: None)  # as if it had come just after the check
+        monkeypatch.setattr(broker, "_check_address", lambda *_: None)  # as if it had come just after the check
 
         def welcome() -> None:
             sock, _ = stranger.accept()

@@ -235,3 +235,16 @@ def test_a_signature_is_checked_by_ed25519() -> None:
     key = ed25519.Ed25519PrivateKey.generate()
     assert identity.verify(key.public_key().public_bytes_raw(), b"data", key.sign(b"data"))
     assert not identity.verify(key.public_key().public_bytes_raw(), b"data", bytes(64))
+
+
+def test_a_claim_file_that_stays_on_the_card_is_news_once_and_a_later_one_again(authority: SmallAuthority, tmp_path: Path) -> None:
+    file = authority.claim(tmp_path, "d1")
+    assert identity_folder.is_news(file, tmp_path / "id")
+    me = joined(authority, tmp_path / "id")
+    assert not identity_folder.is_news(file, me.folder)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "since_s": me.about.since_s + 1}))
+    assert identity_folder.is_news(file, me.folder)
+    file.unlink()
+    assert not identity_folder.is_news(file, me.folder)
+    with pytest.raises(LocalError, match="regrow fleet add"):
+        identity_folder.adopt(tmp_path / "other", file)

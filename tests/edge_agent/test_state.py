@@ -195,3 +195,17 @@ def test_a_closed_folder_is_not_written(folder: StateFolder) -> None:
 def test_bytes_written_counts_what_wears_the_card(folder: StateFolder) -> None:
     folder.put("update", b"x" * 100)
     assert folder.bytes_written == 140 == os.stat(folder.path / "update").st_size  # noqa: PTH116
+
+
+def test_clear_removes_everything_and_the_folder_is_still_held(folder: StateFolder) -> None:
+    for name in ("identity", "part-1", "outgoing"):
+        folder.put(name, b"x")
+    (folder.path / "models" / "t" / "1").mkdir(parents=True)
+    (folder.path / "models" / "t" / "1" / "model.onnx").write_bytes(b"x")
+    (folder.path / "models" / "t" / "current").symlink_to("1")
+    (folder.path / "old.rejected").write_bytes(b"x")
+    folder.clear()
+    assert [entry.name for entry in folder.path.iterdir()] == ["lock"]
+    folder.check()
+    with pytest.raises(LocalError, match="in use"):
+        StateFolder(folder.path)

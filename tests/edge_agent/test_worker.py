@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import queue
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,3 +278,29 @@ def test_a_personal_mask_is_trained_and_scored_inside_the_full_model(job: Train)
     x, y = source().validation()
     scores = [Trainer(job.programs).evaluate(vector, x, y).loss for vector in (inside, job.values)]
     assert [score[1] for score in result.scores] == scores
+
+
+def test_a_job_that_is_given_up_ends_at_its_next_step_and_the_one_after_it_runs(results: Results, job: Train) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow(DataSource):
+        def batches(self, rng: np.random.Generator, batch: int, steps: int) -> Iterator[Any]:
+            for number, item in enumerate(super().batches(rng, batch, steps)):
+                if number == 1 and steps == 1000:
+                    reached.set()
+                    go_on.wait(WAIT_S)
+                yield item
+
+    data = Slow(60, 0.2)
+    rng = np.random.default_rng(0)
+    data.append(rng.random((60, 64), np.float32), rng.integers(0, 10, 60))
+    worker = Worker(data, results.queue.put)
+    worker.put(replace(job, number=7, steps=1000))
+    worker.put(replace(job, number=8))
+    assert reached.wait(WAIT_S)
+    worker.abandon()
+    worker.put(replace(job, number=9))
+    go_on.set()
+    found = [results.queue.get(timeout=WAIT_S) for _ in range(3)]
+    assert [(result.number, type(result)) for result in found] == [(7, TrainingFailed), (8, TrainingFailed), (9, Trained)]
+    worker.close()

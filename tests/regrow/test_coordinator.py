@@ -23,13 +23,14 @@ from regrow.machine import (
     Note,
     Received,
     SetTimer,
+    Standing,
     TrainingFailed,
     Woken,
 )
 from regrow.task import Task
 from testbed.memory import COORDINATOR
 from tests.regrow.fleet import INITIAL, LAYOUT, LINKS, PROGRAMS, identity, new_coordinator, task, train
-from tests.regrow.harness import NAMES, TWO, Tape, begin, check_run, leftovers, phase_reached, restart_coordinator, snapshot
+from tests.regrow.harness import NAMES, TWO, Tape, begin, check_run, feed, leftovers, phase_reached, restart_coordinator, snapshot
 
 PAIR = task(fleet={"min_devices": 2}, stop={"aggregations": 4})
 
@@ -70,6 +71,7 @@ def every_event() -> dict[Any, Event]:
         Acknowledged(1, 0.0, 0.0, 1),
         Evaluated(1, {}),
         TrainingFailed(1, ""),
+        Standing(frozenset({"d1"})),
     ]
     return {**messages(), **{type(event): event for event in plain}}
 
@@ -112,11 +114,14 @@ def test_whole_runs_use_every_transition(monkeypatch: pytest.MonkeyPatch) -> Non
     hits = Hits(TRANSITIONS)
     monkeypatch.setattr(module, "TRANSITIONS", hits)
     world = begin(PAIR, TWO)
+    feed(world, COORDINATOR, Standing())
     world.run(0.2)
+    feed(world, COORDINATOR, Standing())
     world.cut(COORDINATOR)
     world.run(0.3)
     world.connect(COORDINATOR)
     world.run(3.0)
+    feed(world, COORDINATOR, Standing())
     world.cut(COORDINATOR)
     world.run(3.5)
     world.connect(COORDINATOR)
@@ -125,6 +130,7 @@ def test_whole_runs_use_every_transition(monkeypatch: pytest.MonkeyPatch) -> Non
     world.finish()
     world.restart_broker()
     world.run(world.now + 2)
+    feed(world, COORDINATOR, Standing())
     natural = {key for key in TRANSITIONS if key[1] is not Evaluated}
     assert natural <= {key for key, count in hits.used.items() if count}
     assert leftovers(world) == []

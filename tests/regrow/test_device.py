@@ -25,6 +25,7 @@ from regrow.machine import (
     Received,
     SetTimer,
     Subscribe,
+    Told,
     Train,
     Trained,
     TrainingFailed,
@@ -75,6 +76,7 @@ def events_for(world: Tape, name: str) -> dict[Any, Event]:
         DataChanged(bytes(16), 5, 1),
         Acknowledged(token, 0.0, 0.0, 1),
         Persisted(device._save_id),
+        Told("pause"),
     ]
     plain += [Trained(-1, np.zeros(1, np.float32), 1, 0.0, 0.0, ()), TrainingFailed(-1, "x")]
     return {

@@ -20,8 +20,11 @@ def test_a_fleet_lives_on_the_embedded_broker(tmp_path: Path) -> None:
 
 
 def lives(folder: Path, kind: Kind) -> None:
-    """Join, train, pause, resume, rotate, drain, revoke, wipe; whoever is not meant goes on undisturbed."""
+    """Join (one device comes before the gateway, and is killed), train, rest, rotate, drain, revoke, wipe; others go on undisturbed."""
     with CertifiedFleet(folder / "f", wide_mlp(0, 32), task_text("digits", stop="seconds = 3000"), kind=kind) as fleet:
+        early = fleet.member("d0")
+        early.said("cannot join yet: .* cannot be reached")
+        early.kill()  # its keys are made by now, and stay
         serve = fleet.serve()
         agents = {name: fleet.member(name) for name in ("d0", "d1", "d2")}
         for name, agent in agents.items():
