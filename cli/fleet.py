@@ -33,7 +33,8 @@ def init(options: argparse.Namespace) -> int:
     hosts = options.host or _own_hosts()
     fleet = members.init(folder, options.name, hosts, tls_port=options.tls_port, enrol_port=options.enrol_port)
     print(f"fleet {fleet.name} in {folder}: back it up, and let nobody read it")
-    print(f"devices find the broker at {fleet.broker} and join at {fleet.enrol}; its certificate also names {', '.join(hosts)}")
+    others = f"; the certificate also names {', '.join(hosts[1:])}" if hosts[1:] else ""
+    print(f"devices find the broker at {fleet.broker} and join at {fleet.enrol}{others}")
     print("next: regrow fleet add NAME, for each device; then regrow serve TASK")
     return 0
 

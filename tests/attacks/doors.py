@@ -405,6 +405,29 @@ def a_password_at_the_door(rig: DoorRig) -> None:
     rig.publish(Publish("regrow/v1/device/x/tasks", b"y"))  # from loopback it is
 
 
+def a_renewed_certificate_is_shown(rig: DoorRig) -> None:
+    """No attack: the broker's new certificate, to new connections, while those that are there go on."""
+    member = rig.member("steady")
+    link, context = rig.member_link(member), member.tls_context()
+    issued = rig.authority.certify_broker(rig.registry.fleet().hosts)
+    rig.broker.reload()
+    raw, until_s = Raw(rig, context), time.monotonic() + DEADLINE_S
+    while serial_shown(raw) != issued.serial and time.monotonic() < until_s:  # a signal takes its time
+        raw.close()
+        raw = Raw(rig, context)
+    assert serial_shown(raw) == issued.serial
+    raw.close()
+    link.perform(Publish("regrow/v1/device/steady/hello", b"x", token=4))
+    seen: list[object] = []
+    wait_for(link, Acknowledged, seen)
+    assert not [event for event in seen if isinstance(event, Disconnected)]
+    link.close()
+
+
+def serial_shown(raw: Raw) -> str:
+    return str((raw.sock.getpeercert() or {}).get("serialNumber", "")).lower().lstrip("0")
+
+
 # ---- making things ------------------------------------------------------------------------------------------------------------------
 
 

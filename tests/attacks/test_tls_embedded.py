@@ -18,3 +18,7 @@ rig = door_rig("amqtt")
 @pytest.mark.parametrize("attack", doors.BOTH, ids=lambda attack: attack.__name__)
 def test_attack(rig: DoorRig, attack: Callable[[DoorRig], None]) -> None:
     attack(rig)
+
+
+def test_a_renewed_certificate_of_the_broker_is_shown(rig: DoorRig) -> None:
+    doors.a_renewed_certificate_is_shown(rig)
