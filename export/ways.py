@@ -19,8 +19,8 @@ class Ways:
     """Bounds between the ways of export/convolution_rules.py and export/depthwise.py.
 
     Attributes:
-        product_pairs: most pairs of an input and an output position for which a depthwise convolution is a matrix product; 144 x 144, a
-            map of 12x12 to one of its size, is below the default.
+        product_pairs: most pairs of an input and an output position in one matrix product of a depthwise convolution: of a map of 9x9 as
+            a whole, of one of 24x24 in bands of two rows.
         columns_positions: largest output map whose input gradient goes through columns.
         shift_channels: least input channels for shifting: each kernel position is a GEMM of its own, with so many columns.
         shift_waste: most padding that shifting may multiply by zeros: positions of the padded maps for each of the plain ones.
@@ -29,7 +29,7 @@ class Ways:
         multiply_positions: smallest output map on which a depthwise weight gradient is summed position by position.
     """
 
-    product_pairs: float = 32_768
+    product_pairs: float = 8_192
     columns_positions: float = 32
     shift_channels: float = 8
     shift_waste: float = 1.5
