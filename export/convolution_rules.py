@@ -178,10 +178,10 @@ def _by_unfolding(site: Site, window: Window, source: str, gradient: str) -> Gra
     height = channels * math.prod(kernel)
     columns = graph.emit("Reshape", columns, graph.integers(height, -1))
     rows = _rows(site, gradient, out_channels)
-    if height < graph.ways.wide * out_channels:
+    if out_channels > min(height, graph.ways.narrow):
         return Product(rows, columns, transpose_b=True, shape=(out_channels, channels, *kernel))
-    turned = graph.emit("Transpose", graph.emit("Gemm", columns, rows, transB=1), perm=[1, 0])
-    return graph.emit("Reshape", turned, graph.integers(out_channels, channels, *kernel))
+    turned = graph.emit("Reshape", graph.emit("Gemm", columns, rows, transB=1), graph.integers(channels, *kernel, out_channels))
+    return graph.emit("Transpose", turned, perm=[1 + len(kernel), *range(1 + len(kernel))])
 
 
 def _by_multiplying(site: Site, window: Window, source: str, gradient: str) -> str:

@@ -25,7 +25,8 @@ class Ways:
         shift_channels: least input channels for shifting: each kernel position is a GEMM of its own, with so many columns.
         shift_waste: most padding that shifting may multiply by zeros: positions of the padded maps for each of the plain ones.
         unfold_positions: largest output map on which a weight gradient without groups that is not shifted is unfolded; above, correlated.
-        wide: a product this many times wider than high is computed transposed: onnxruntime packs one operand, best the small one.
+        narrow: a product with no more rows than this, and with more columns, is computed transposed: onnxruntime packs one operand, which
+            does not pay for few rows.
         multiply_positions: smallest output map on which a depthwise weight gradient is summed position by position.
     """
 
@@ -34,7 +35,7 @@ class Ways:
     shift_channels: float = 8
     shift_waste: float = 1.5
     unfold_positions: float = NEVER
-    wide: float = 4
+    narrow: float = 96
     multiply_positions: float = 64
 
 

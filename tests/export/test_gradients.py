@@ -40,7 +40,7 @@ def test_gradients(name: str, data: st.DataObject) -> None:
 WAYS = {
     "columns, shift": Ways(product_pairs=0, columns_positions=NEVER, shift_channels=1, shift_waste=NEVER, multiply_positions=1),
     "transpose, unfold": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, multiply_positions=NEVER),
-    "transpose, unfold wide": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, wide=0),
+    "transpose, unfold as it is": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, narrow=0),
     **OTHERS,
 }
 
