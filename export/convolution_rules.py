@@ -3,7 +3,7 @@
 Every gradient has several ways with the same result; which is taken follows from the shapes, by the bounds of export/ways.py. So has the
 Conv itself, in training programs:
     conv        as it is: onnxruntime multiplies image by image.
-    columns     one GEMM for the whole batch over the unfolded input (im2col): where a map is so small that it packs more than it multiplies.
+    columns     one GEMM for the whole batch over the unfolded input (im2col): where a map is so small that packing takes longest.
 Input gradient of a Conv:
     transpose   ConvTranspose, which is its definition.
     columns     one GEMM for the whole batch, then Col2Im: where a map is so small that a GEMM for each image has no work to share.
@@ -33,7 +33,7 @@ def conv(site: Site) -> dict[int, Gradient]:
     kernel = site.shape(weight)[2:]
     window = window_of(site, _options(site, kernel), kernel)
     gradients: dict[int, Gradient] = {}
-    if window.group == 1 and math.prod(window.out_sizes) <= site.graph.ways.columns_positions:
+    if window.group == 1 and math.prod(kernel) > 1 and math.prod(window.out_sizes) <= site.graph.ways.columns_positions:
         _forwards_by_columns(site, window)
     if 0 in site.wanted:
         gradients[0] = _backwards(site, window)

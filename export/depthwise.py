@@ -83,7 +83,7 @@ def _band(whole: _Geometry, most_pairs: float) -> _Geometry | None:
         return whole
     rows, width = whole.out_sizes[0], math.prod(whole.out_sizes[1:])
     enough = max(2, -(-LEAST_COLUMNS // width))
-    height = next((count for count in range(enough, rows // 2 + 1) if rows % count == 0), enough)
+    height = next((count for count in range(enough, 2 * enough + 1) if rows % count == 0), enough)
     step = height * whole.strides[0]
     reach = step - whole.strides[0] + (whole.kernel[0] - 1) * whole.dilations[0] + 1
     sizes, out_sizes = (max(step, reach), *whole.sizes[1:]), (height, *whole.out_sizes[1:])

@@ -28,7 +28,7 @@ from regrow.programs import MEMORY, program_file, without_variants
 from regrow.task import DEFAULT_TRAINING, Training
 from regrow.wire import MAX_PROGRAMS
 
-BUILDER_VERSION = 5
+BUILDER_VERSION = 6
 """Raise it whenever the same model would give other programs."""
 
 

@@ -21,7 +21,7 @@ class Ways:
     Attributes:
         product_pairs: most pairs of an input and an output position in one matrix product of a depthwise convolution: of a map of 9x9 as
             a whole, of one of 24x24 in bands of two rows.
-        columns_positions: largest output map that is computed, and whose input gradient is, through columns.
+        columns_positions: largest output map that is computed (unless by 1x1 kernels), and whose input gradient is, through columns.
         shift_channels: least input channels for shifting: each kernel position is a GEMM of its own, with so many columns.
         shift_waste: most padding that shifting may multiply by zeros: positions of the padded maps for each of the plain ones.
         unfold_positions: largest output map on which a weight gradient without groups that is not shifted is unfolded; above, correlated.
