@@ -1,7 +1,7 @@
 """Batch normalisation: running statistics for inference, those of the batch in training, and the gradient through them.
 
-A forward graph normalises with running statistics (`stat:<statistic>`), which are neither trained nor aggregated. The training form
-computes mean and variance of the batch (`batch:<statistic>`) before every BatchNormalization. The program `statistics` gives these figures
+A forward graph normalises with running statistics (`stat:<statistic>`), which are neither trained nor aggregated. In the training form
+every BatchNormalization computes mean and variance of the batch (`batch:<statistic>`) itself. The program `statistics` gives these figures
 out, so that a device finds the running ones of any parameters by averaging over some of its batches.
 """
 
@@ -26,6 +26,10 @@ _OP = "BatchNormalization"
 def with_batch_statistics(forward: Forward) -> Forward:
     """The training form: every BatchNormalization uses mean and (biased) variance of its own input over the batch and the map.
 
+    Of the running figures nothing stays with momentum 0, so the op gives out those of the batch. But onnxruntime writes them over the
+    running ones, even if those are constants or two ops share them. So each gets a tensor of its own, of any numbers that no optimizer
+    takes for those of another.
+
     Raises:
         LocalError: a normalised value has no known rank.
     """
@@ -35,33 +39,18 @@ def with_batch_statistics(forward: Forward) -> Forward:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         if node.op_type == _OP and node.input[3] not in constants:  # with constant ones it stays as it is (train_last)
-            rank = len(forward.shapes.get(node.input[0], ()))
-            if rank < 2:
+            if len(forward.shapes.get(node.input[0], ())) < 2:
                 raise cannot_train(node, "normalises a value of unknown rank; run onnx.shape_inference and fix every axis but the batch")
-            mean, variance = (f"batch:{name.removeprefix('stat:')}" for name in node.input[3:5])
-            constants[f"batch:axes:{rank}"] = np.array([0, *range(2, rank)], np.int64)
-            constants[f"batch:column:{rank}"] = np.array([*range(1, rank - 1)], np.int64)
-            nodes += _statistics_of(node.input[0], rank, mean, variance)
-            copy.input[3:5] = [mean, variance]
+            copy.output.extend(f"batch:{name.removeprefix('stat:')}" for name in node.input[3:5])
+            copy.input[3:5] = [f"{name}:before" for name in copy.output[1:]]
+            for name in copy.input[3:5]:
+                constants[f"{name}:factor"] = np.array(len(nodes) + 2, np.float32)
+                nodes.append(helper.make_node("Mul", [node.input[1], f"{name}:factor"], [name]))
+            kept = [attribute for attribute in node.attribute if attribute.name != "momentum"]
+            del copy.attribute[:]
+            copy.attribute.extend([*kept, helper.make_attribute("training_mode", 1), helper.make_attribute("momentum", 0.0)])
         nodes.append(copy)
     return replace(forward, program_nodes=tuple(nodes), constants=constants)
-
-
-def _statistics_of(source: str, rank: int, mean: str, variance: str) -> list[onnx.NodeProto]:
-    """Nodes that compute mean and variance, float32 [channels]; twice over the input, since E[x^2] - E[x]^2 loses its digits."""
-    axes, column, centred = f"batch:axes:{rank}", f"{mean}:column", _centred(mean)
-    return [
-        helper.make_node("ReduceMean", [source, axes], [mean], keepdims=0),
-        helper.make_node("Unsqueeze", [mean, f"batch:column:{rank}"], [column]),
-        helper.make_node("Sub", [source, column], [centred]),
-        helper.make_node("Mul", [centred, centred], [f"{mean}:squares"]),
-        helper.make_node("ReduceMean", [f"{mean}:squares", axes], [variance], keepdims=0),
-    ]
-
-
-def _centred(mean: str) -> str:
-    """The value that the training form gives to the input less its mean."""
-    return f"{mean}:centred"
 
 
 def batch_normalization(site: Site) -> dict[int, Gradient]:
@@ -72,26 +61,26 @@ def batch_normalization(site: Site) -> dict[int, Gradient]:
 
     Source: Ioffe and Szegedy, "Batch Normalization" (arXiv 1502.03167), section 3.
     """
-    epsilon = site.attributes(epsilon=1e-5, momentum=0.9)["epsilon"]
-    graph, (source, scale, _, mean, variance) = site.graph, site.node.input
-    if not mean.startswith("batch:"):
+    options = site.attributes(epsilon=1e-5, momentum=0.9, training_mode=0)
+    if not options["training_mode"]:
         raise site.unsupported("statistics that are not those of the batch", "build programs with export.programs.build_programs")
+    graph, (source, scale), (_, mean, variance) = site.graph, site.node.input[:2], site.node.output
     rank, channels = site.rank(source), site.shape(scale)[0]
     others = graph.integers(0, *range(2, rank))
-    centred = _centred(mean)
-    inverse = graph.emit("Reciprocal", graph.emit("Sqrt", graph.emit("Add", variance, graph.real(epsilon))))
-    products = graph.emit("ReduceSum", graph.emit("Mul", site.gradient, centred), others, keepdims=0)
-    slope = graph.emit("Mul", products, inverse)
+    inverse = graph.emit("Reciprocal", graph.emit("Sqrt", graph.emit("Add", variance, graph.real(options["epsilon"]))))
     total = graph.emit("ReduceSum", site.gradient, others, keepdims=0)
+    products = graph.emit("ReduceSum", graph.emit("Mul", site.gradient, source), others, keepdims=0)
+    # The mean is taken off sums, not off the map: another pass over it would gain no digit that X still has.
+    slope = graph.emit("Mul", graph.emit("Sub", products, graph.emit("Mul", mean, total)), inverse)
     gradients: dict[int, Gradient] = {index: value for index, value in ((1, slope), (2, total)) if index in site.wanted}
     if 0 in site.wanted:
         gain = graph.emit("Mul", scale, inverse)
         share = graph.emit("Neg", graph.emit("Div", gain, count_of(graph, source, channels)))
         tilt = graph.emit("Mul", graph.emit("Mul", share, slope), inverse)
-        level = graph.emit("Mul", share, total)
-        # With mean 0 and variance 1 the op is tilt * c + level, in one pass over the map instead of two.
+        level = graph.emit("Sub", graph.emit("Mul", share, total), graph.emit("Mul", tilt, mean))
+        # With mean 0 and variance 1 the op is tilt * X + level, in one pass over the map instead of two.
         zeros, ones = (graph.constant(np.full(channels, value), np.float32) for value in (0, 1))
-        bent = graph.emit(_OP, centred, tilt, level, zeros, ones, epsilon=0.0)
+        bent = graph.emit(_OP, source, tilt, level, zeros, ones, epsilon=0.0)
         column = graph.emit("Unsqueeze", gain, graph.integers(*range(1, rank - 1)))
         gradients[0] = graph.emit("Add", graph.emit("Mul", site.gradient, column), bent)
     return gradients
@@ -112,8 +101,8 @@ def emit_statistics(graph: Emitter, forward: Forward) -> list[onnx.ValueInfoProt
         graph: of the training form.
         forward: the training form.
     """
-    for node in [node for node in graph.nodes if node.op_type == _OP and node.input[3] not in graph.constants]:
-        mean, variance = node.input[3:5]
+    for node in [node for node in graph.nodes if node.op_type == _OP and len(node.output) > 1]:
+        _, mean, variance = node.output
         graph.emit("Identity", mean, output=_running(mean))
         count = count_of(graph, node.input[0], forward.shapes[_running(mean)][0] or 0)
         others = graph.emit("Max", graph.emit("Sub", count, graph.real(1)), graph.real(1))

@@ -1,6 +1,9 @@
 """Gradients of Conv and ConvTranspose over any number of spatial axes, without ConvGrad, which inference builds of onnxruntime lack.
 
-Every gradient has several ways with the same result; which is taken follows from the shapes, by the bounds of export/ways.py.
+Every gradient has several ways with the same result; which is taken follows from the shapes, by the bounds of export/ways.py. So has the
+Conv itself, in training programs:
+    conv        as it is: onnxruntime multiplies image by image.
+    columns     one GEMM for the whole batch over the unfolded input (im2col): where a map is so small that packing takes longest.
 Input gradient of a Conv:
     transpose   ConvTranspose, which is its definition.
     columns     one GEMM for the whole batch, then Col2Im: where a map is so small that a GEMM for each image has no work to share.
@@ -30,6 +33,8 @@ def conv(site: Site) -> dict[int, Gradient]:
     kernel = site.shape(weight)[2:]
     window = window_of(site, _options(site, kernel), kernel)
     gradients: dict[int, Gradient] = {}
+    if window.group == 1 and math.prod(kernel) > 1 and math.prod(window.out_sizes) <= site.graph.ways.columns_positions:
+        _forwards_by_columns(site, window)
     if 0 in site.wanted:
         gradients[0] = _backwards(site, window)
     if 1 in site.wanted:
@@ -66,6 +71,19 @@ def _bias_gradient(site: Site, window: Window) -> dict[int, Gradient]:
     if 2 not in site.wanted:
         return {}
     return {2: site.graph.emit("ReduceSum", site.gradient, site.graph.integers(0, *window.axes), keepdims=0)}
+
+
+def _forwards_by_columns(site: Site, window: Window) -> None:
+    """Put the product in the place of the node. A weight gradient that unfolds finds the same columns there: onnxruntime keeps one."""
+    graph, weight = site.graph, site.node.input[1]
+    out_channels = site.shape(weight)[0]
+    with graph.in_place_of(site.node):
+        columns = _columns(site, window, site.node.input[0])
+        rows = graph.emit("MatMul", graph.emit("Reshape", weight, graph.integers(out_channels, -1)), columns)
+        if len(site.node.input) > 2 and site.node.input[2]:
+            rows = graph.emit("Add", rows, graph.emit("Unsqueeze", site.node.input[2], graph.integers(1)))
+        maps = graph.emit("Reshape", rows, graph.integers(out_channels, -1, *window.out_sizes))
+        graph.emit("Transpose", maps, perm=[1, 0, *window.axes], output=site.node.output[0])
 
 
 def _backwards(site: Site, window: Window) -> str:
@@ -172,16 +190,22 @@ def _by_shifting(site: Site, window: Window, source: str, gradient: str) -> str:
 def _by_unfolding(site: Site, window: Window, source: str, gradient: str) -> Gradient:
     graph = site.graph
     out_channels, channels, *kernel = site.shape(site.node.input[1])
+    height = channels * math.prod(kernel)
+    columns = _columns(site, window, source)
+    rows = _rows(site, gradient, out_channels)
+    if out_channels > min(height, graph.ways.narrow):
+        return Product(rows, columns, transpose_b=True, shape=(out_channels, channels, *kernel))
+    turned = graph.emit("Reshape", graph.emit("Gemm", columns, rows, transB=1), graph.integers(channels, *kernel, out_channels))
+    return graph.emit("Transpose", turned, perm=[1 + len(kernel), *range(1 + len(kernel))])
+
+
+def _columns(site: Site, window: Window, source: str) -> str:
+    """[channels * kernel positions, batch * positions]: what each number of a kernel meets."""
+    graph, (_, channels, *kernel) = site.graph, site.shape(site.node.input[1])
     # Joined along the batch, the rows of [channels, kernel * batch, ...] are already in the weight's own order.
     met = _at_kernel_positions(site, window, graph.emit("Transpose", source, perm=[1, 0, *window.axes]))
     columns = graph.emit("Concat", *met, axis=1) if len(met) > 1 else met[0]
-    height = channels * math.prod(kernel)
-    columns = graph.emit("Reshape", columns, graph.integers(height, -1))
-    rows = _rows(site, gradient, out_channels)
-    if height < graph.ways.wide * out_channels:
-        return Product(rows, columns, transpose_b=True, shape=(out_channels, channels, *kernel))
-    turned = graph.emit("Transpose", graph.emit("Gemm", columns, rows, transB=1), perm=[1, 0])
-    return graph.emit("Reshape", turned, graph.integers(out_channels, channels, *kernel))
+    return graph.emit("Reshape", columns, graph.integers(channels * math.prod(kernel), -1))
 
 
 def _by_multiplying(site: Site, window: Window, source: str, gradient: str) -> str:

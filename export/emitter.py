@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,16 @@ class Emitter:
         names = [self.fresh() for _ in range(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
         return names
+
+    @contextmanager
+    def in_place_of(self, node: onnx.NodeProto) -> Iterator[None]:
+        """What is emitted meanwhile takes the place of a node, and has to give its outputs."""
+        begin = len(self.nodes)
+        yield
+        made = self.nodes[begin:]
+        del self.nodes[begin:]
+        place = next(number for number, other in enumerate(self.nodes) if other is node)
+        self.nodes[place : place + 1] = made
 
     def constant(self, value: ArrayLike, dtype: type[np.generic]) -> str:
         """The name of a constant; equal constants are stored once."""

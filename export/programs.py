@@ -19,6 +19,7 @@ from export.losses import check_step, emit_loss, emit_score
 from export.optimizers import Slots, emit_bare_sgd, emit_optimizer, slots_of
 from export.recurrent_rules import recurrent_biases
 from export.rules import CURES, RULES
+from export.turned import with_turned_products
 from export.ways import DEFAULT, Ways
 from regrow.errors import LocalError
 from regrow.local_step import Step, step_of
@@ -72,7 +73,7 @@ def build_programs(
     masks = {"train": False, "train_masked": True}
     programs = {"layout": layout.to_json(), "evaluate": _evaluation_program(forward, step)}
     for way, ways in {"": DEFAULT, **others}.items():
-        trained = with_depthwise_products(statistical, ways.product_pairs)
+        trained = with_turned_products(with_depthwise_products(statistical, ways.product_pairs))
         for name, masked in masks.items():
             program = _training_program(trained, layout, step, masked=masked, ways=ways)
             if not way or program not in programs.values():

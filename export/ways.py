@@ -19,22 +19,23 @@ class Ways:
     """Bounds between the ways of export/convolution_rules.py and export/depthwise.py.
 
     Attributes:
-        product_pairs: most pairs of an input and an output position for which a depthwise convolution is a matrix product; 144 x 144, a
-            map of 12x12 to one of its size, is below the default.
-        columns_positions: largest output map whose input gradient goes through columns.
+        product_pairs: most pairs of an input and an output position in one matrix product of a depthwise convolution: of a map of 9x9 as
+            a whole, of one of 24x24 in bands of two rows.
+        columns_positions: largest output map that is computed (unless by 1x1 kernels), and whose input gradient is, through columns.
         shift_channels: least input channels for shifting: each kernel position is a GEMM of its own, with so many columns.
         shift_waste: most padding that shifting may multiply by zeros: positions of the padded maps for each of the plain ones.
         unfold_positions: largest output map on which a weight gradient without groups that is not shifted is unfolded; above, correlated.
-        wide: a product this many times wider than high is computed transposed: onnxruntime packs one operand, best the small one.
+        narrow: a product with no more rows than this, and with more columns, is computed transposed: onnxruntime packs one operand, which
+            does not pay for few rows.
         multiply_positions: smallest output map on which a depthwise weight gradient is summed position by position.
     """
 
-    product_pairs: float = 32_768
+    product_pairs: float = 8_192
     columns_positions: float = 32
     shift_channels: float = 8
     shift_waste: float = 1.5
     unfold_positions: float = NEVER
-    wide: float = 4
+    narrow: float = 96
     multiply_positions: float = 64
 
 

@@ -20,6 +20,7 @@ from export.forward import read_forward
 from export.gradients import differentiate, materialise
 from export.rules import CURES, RULES
 from export.torch_graph import graph_of_model
+from export.turned import with_turned_products
 from export.ways import DEFAULT, Ways
 from tests.export.running import Arrays, assert_close, session_of, step
 
@@ -131,7 +132,7 @@ def gradient_program(model: onnx.ModelProto, ways: Ways = DEFAULT) -> bytes:
     Raises:
         LocalError: some op cannot be trained.
     """
-    forward = with_depthwise_products(read_forward(model), ways.product_pairs)
+    forward = with_turned_products(with_depthwise_products(read_forward(model), ways.product_pairs))
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in forward.program_nodes]
     graph = Emitter(nodes, dict(forward.constants), forward.shapes, ways)
     gradients = differentiate(graph, RULES, list(forward.parameters), forward.logits, "seed", CURES)

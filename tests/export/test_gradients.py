@@ -20,7 +20,7 @@ from export.rules import RULES
 from export.ways import NEVER, OTHERS, Ways
 from regrow.errors import LocalError
 from tests.export import moving_cases, window_cases
-from tests.export.drawing import CLASSES, Case, check_case, constant, drawn, gradient_program, network, numbers
+from tests.export.drawing import CLASSES, Case, Values, check_case, constant, drawn, gradient_program, network, numbers
 from tests.export.gradient_cases import CASES, CORNERS
 from tests.export.running import Arrays, assert_close, session_of, step
 
@@ -40,7 +40,7 @@ def test_gradients(name: str, data: st.DataObject) -> None:
 WAYS = {
     "columns, shift": Ways(product_pairs=0, columns_positions=NEVER, shift_channels=1, shift_waste=NEVER, multiply_positions=1),
     "transpose, unfold": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, multiply_positions=NEVER),
-    "transpose, unfold wide": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, wide=0),
+    "transpose, unfold as it is": Ways(product_pairs=0, columns_positions=0, shift_channels=NEVER, narrow=0),
     **OTHERS,
 }
 
@@ -109,11 +109,50 @@ def test_only_windows_that_halve_are_compared(kernel: list[int], strides: list[i
     assert ("ScatterElements" not in check_case(pooled(x, kernel, strides, ceil_mode))) == halved
 
 
-@pytest.mark.parametrize(("length", "products"), [(100, True), (300, False)])
-def test_depthwise_convolutions_of_small_maps_become_products(length: int, products: bool) -> None:
-    w = numbers(np.random.default_rng(0), 4, 1, 3)
-    model = network([node("Conv", ["a", "w"], ["o"], group=4)], {"p": np.zeros((4, length), np.float32), "w": w}, [4, length])
+@pytest.mark.parametrize(("sizes", "products"), [([100], True), ([300], True), ([24, 24], True), ([60, 60], False)])
+def test_depthwise_convolutions_of_small_maps_and_bands_become_products(sizes: list[int], products: bool) -> None:
+    w = numbers(np.random.default_rng(0), 4, 1, *[3] * len(sizes))
+    model = network([node("Conv", ["a", "w"], ["o"], group=4)], {"p": np.zeros((4, *sizes), np.float32), "w": w}, [4, *sizes])
     assert ("Conv" not in {each.op_type for each in onnx.load_from_string(gradient_program(model)).graph.node}) == products
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "strides", "dilations", "pads"),
+    [
+        ([11, 9], [3, 3], [1, 1], [1, 1], [1, 1, 1, 1]),  # 11 rows in bands of two: the last one is cut
+        ([12, 10], [5, 3], [1, 1], [1, 1], [2, 1, 2, 1]),  # a band goes on into two others
+        ([25, 5], [3, 3], [1, 1], [1, 1], [0, 1, 2, 1]),
+        ([23, 12], [3, 3], [2, 2], [1, 1], [1, 1, 1, 1]),
+        ([24, 8], [1, 3], [3, 1], [1, 1], [0, 1, 0, 1]),  # rows that no kernel meets
+        ([14, 9], [3, 3], [1, 1], [3, 1], [3, 1, 3, 1]),
+        ([130], [4], [1], [2], [3, 3]),
+    ],
+)
+def test_bands_of_depthwise_convolutions(
+    sizes: list[int], kernel: list[int], strides: list[int], dilations: list[int], pads: list[int]
+) -> None:
+    rng, rank = np.random.default_rng(7), len(sizes)
+    geometry = {"kernel_shape": kernel, "strides": strides, "dilations": dilations, "pads": pads}
+    nodes = [node("Conv", ["a", "w", "b"], ["o"], group=2, **geometry)]
+    weights = {"w": numbers(rng, 2, 1, *kernel), "b": numbers(rng, 2)}
+
+    def forward(a: torch.Tensor, q: Values) -> torch.Tensor:
+        a = functional.pad(a, [pad for axis in reversed(range(rank)) for pad in (pads[axis], pads[axis + rank])])
+        apply: Any = [functional.conv1d, functional.conv2d][rank - 1]
+        return apply(a, q["w"], q["b"], stride=strides, dilation=dilations, groups=2)
+
+    ops = check_case(Case(nodes, forward, numbers(rng, 3, 2, *sizes), weights), Ways(product_pairs=2000))
+    assert "Conv" not in ops
+    assert "OneHot" in ops
+
+
+@pytest.mark.parametrize(("outputs", "turned"), [(512, True), (128, False)])
+def test_large_fully_connected_layers_leave_their_weights_unpacked(outputs: int, turned: bool) -> None:
+    rng = np.random.default_rng(8)
+    weights = {"w": numbers(rng, outputs, 600), "b": numbers(rng, outputs)}
+    nodes = [node("Gemm", ["a", "w", "b"], ["o"], transB=1)]
+    ops = check_case(Case(nodes, lambda a, q: a @ q["w"].T + q["b"], numbers(rng, 3, 600), weights))
+    assert ("Transpose" in ops) == turned
 
 
 @pytest.mark.parametrize(
