@@ -39,13 +39,7 @@ class Metrics:
         self._devices: set[str] = set()
         self._bytes: dict[str, tuple[int, int]] = {}  # what each device had sent and received when it last said so
         registry = self.registry = CollectorRegistry()
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"regrow_{name}", text, labels, registry=registry)
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"regrow_{name}", text, labels, registry=registry)
-
+        gauge, counter = self._gauge, self._counter
         names, method = gateway.coordinator.names, gateway.coordinator.ledger.task.method.name
         run = Info("regrow_run", "The run that is served", registry=registry)
         run.info({"run": names.run, "task": names.task, "method": method})
@@ -66,19 +60,28 @@ class Metrics:
             buckets=STALENESS,
             registry=registry,
         )
-        self._sent = counter("device_sent_bytes", "Bytes that devices sent, as they meter it, by first density", "class")
-        self._received = counter("device_received_bytes", "Bytes that devices received, as they meter it, by first density", "class")
-        self._device_density = gauge("device_density", "Density of a device", "device")
-        self._device_uplink = gauge("device_uplink_bytes_per_second", "Uplink of a device, as it measures it", "device")
-        self._device_heard = gauge("device_heard_timestamp_seconds", "When a device last said something, unix time", "device")
-        self._device_updates = counter("device_updates", "Accepted updates of a device", "device")
         self._lag = gauge("store_lag_seconds", "Age of the oldest record that is not on the disk yet")
         self._written = counter("store_written_bytes", "Bytes that this process gave to the store")
         self._connected = gauge("broker_connected", "1 while the coordinator is connected to its broker")
         self._restarts = counter("broker_restarts", "How often this process has started its broker again")
         for result in ("accepted", "rejected"):
             self._updates.labels(result)
+        self._add_devices()
         ProcessCollector(registry=registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"regrow_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"regrow_{name}", text, labels, registry=self.registry)
+
+    def _add_devices(self) -> None:
+        self._sent = self._counter("device_sent_bytes", "Bytes that devices sent, as they meter it, by first density", "class")
+        self._received = self._counter("device_received_bytes", "Bytes that devices received, as they meter it, by first density", "class")
+        self._device_density = self._gauge("device_density", "Density of a device", "device")
+        self._device_uplink = self._gauge("device_uplink_bytes_per_second", "Uplink of a device, as it measures it", "device")
+        self._device_heard = self._gauge("device_heard_timestamp_seconds", "When a device last said something, unix time", "device")
+        self._device_updates = self._counter("device_updates", "Accepted updates of a device", "device")
 
     def look(self) -> None:
         """Take what the ledger says now; about twice a second."""
