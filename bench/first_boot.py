@@ -62,6 +62,8 @@ kind = "all"
 join_s = 0.0
 [stop]
 aggregations = {UPDATES}
+[store]
+keep_updates = true
 """
 LOOK = r"""
 import json, pathlib, pwd, stat, subprocess
@@ -280,7 +282,7 @@ def wait(over: Any, patience_s: float, child: subprocess.Popen[bytes], log: Path
 def timeline(log: str, booted: float) -> dict[str, float]:
     """Seconds from power-on to what the gateway's log tells, each the first time."""
     found: dict[str, float] = {}
-    words = {"certified": "certif", "joined": " joined ", "first update": " accepted ", "aggregated": " aggregated "}
+    words = {"enrolled": " enrolled from ", "joined": " joined ", "first update": " update ", "aggregated": " aggregated "}
     for line in log.splitlines():
         clock = re.search(r"(\d{4}-\d\d-\d\d )?(\d\d:\d\d:\d\d)", line)
         for name, word in words.items():

@@ -49,6 +49,12 @@ install -d -m 755 /etc/systemd/system/regrow-agent.service.d
 install -m 644 "$here/regrow-agent-identity.conf" /etc/systemd/system/regrow-agent.service.d/identity.conf
 install -m 644 "$here/journald@regrow.conf" /etc/systemd/
 install -m 755 "$here/wifi.sh" "$prefix/wifi.sh"
+# Name look-ups need no port that answers the neighbours (LLMNR).
+if [ -d /etc/systemd/resolved.conf.d ] || systemctl cat systemd-resolved >/dev/null 2>&1; then
+    install -d -m 755 /etc/systemd/resolved.conf.d
+    printf '[Resolve]\nLLMNR=no\n' >/etc/systemd/resolved.conf.d/regrow.conf
+    [ ! -d /run/systemd/system ] || systemctl try-restart --no-block systemd-resolved
+fi
 sync
 systemctl daemon-reload
 for unit in "$here"/units/*; do
