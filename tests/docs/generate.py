@@ -20,6 +20,7 @@ import msgspec
 from msgspec import inspect
 
 from broker_server import credentials
+from broker_server.fleet.boards import SYSTEMS
 from cli.doctor import fleet_checks, gateway_checks
 from cli.main import parser
 from edge_agent.doctor.device import Subject, device_checks, live_checks
@@ -31,7 +32,7 @@ from regrow.task import Task
 from tests.docs import words
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "doctor.md", "protocol.md", "task.md", "zoo.md")
+NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "doctor.md", "images.md", "protocol.md", "task.md", "zoo.md")
 PAGES = tuple(Path("docs") / name for name in NAMES)
 ZOO, STEPS, SEALS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json", "seal.json"))
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -86,6 +87,15 @@ def _methods(_: str) -> str:
 
 def _settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key} = {json.dumps(value)}`" for key, value in values.items()) or "-"
+
+
+def _systems(_: str) -> str:
+    """Boards, systems, Pythons, and what was tried."""
+    rows = [
+        (f"`{system.name}`", system.title, system.boards, system.python or "3.10 to 3.13", system.form, system.tried)
+        for system in SYSTEMS.values()
+    ]
+    return table(("`--os`", "system", "boards", "Python", "first boot reads", "tried"), rows)
 
 
 # ---- structs -------------------------------------------------------------------------------------------------------------------------
@@ -354,6 +364,7 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "train-step": _train_step,
     "transitions": _transitions,
     "wire": _wire,
+    "systems": _systems,
     "zoo-curves": _zoo_curves,
     "zoo-gradients": _zoo_gradients,
 }

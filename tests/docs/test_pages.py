@@ -16,6 +16,7 @@ HAND_WRITTEN = (
     "docs/bring-your-own.md",
     "docs/deploy.md",
     "docs/fleet.md",
+    "docs/images.md",
     "docs/gateway.md",
     "docs/models.md",
     "docs/simulate.md",
