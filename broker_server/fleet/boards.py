@@ -76,7 +76,7 @@ SYSTEMS = {
             "firstrun",
             "/boot/firmware",
             "Pi 3, 4, 5, Zero 2 W",
-            "script run in a Debian 12 root; no board",
+            "first boot of Debian 12 by systemd.run in a container; no board",
         ),
         System("ubuntu-24.04", "Ubuntu Server 24.04", "3.12", "cloud-init", "/boot/firmware", "Pi 3, 4, 5, Zero 2 W", "wheels resolved"),
         System("ubuntu-22.04", "Ubuntu Server 22.04", "3.10", "cloud-init", "/boot/firmware", "Pi 3, 4, Zero 2 W", "wheels resolved"),

@@ -30,7 +30,7 @@ fi
 # Nobody sits there to answer its questions.
 systemctl disable userconfig 2>/dev/null
 [ -z "$REGROW_TIMEZONE" ] || ln -sf "/usr/share/zoneinfo/$REGROW_TIMEZONE" /etc/localtime
-[ -z "$REGROW_COUNTRY" ] || raspi-config nonint do_wifi_country "$REGROW_COUNTRY"
+[ -z "$REGROW_COUNTRY" ] || ! command -v raspi-config >/dev/null || raspi-config nonint do_wifi_country "$REGROW_COUNTRY"
 sh "$boot/regrow/install.sh"
 sh /opt/regrow/wifi.sh
 sync

@@ -191,6 +191,32 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, given: list[st
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+def test_no_image_holds_what_another_device_or_the_gateway_has_as_its_secret(tmp_path: Path, given: list[str]) -> None:
+    pytest.importorskip("cryptography")
+    from broker_server.credentials import Credentials
+    from broker_server.fleet import members
+    from broker_server.fleet.registry import Registry
+
+    fleet = tmp_path / "runs" / ".gateway" / "fleet"
+    members.init(fleet, "farm", ["192.0.2.1"], tls_port=8883, enrol_port=8443)
+    registry = Registry(fleet)
+    claims = {name: members.write_claim(registry, name, tmp_path, days=1.0, board="") for name in ("pi-07", "pi-08")}
+    secrets = [Credentials(tmp_path / "runs" / ".gateway").coordinator_password.encode(), b"correct horse", b"PRIVATE KEY"]
+    for key in fleet.rglob("*.key"):
+        secrets += [line for line in key.read_bytes().splitlines() if not line.startswith(b"-----")]
+    assert len(secrets) > 5
+    own, other = (json.loads(claims[name].read_text())["claim"]["token"].encode() for name in ("pi-07", "pi-08"))
+    given[given.index("--claim") + 1] = str(claims["pi-07"])
+    kinds = (["pi", *first_boot(tmp_path)], ["pi", "--os", "pi-os-bookworm", *first_boot(tmp_path)], ["generic"], ["jetson"])
+    for number, kind in enumerate(kinds):
+        given[-1] = str(tmp_path / f"image{number}")
+        assert main(["image", *kind, *given]) == 0
+        held = b"".join(path.read_bytes() for path in (tmp_path / f"image{number}").rglob("*") if path.is_file() and path.suffix != ".sh")
+        assert own in held, "or this test looks in the wrong place"
+        assert other not in held
+        assert not [secret for secret in secrets if secret in held]
+
+
 def test_nothing_with_a_key_in_it_is_taken_for_a_claim_or_a_public_key(tmp_path: Path) -> None:
     for text in ("", "[]", '{"device": "pi-07"}', CLAIM.replace("once", "-----BEGIN PRIVATE KEY-----")):
         with pytest.raises(LocalError, match="the claim"):
