@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from broker_server.durable import sync_folder
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 FORMAT = 1
 HEAD, LIST = "regrow-backup.json", "regrow-backup.sha256.json"
@@ -67,11 +67,11 @@ def write_backup(runs: Path, file: Path, fleet: Path | None = None) -> tuple[Hea
         LocalError: there is nothing to back up, the file is there already, or something does not check out.
     """
     if not runs.is_dir() or not any(runs.iterdir()):
-        raise LocalError(f"{runs} holds nothing to back up: --runs names the folder that `regrow serve` has")
+        raise UsageError(f"{runs} holds nothing to back up: --runs names the folder that `regrow serve` has")
     if file.exists():
-        raise LocalError(f"{file} is there already: choose another name")
+        raise UsageError(f"{file} is there already: choose another name")
     if file.resolve().is_relative_to(runs.resolve()):
-        raise LocalError(f"{file} would be a part of itself: put it outside {runs}")
+        raise UsageError(f"{file} would be a part of itself: put it outside {runs}")
     stage = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
     try:
         _stage(runs, stage / RUNS)
@@ -180,7 +180,7 @@ def _others(source: Path, homes: set[Path]) -> Iterator[tuple[Path, tuple[int, i
 def _is_wanted(here: Path, name: str, homes: set[Path]) -> bool:
     folder = here / name
     if folder.is_symlink():
-        raise LocalError(f"{folder} is a link, and a backup holds only what is really there: name what it points to with --runs")
+        raise UsageError(f"{folder} is a link, and a backup holds only what is really there: name what it points to with --runs")
     begun_since = folder not in homes and (folder / "log.sqlite").exists()
     return not (begun_since or _LEFT_OUT.fullmatch(name) or (name == "snapshots" and here in homes))
 

@@ -33,7 +33,7 @@ from broker_server.run_files import take_lock
 from broker_server.store import Store
 from regrow import records
 from regrow.claim import term_after_restore
-from regrow.errors import LocalError, RegrowError
+from regrow.errors import LocalError, RegrowError, UsageError
 from regrow.records import to_record
 
 _BLOCK_BYTES = 1024 * 1024
@@ -53,7 +53,7 @@ def restore_backup(file: Path, runs: Path, *, replace: bool = False) -> tuple[He
     """
     there = runs.exists() and (not runs.is_dir() or any(runs.iterdir()))
     if there and not replace:
-        raise LocalError(f"{runs} is not empty: restore into another folder with --runs, or set it aside with --replace")
+        raise UsageError(f"{runs} is not empty: restore into another folder with --runs, or set it aside with --replace")
     runs.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         held.enter_context(_alone(runs.parent))

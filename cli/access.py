@@ -9,7 +9,7 @@ from broker_server.credentials import Credentials
 from broker_server.durable import write_private
 from cli.arguments import GATEWAY_HOME, own_fleet
 from regrow.broker_url import parse_broker_url
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 
 def add(options: argparse.Namespace) -> int:
@@ -45,9 +45,9 @@ def password_in(file: Path) -> str:
     try:
         password = file.read_text().partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise LocalError(f"--broker-password-file {file}: {error}") from error
+        raise UsageError(f"--broker-password-file {file}: {error}") from error
     if not password:
-        raise LocalError(f"--broker-password-file {file} is empty: its first line is the password of the user in --broker")
+        raise UsageError(f"--broker-password-file {file} is empty: its first line is the password of the user in --broker")
     return password
 
 

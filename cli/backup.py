@@ -6,6 +6,7 @@ import argparse
 
 from broker_server.backup import write_backup
 from broker_server.restore import restore_backup
+from regrow.errors import UsageError
 
 
 def backup(options: argparse.Namespace) -> int:
@@ -18,6 +19,8 @@ def backup(options: argparse.Namespace) -> int:
 
 def restore(options: argparse.Namespace) -> int:
     """Put the file's contents in place."""
+    if not options.file.is_file():
+        raise UsageError(f"{options.file} is not there: name a file that `regrow backup` wrote")
     head, contents, aside = restore_backup(options.file, options.runs, replace=options.replace)
     print(f"{options.runs}: {_count(head.runs)}, {len(contents.files)} files, as of {head.made}")
     if aside is not None:

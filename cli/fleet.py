@@ -17,7 +17,7 @@ from broker_server.fleet.registry import Device, Registry, now_s, read_seen
 from cli.arguments import own_fleet
 from edge_agent import identity
 from edge_agent.identity_folder import adopt
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 COLUMNS = ("device", "state", "doing", "heard of", "certificate until", "board")
 
@@ -44,7 +44,7 @@ def _own_hosts() -> list[str]:
     found = [address.address for addresses in psutil.net_if_addrs().values() for address in addresses if address.family == socket.AF_INET]
     reachable = [address for address in found if not address.startswith(("127.", "169.254."))]
     if not reachable:
-        raise LocalError("this machine has no address that devices could find it by; say --host NAME_OR_ADDRESS")
+        raise UsageError("this machine has no address that devices could find it by; say --host NAME_OR_ADDRESS")
     return [*reachable, f"{socket.gethostname().split('.')[0].lower()}.local", "localhost", "127.0.0.1"]
 
 
@@ -65,7 +65,7 @@ def _offline(registry: Registry, options: argparse.Namespace) -> Path:
     """The identity folder of a device that joins here and now, as it would over the network."""
     folder: Path = options.out / options.name
     if folder.exists():
-        raise LocalError(f"{folder} is there already; remove it, or choose another --out")
+        raise UsageError(f"{folder} is there already; remove it, or choose another --out")
     path = members.write_claim(registry, options.name, options.out, days=options.days, board=options.board)
     try:
         about = adopt(folder, path)
@@ -187,7 +187,7 @@ def drain(options: argparse.Namespace) -> int:
 def wipe(options: argparse.Namespace) -> int:
     """Have a device remove everything."""
     if not options.yes:
-        raise LocalError(f"this removes {options.name}'s training state, models and keys, and cannot be taken back: say --yes")
+        raise UsageError(f"this removes {options.name}'s training state, models and keys, and cannot be taken back: say --yes")
     return _stand(options, "wiping", "removes its state, models and at last its keys; what it has not sent is lost")
 
 

@@ -15,7 +15,7 @@ from broker_server.fleet.registry import Registry
 from broker_server.fleet.releases import Releases, Staged, Wish, in_words, percentile
 from cli.arguments import own_fleet
 from regrow import wire
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 COLUMNS = ("device", "stage", "offered", "runs", "board", "Python", "what became of it")
 
@@ -32,7 +32,7 @@ def update(options: argparse.Namespace) -> int:
         return 0
     others = sorted(options.wheels.glob("*.whl")) if options.wheels is not None else []
     if options.wheels is not None and not others:
-        raise LocalError(f"--wheels {options.wheels}: no wheel in this folder")
+        raise UsageError(f"--wheels {options.wheels}: no wheel in this folder")
     wish = Wish(
         percent=options.percent,
         boards=tuple(sorted(set(options.board or ()))),

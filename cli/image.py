@@ -12,7 +12,7 @@ from broker_server.fleet import boards, images
 from broker_server.fleet.boards import PYTHONS, SYSTEMS, System, pythons
 from broker_server.fleet.gateway_image import GatewayImage, write_gateway
 from broker_server.fleet.jetson_image import base_of, write_jetson
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 
 def pi(options: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def gateway(options: argparse.Namespace) -> int:
     """Write what goes on the boot partition of a Pi that is the gateway."""
     host = _host(options, options.name)
     if host.system.form != "cloud-init":
-        raise LocalError(f"--os {host.system.name}: a gateway needs one that reads cloud-init, such as pi-os-trixie")
+        raise UsageError(f"--os {host.system.name}: a gateway needs one that reads cloud-init, such as pi-os-trixie")
     boards.lock_of(host.system.python, boards.BOARDS, "gateway")  # before anything is written
     point = None
     if options.access_point is not None:
@@ -57,7 +57,7 @@ def generic(options: argparse.Namespace) -> int:
     """Write one installer script."""
     system = replace(SYSTEMS["generic"], python=options.python or "")
     if options.wheels is None and not system.python:
-        raise LocalError(f"--python X.Y of the machines, one of {', '.join(PYTHONS)}, or --wheels DIR with their wheels")
+        raise UsageError(f"--python X.Y of the machines, one of {', '.join(PYTHONS)}, or --wheels DIR with their wheels")
     image = _image(options, images.Host(system, options.device))
     _check_out(options.out)
     payload = options.out / "regrow"
@@ -83,7 +83,7 @@ def jetson(options: argparse.Namespace) -> int:
 def wifi(options: argparse.Namespace) -> int:
     """Write a network onto a boot partition."""
     if not (options.out / "regrow").is_dir():
-        raise LocalError(f"--out {options.out}: no boot partition that `regrow image pi` wrote to; mount the card's first partition")
+        raise UsageError(f"--out {options.out}: no boot partition that `regrow image pi` wrote to; mount the card's first partition")
     network = images.wifi_of(options.ssid, _passphrase(options.wifi_passphrase), options.country)
     images.write_wifi(network, options.out / "regrow" / "wifi")
     print(f"{options.out}: the device takes {options.ssid} over at its next boot")
@@ -124,7 +124,7 @@ def systems(_: argparse.Namespace) -> int:
 def _system(name: str) -> System:
     found = {key: system for key, system in SYSTEMS.items() if system.form in ("cloud-init", "firstrun")}
     if name not in found:
-        raise LocalError(f"--os {name!r}: one of {', '.join(found)}")
+        raise UsageError(f"--os {name!r}: one of {', '.join(found)}")
     return found[name]
 
 
@@ -139,7 +139,7 @@ def _host(options: argparse.Namespace, name: str) -> images.Host:
 def _image(options: argparse.Namespace, host: images.Host) -> images.Image:
     claim: Path = options.claim or Path(f"{options.device}.claim.json")
     if not claim.is_file():
-        raise LocalError(f"{claim} is not there: `regrow fleet add {options.device}` writes it")
+        raise UsageError(f"{claim} is not there: `regrow fleet add {options.device}` writes it")
     data = Path(options.data)
     where = f"/srv/regrow/{data.name}" if data.is_file() else options.data
     return images.Image(host, claim.read_bytes(), where, options.agent_options)
@@ -157,13 +157,13 @@ def _check_out(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     boot = any((out / name).exists() for name in ("cmdline.txt", "config.txt", "user-data"))
     if any(out.iterdir()) and not boot:
-        raise LocalError(f"--out {out}: neither empty nor a boot partition; name a new folder")
+        raise UsageError(f"--out {out}: neither empty nor a boot partition; name a new folder")
 
 
 def _passphrase(path: Path | None) -> str:
     if path is None:
         if not sys.stdin.isatty():
-            raise LocalError("--wifi-passphrase FILE: the Wi-Fi passphrase cannot be asked for here")
+            raise UsageError("--wifi-passphrase FILE: the Wi-Fi passphrase cannot be asked for here")
         return getpass.getpass("Wi-Fi passphrase: ")
     return (sys.stdin.read() if str(path) == "-" else path.read_text()).strip("\r\n")
 

@@ -6,11 +6,13 @@ import argparse
 
 from edge_agent.enrolment import enrol
 from edge_agent.identity_folder import adopt
-from regrow.errors import LocalError, PeerError
+from regrow.errors import LocalError, PeerError, UsageError
 
 
 def join(options: argparse.Namespace) -> int:
     """Get the certificate that the claim is for."""
+    if not options.claim.is_file():
+        raise UsageError(f"{options.claim} is not there: `regrow fleet add NAME` on the gateway writes it")
     about = adopt(options.identity, options.claim)
     try:
         joined = enrol(options.identity)

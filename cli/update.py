@@ -8,7 +8,7 @@ from pathlib import Path
 from edge_agent.slots import CURRENT, GOOD, NAMES, Slots
 from edge_agent.update_files import SUFFIX, Settings, read_journal, read_settings
 from edge_agent.updater import Updater
-from regrow.errors import LocalError, RegrowError
+from regrow.errors import RegrowError, UsageError
 
 
 def update(options: argparse.Namespace) -> int:
@@ -16,7 +16,7 @@ def update(options: argparse.Namespace) -> int:
     settings = read_settings(options.settings)
     bundle: Path | None = options.bundle
     if bundle is not None and options.action not in ("apply", "check"):
-        raise LocalError(f"`regrow update {options.action}` takes no bundle")
+        raise UsageError(f"`regrow update {options.action}` takes no bundle")
     if options.action == "status":
         return _status(settings)
     updater = Updater(settings, say=lambda line: print(line, flush=True))

@@ -19,7 +19,7 @@ from typing import Any
 from edge_agent.state import sync_folder
 from regrow import topics
 from regrow.broker_url import parse_broker_url
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, WIPING = "device.key", "device.crt", "signing.key", "ca.crt", "wiping"
 CURE = "ask for a new claim on the gateway with `regrow fleet add NAME`, then `regrow join`"
@@ -59,7 +59,7 @@ def adopt(folder: Path, claim_file: Path) -> About:
     """
     about = _about(claim_file)
     if about.claim is None:
-        raise LocalError(f"{claim_file}: no claim in it; make one on the gateway with `regrow fleet add NAME`")
+        raise UsageError(f"{claim_file}: no claim in it; make one on the gateway with `regrow fleet add NAME`")
     with opened(folder):
         shutil.rmtree(folder / "pending", ignore_errors=True)
         write(folder / "device.json", claim_file.read_bytes())

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.state import sync_folder
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 SETTINGS = Path("/etc/regrow/update.json")
 PREFIX = Path("/opt/regrow")
@@ -76,13 +76,13 @@ def read_settings(path: Path) -> Settings:
         restart = tuple(fields.get("restart", RESTART))
         settings = Settings(keys, restart=restart, board=fields.get("board", ""), **paths)
     except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}; docs/updates.md says what belongs there") from error
+        raise UsageError(f"{path}: {error.strerror}; docs/updates.md says what belongs there") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LocalError(f"{path} does not check out: {error!r}; docs/updates.md says what belongs there") from error
+        raise UsageError(f"{path} does not check out: {error!r}; docs/updates.md says what belongs there") from error
     if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
-        raise LocalError(f"{path} can be changed by others than root; chown root and chmod 644 it, after a look at its keys")
+        raise UsageError(f"{path} can be changed by others than root; chown root and chmod 644 it, after a look at its keys")
     if not keys or any(len(key) != 32 for key in keys) or not all(isinstance(word, str) for word in (*restart, settings.board)):
-        raise LocalError(f"{path}: keys must be Ed25519 public keys, 64 hexadecimal digits each; restart a list of words; board a name")
+        raise UsageError(f"{path}: keys must be Ed25519 public keys, 64 hexadecimal digits each; restart a list of words; board a name")
     return settings
 
 

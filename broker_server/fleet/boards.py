@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 Form = Literal["cloud-init", "firstrun", "container", "script"]
 
@@ -107,7 +107,7 @@ def lock_of(python: str, architecture: str, role: Role) -> Path:
     """
     path = lock_path(python, architecture, role)
     if not path.is_file():
-        raise LocalError(f"no wheels of the {role} are locked for Python {python!r}; there are locks for {', '.join(pythons(role))}")
+        raise UsageError(f"no wheels of the {role} are locked for Python {python!r}; there are locks for {', '.join(pythons(role))}")
     return path
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from broker_server.fleet.boards import deploy_folder
 from broker_server.fleet.images import Host, Wifi, keyfile_ssid, shell_settings
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 from regrow.topics import check_name
 
 ADDRESS = "10.42.0.1"
@@ -35,7 +35,7 @@ class GatewayImage:
         ssd: label of the file system that the data lies on; "" keeps it on the card.
 
     Raises:
-        LocalError: a part cannot be carried.
+        UsageError: a part cannot be carried.
     """
 
     host: Host
@@ -48,14 +48,14 @@ class GatewayImage:
     def __post_init__(self) -> None:
         check_name(self.fleet, "fleet")
         if not (self.task / "task.toml").is_file():
-            raise LocalError(f"--task {self.task}: no task.toml there; `regrow task new` makes a task")
+            raise UsageError(f"--task {self.task}: no task.toml there; `regrow task new` makes a task")
         if self.ssd and not _LABEL.match(self.ssd):
-            raise LocalError(f"--ssd {self.ssd!r}: a label of 1 to 16 letters, digits, '_' and '-', as given to mkfs.ext4 -L")
+            raise UsageError(f"--ssd {self.ssd!r}: a label of 1 to 16 letters, digits, '_' and '-', as given to mkfs.ext4 -L")
         if self.access_point is not None and self.host.wifi is not None:
-            raise LocalError("--wifi and --access-point: a Pi has one radio; connect the gateway by cable")
+            raise UsageError("--wifi and --access-point: a Pi has one radio; connect the gateway by cable")
         for name in self.hosts:
             if not re.match(r"[A-Za-z0-9.:-]+\Z", name):
-                raise LocalError(f"--name {name!r}: expected a host name or an address")
+                raise UsageError(f"--name {name!r}: expected a host name or an address")
 
     @property
     def names(self) -> tuple[str, ...]:

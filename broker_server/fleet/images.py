@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from broker_server.fleet.boards import Role, System, deploy_folder, download, own_wheel
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 from regrow.topics import check_name
 
 FIRST_RUN = "systemd.run={boot}/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
@@ -59,7 +59,7 @@ class Host:
         timezone: such as Europe/Berlin; "" leaves the system's.
 
     Raises:
-        LocalError: a part cannot be carried.
+        UsageError: a part cannot be carried.
     """
 
     system: System
@@ -72,9 +72,9 @@ class Host:
     def __post_init__(self) -> None:
         check_name(self.name, "device")
         if not _USER.match(self.user) or self.user in ("root", "regrow"):
-            raise LocalError(f"--user {self.user!r}: lower-case letters, digits, '_' and '-', and neither root nor regrow")
+            raise UsageError(f"--user {self.user!r}: lower-case letters, digits, '_' and '-', and neither root nor regrow")
         if self.timezone and not _TIMEZONE.match(self.timezone):
-            raise LocalError(f"--timezone {self.timezone!r}: expected a name such as Europe/Berlin")
+            raise UsageError(f"--timezone {self.timezone!r}: expected a name such as Europe/Berlin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Image:
         options: further options of the agent.
 
     Raises:
-        LocalError: a part cannot be carried, or the claim is another device's.
+        UsageError: a part cannot be carried, or the claim is another device's.
     """
 
     host: Host
@@ -99,25 +99,25 @@ class Image:
     def __post_init__(self) -> None:
         for words, name in ((self.data, "--data"), *((word, "--agent-options") for word in self.options.split())):
             if not _PLAIN.match(words):
-                raise LocalError(f"{name} {words!r}: quotes, blanks, '\\', '$' and '`' cannot be carried to the device's settings")
+                raise UsageError(f"{name} {words!r}: quotes, blanks, '\\', '$' and '`' cannot be carried to the device's settings")
         claimed = claimed_device(self.claim)
         if claimed != self.host.name:
-            raise LocalError(f"the claim is {claimed}'s, not {self.host.name}'s")
+            raise UsageError(f"the claim is {claimed}'s, not {self.host.name}'s")
 
 
 def claimed_device(claim: bytes) -> str:
     """Whose claim this is.
 
     Raises:
-        LocalError: it is no claim, or it is an identity with keys in it, which no image may hold.
+        UsageError: it is no claim, or it is an identity with keys in it, which no image may hold.
     """
     try:
         fields: Any = json.loads(claim)
         device, token, keys = fields["device"], fields["claim"], fields["coordinator_keys"]
     except (ValueError, KeyError, TypeError):
-        raise LocalError("the claim: expected the file that `regrow fleet add NAME` wrote") from None
+        raise UsageError("the claim: expected the file that `regrow fleet add NAME` wrote") from None
     if b"PRIVATE KEY" in claim or not isinstance(device, str) or not isinstance(token, dict) or not isinstance(keys, list):
-        raise LocalError("the claim: expected the file that `regrow fleet add NAME` wrote, with no key in it")
+        raise UsageError("the claim: expected the file that `regrow fleet add NAME` wrote, with no key in it")
     return device
 
 
@@ -125,14 +125,14 @@ def wifi_of(ssid: str, passphrase: str, country: str) -> Wifi:
     """The network with its key: PBKDF2-HMAC-SHA1 of the passphrase, as WPA2-Personal derives it.
 
     Raises:
-        LocalError: the name, the passphrase or the country cannot be one. The passphrase is not repeated.
+        UsageError: the name, the passphrase or the country cannot be one. The passphrase is not repeated.
     """
     if not 1 <= len(ssid.encode()) <= 32 or any(ord(letter) < 32 for letter in ssid):
-        raise LocalError(f"--wifi {ssid!r}: a network's name has 1 to 32 bytes")
+        raise UsageError(f"--wifi {ssid!r}: a network's name has 1 to 32 bytes")
     if not 8 <= len(passphrase) <= 63 or not all(32 <= ord(letter) < 127 for letter in passphrase):
-        raise LocalError("the Wi-Fi passphrase: expected 8 to 63 printable ASCII characters")
+        raise UsageError("the Wi-Fi passphrase: expected 8 to 63 printable ASCII characters")
     if not re.match(r"[A-Z]{2}\Z", country):
-        raise LocalError(f"--country {country!r}: two capital letters, such as DE; the radio stays off without it")
+        raise UsageError(f"--country {country!r}: two capital letters, such as DE; the radio stays off without it")
     return Wifi(ssid, hashlib.pbkdf2_hmac("sha1", passphrase.encode(), ssid.encode(), _WPA_ITERATIONS, 32).hex(), country)
 
 
@@ -140,14 +140,14 @@ def ssh_keys_of(path: Path) -> tuple[str, ...]:
     """The public keys of a file.
 
     Raises:
-        LocalError: it holds none, or something else.
+        UsageError: it holds none, or something else.
     """
     text = path.read_text(errors="replace")
     if "PRIVATE KEY" in text:
-        raise LocalError(f"{path} is a private key: name the .pub file beside it")
+        raise UsageError(f"{path} is a private key: name the .pub file beside it")
     lines = tuple(line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#"))
     if not lines or not all(_SSH_KEY.match(line) for line in lines):
-        raise LocalError(f"{path}: expected one or more SSH public keys, such as those that ssh-keygen writes into .pub files")
+        raise UsageError(f"{path}: expected one or more SSH public keys, such as those that ssh-keygen writes into .pub files")
     return lines
 
 
@@ -155,13 +155,13 @@ def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Pat
     """Fill a wheelhouse: from a folder of earlier downloads, or from the package index; and Regrow's own wheel.
 
     Raises:
-        LocalError: something is missing.
+        UsageError: something is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if wheels is not None:
         found = sorted(wheels.glob("*.whl"))
         if not found:
-            raise LocalError(f"--wheels {wheels}: there are no wheels in it; `regrow image wheels` fills such a folder")
+            raise UsageError(f"--wheels {wheels}: there are no wheels in it; `regrow image wheels` fills such a folder")
         for path in found:
             shutil.copyfile(path, folder / path.name)
     else:
@@ -172,7 +172,7 @@ def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Pat
         own_wheel(folder)
     for needed in ("regrow", "pip", "numpy", "onnxruntime", "cryptography"):
         if not list(folder.glob(f"{needed}-*.whl")):
-            raise LocalError(f"the wheelhouse has no wheel of {needed}")
+            raise UsageError(f"the wheelhouse has no wheel of {needed}")
 
 
 def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> None:

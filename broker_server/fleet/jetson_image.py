@@ -10,7 +10,7 @@ from pathlib import Path
 
 from broker_server.fleet.boards import deploy_folder
 from broker_server.fleet.images import UPDATES, Image, shell_settings, write_payload
-from regrow.errors import LocalError
+from regrow.errors import UsageError
 
 # JetPack -> the tag of its L4T container: Ubuntu 22.04, Python 3.10.
 JETPACKS = {"6.0": "r36.3.0", "6.1": "r36.4.0", "6.2": "r36.4.0"}
@@ -21,10 +21,10 @@ def base_of(jetpack: str) -> str:
     """The container image of a JetPack version.
 
     Raises:
-        LocalError: none is known for it.
+        UsageError: none is known for it.
     """
     if jetpack not in JETPACKS:
-        raise LocalError(f"--jetpack {jetpack!r}: one of {', '.join(JETPACKS)}; --base names another L4T container with Python 3.10")
+        raise UsageError(f"--jetpack {jetpack!r}: one of {', '.join(JETPACKS)}; --base names another L4T container with Python 3.10")
     return BASE.format(tag=JETPACKS[jetpack])
 
 
@@ -32,7 +32,7 @@ def write_jetson(image: Image, base: str, torch: Path | None, folder: Path, data
     """Write everything but the device's wheels: Dockerfile, unit, installer, settings, claim and, where given, the maker's torch wheel.
 
     Raises:
-        LocalError: the torch wheel is not one for this board.
+        UsageError: the torch wheel is not one for this board.
     """
     deploy = deploy_folder() / "image" / "jetson"
     write_payload(image, folder, data_file)
@@ -47,6 +47,6 @@ def write_jetson(image: Image, base: str, torch: Path | None, folder: Path, data
         settings.write(shell_settings({"REGROW_BASE": base}))
     if torch is not None:
         if not (torch.name.startswith("torch-") and torch.name.endswith("-cp310-cp310-linux_aarch64.whl")) or not torch.is_file():
-            raise LocalError(f"--torch {torch}: expected NVIDIA's torch-*-cp310-cp310-linux_aarch64.whl for this JetPack")
+            raise UsageError(f"--torch {torch}: expected NVIDIA's torch-*-cp310-cp310-linux_aarch64.whl for this JetPack")
         (folder / "wheels").mkdir(exist_ok=True)
         shutil.copyfile(torch, folder / "wheels" / torch.name)

@@ -31,7 +31,7 @@ from broker_server.fleet.registry import (
     write_devices,
     write_fleet,
 )
-from regrow.errors import LocalError, PeerError
+from regrow.errors import LocalError, PeerError, UsageError
 
 TLS_PORT, ENROL_PORT = 8883, 8443
 CLAIM_DAYS = 7.0
@@ -53,7 +53,7 @@ def init(folder: Path, name: str, hosts: Sequence[str], *, tls_port: int = TLS_P
     for host in hosts:
         _check_host(host)
     if (folder / "fleet.json").exists():
-        raise LocalError(f"{folder} holds a fleet already, and its keys cannot be made twice; another fleet needs another --fleet")
+        raise UsageError(f"{folder} holds a fleet already, and its keys cannot be made twice; another fleet needs another --fleet")
     if (folder / "ca.key").exists():
         raise LocalError(f"{folder} holds keys but no fleet.json: an init was cut off, or a backup half restored; remove or restore it")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -83,7 +83,7 @@ def claim(registry: Registry, name: str, *, days: float = CLAIM_DAYS, board: str
     with registry.change() as devices:
         known = devices.get(name)
         if known is not None and known.state in MEMBERS:
-            raise LocalError(f"{name} is in the fleet already; `regrow fleet revoke {name}` first, if its keys are lost")
+            raise UsageError(f"{name} is in the fleet already; `regrow fleet revoke {name}` first, if its keys are lost")
         right = Claim(token=_digest(token), expires_s=expires_s)
         if known is None:
             devices[name] = Device(state="claimed", added_s=now_s(), percentile=round(random.uniform(0, 100), 2), board=board, claim=right)
@@ -176,7 +176,7 @@ def stand(registry: Registry, name: str, standing: Standing) -> Device:
     with registry.change() as devices:
         device = _member(devices, name)
         if device.state == "wiping" and standing != "wiping":
-            raise LocalError(f"{name} is being wiped; that cannot be taken back")
+            raise UsageError(f"{name} is being wiped; that cannot be taken back")
         if device.state != standing:
             devices[name] = replace(device, state=standing, number=device.number + 1)
         return devices[name]
@@ -187,7 +187,7 @@ def rotate(registry: Registry, name: str) -> Device:
     with registry.change() as devices:
         device = _member(devices, name)
         if not device.good:
-            raise LocalError(f"{name} has no certificate yet")
+            raise UsageError(f"{name} has no certificate yet")
         devices[name] = replace(device, replace=device.good[0].serial, number=device.number + 1)
         return devices[name]
 
@@ -251,7 +251,7 @@ def _about(fleet: Fleet, authority: Authority, name: str) -> dict[str, Any]:
 def _member(devices: Mapping[str, Device], name: str) -> Device:
     device = one(devices, name)
     if device.state not in MEMBERS:
-        raise LocalError(f"{name} is {device.state}, not in the fleet")
+        raise UsageError(f"{name} is {device.state}, not in the fleet")
     return device
 
 
@@ -280,7 +280,7 @@ def _check_host(host: str) -> None:
         ipaddress.ip_address(host)
     except ValueError:
         if not _HOST.match(host):
-            raise LocalError(f"--host {host!r}: expected a name or an address of this gateway, as devices see it") from None
+            raise UsageError(f"--host {host!r}: expected a name or an address of this gateway, as devices see it") from None
 
 
 def _digest(token: str) -> str:

@@ -19,7 +19,7 @@ import msgspec
 
 from broker_server.credentials import COORDINATOR, DEVICE_NAME
 from broker_server.durable import keep_owner, write_private
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 
 State = Literal["claimed", "active", "paused", "draining", "wiping", "wiped", "revoked"]
 MEMBERS: tuple[State, ...] = ("active", "paused", "draining", "wiping")  # who may connect
@@ -113,7 +113,7 @@ class Registry:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "fleet.json").is_file():
-            raise LocalError(f"no fleet in {folder}: make one with `regrow fleet init NAME --fleet {folder}`")
+            raise UsageError(f"no fleet in {folder}: make one with `regrow fleet init NAME --fleet {folder}`")
         if folder.stat().st_mode & 0o077:
             raise LocalError(f"{folder} can be read by others, and holds the keys of the fleet; chmod 700 it")
 
@@ -169,14 +169,14 @@ def read_seen(folder: Path) -> dict[str, dict[str, Any]]:
 def one(devices: Mapping[str, Device], name: str) -> Device:
     """Raises LocalError: there is none of that name."""
     if name not in devices:
-        raise LocalError(f"no device {name!r} in this fleet: `regrow fleet list` names those that there are")
+        raise UsageError(f"no device {name!r} in this fleet: `regrow fleet list` names those that there are")
     return devices[name]
 
 
 def check_device_name(name: str) -> str:
     """Returns the name. Raises LocalError: it cannot be a device's; the coordinator's rights go by its name."""
     if not DEVICE_NAME.fullmatch(name) or name == COORDINATOR:
-        raise LocalError(f"device name {name!r}: expected 1 to 63 of a-z, 0-9, -, not first a -, and not {COORDINATOR!r}")
+        raise UsageError(f"device name {name!r}: expected 1 to 63 of a-z, 0-9, -, not first a -, and not {COORDINATOR!r}")
     return name
 
 

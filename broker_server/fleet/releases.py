@@ -27,7 +27,7 @@ import msgspec
 from broker_server.durable import write_private
 from broker_server.fleet.registry import MEMBERS, Registry
 from regrow import wire
-from regrow.errors import LocalError, PeerError
+from regrow.errors import LocalError, PeerError, UsageError
 from regrow.publication import blob
 from regrow.release import MAX_MANIFEST_BYTES, Manifest, Wheel, head, signed_bytes, targets_of, version_key, wheel_of
 
@@ -103,9 +103,9 @@ class Releases:
             version_key(version)
             targets = targets_of(wheels)
         except PeerError as error:
-            raise LocalError(str(error)) from error
+            raise UsageError(str(error)) from error
         if not targets:
-            raise LocalError(
+            raise UsageError(
                 "no Python and machine has a wheel of each of these distributions; `pip download` them for every board of the fleet"
             )
         with self.registry.change():  # its lock
@@ -135,7 +135,7 @@ class Releases:
         with self.registry.change():
             newest = self.newest()
             if newest is None:
-                raise LocalError("no release was ever staged, so there is none to halt")
+                raise UsageError("no release was ever staged, so there is none to halt")
             return self._write(newest.opened().number, msgspec.structs.replace(newest, halted=True))
 
     def _sign(self, manifest: Manifest, files: Sequence[Path], percent: float, sign: Callable[[bytes], bytes]) -> Staged:
@@ -239,14 +239,14 @@ def _described(file: Path) -> Wheel:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise LocalError(f"{file}: {error.strerror}") from error
+        raise UsageError(f"{file}: {error.strerror}") from error
     return wheel_of(file.name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _version_of(wheel: Path) -> str:
     parts = wheel.name.split("-")
     if parts[0] != _NAME or not zipfile.is_zipfile(wheel):
-        raise LocalError(f"--wheel {wheel}: expected the wheel of {_NAME}, as `pip wheel --no-deps .` makes it")
+        raise UsageError(f"--wheel {wheel}: expected the wheel of {_NAME}, as `pip wheel --no-deps .` makes it")
     return parts[1]
 
 
@@ -258,6 +258,6 @@ def _room(files: Sequence[Path], wheels: Sequence[Wheel]) -> int:
             with zipfile.ZipFile(file) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
         except (OSError, zipfile.BadZipFile) as error:
-            raise LocalError(f"{file} is no wheel: {error}") from error
+            raise UsageError(f"{file} is no wheel: {error}") from error
         largest[wheel.distribution] = max(largest.get(wheel.distribution, 0), wheel.size + unpacked * 3 // 2)
     return sum(largest.values())

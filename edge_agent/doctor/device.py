@@ -118,7 +118,7 @@ def state_folder(folder: Path) -> Finding:
         damaged = [file.name for file in files if not _whole(file)]
     except PermissionError:
         return Finding(name, "unknown", f"this user may not read {folder}", "ask as root, or as the user of the service")
-    size = sum(file.stat().st_size for file in files)
+    size = sum(map(_size, files))
     said = f"{folder}: {len(files)} files, {size / 1e6:.1f} MB{', an agent holds it' if is_held(folder) else ''}"
     if damaged:
         cure = "the agent sets them aside at its next start and fetches them again; if it happens again, replace the card"
@@ -128,6 +128,14 @@ def state_folder(folder: Path) -> Finding:
             name, "warn", f"{said}; set aside as damaged: {', '.join(aside[:5])}", "a worn card does this; delete them after a look"
         )
     return Finding(name, "ok", said)
+
+
+def _size(file: Path) -> int:
+    """Bytes; none of what a running agent has replaced meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _whole(file: Path) -> bool:

@@ -143,7 +143,7 @@ def test_a_device_that_is_away_and_a_gateway_that_is_not_there(
     assert "nobody picked the question up in 3 s" in capsys.readouterr().err
     fleet.serve()
     until(lambda: away(fleet, capsys), "the gateway to ask")
-    assert main(["doctor", "--device", "not a name", "--runs", str(fleet.runs)]) == 1
+    assert main(["doctor", "--device", "not a name", "--runs", str(fleet.runs)]) == 2
     assert "a-z" in capsys.readouterr().err
 
 

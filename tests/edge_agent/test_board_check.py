@@ -53,7 +53,7 @@ def test_the_report_has_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(LocalError, match="--folder"):
         board_check.disk(tmp_path / "missing")
-    assert main(["board", "check", "--folder", str(tmp_path / "missing")]) == 1
+    assert main(["board", "check", "--folder", str(tmp_path / "missing")]) == 2
 
 
 def test_the_golden_files_are_few_and_small() -> None:

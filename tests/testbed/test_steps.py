@@ -188,7 +188,7 @@ def test_the_gateway_scores_values_on_its_own_data(tmp_path: Path) -> None:
         found = evaluator(folder)(Evaluate(3, vector, coordinates, {4: folder.layout.size}))
         assert low <= found.accuracies[4] <= high
     np.savez(folder.path / "held.npz", x=x, y=np.zeros(40, np.int64))
-    with pytest.raises(LocalError, match="class labels are integers"):
+    with pytest.raises(LocalError, match="whole numbers are class labels"):
         evaluator(folder)
 
 

@@ -122,7 +122,7 @@ def test_wifi_keys_are_those_of_the_standard() -> None:
 
 def test_wifi_is_added_later_only_to_a_partition_of_ours(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--wifi-passphrase", str(tmp_path / "passphrase"), "--country", "DE"]
-    assert main(["image", "wifi", "Field", *words, "--out", str(tmp_path)]) == 1
+    assert main(["image", "wifi", "Field", *words, "--out", str(tmp_path)]) == 2
     assert "no boot partition" in capsys.readouterr().err
     assert main(["image", "pi", *given]) == 0
     assert main(["image", "wifi", "Field", *words, "--out", str(tmp_path / "out")]) == 0
@@ -154,7 +154,7 @@ def test_a_jetson_gets_the_container_of_its_jetpack(tmp_path: Path, given: list[
     assert "REGROW_BASE=nvcr.io/nvidia/l4t-jetpack:r36.3.0" in (out / "device.env").read_text()
     assert {path.name for path in out.iterdir()} >= {"Dockerfile", "install.sh", "regrow-agent-jetson.service", "wheels", "claim.json"}
     given[-1] = str(tmp_path / "other")
-    assert main(["image", "jetson", "--jetpack", "4.6", *given]) == 1
+    assert main(["image", "jetson", "--jetpack", "4.6", *given]) == 2
     assert "one of 6.0, 6.1, 6.2" in capsys.readouterr().err
 
 
@@ -179,14 +179,14 @@ def test_wrong_words_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert main(["image", "pi", *given, *words]) == 1
+    assert main(["image", "pi", *given, *words]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    assert main(["image", "pi", *given]) == 1
+    assert main(["image", "pi", *given]) == 2
     assert "neither empty nor a boot partition" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
