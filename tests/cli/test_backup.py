@@ -110,7 +110,7 @@ def test_a_backup_says_what_it_cannot_do(gateway: Path, file: Path, tmp_path: Pa
     assert "nothing to back up" in fails(["backup", tmp_path / "b", "--runs", tmp_path / "none"], capsys)
     assert "is there already" in fails(["backup", file, "--runs", gateway], capsys)
     assert "a part of itself" in fails(["backup", gateway / "b", "--runs", gateway], capsys)
-    assert "check the path" in fails(["restore", tmp_path / "none", "--runs", tmp_path / "r"], capsys)
+    assert "is not there" in fails(["restore", tmp_path / "none", "--runs", tmp_path / "r"], capsys)
     odd = tmp_path / "runs"
     odd.mkdir()
     (odd / "there").symlink_to(gateway)
