@@ -37,11 +37,12 @@ class Emitter:
     ways: Ways = DEFAULT
     _by_content: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
     _count: int = 0
+    _prefix: str = "step"
 
     def fresh(self) -> str:
         """A value name that nothing uses yet."""
         self._count += 1
-        return f"step:{self._count}"
+        return f"{self._prefix}:{self._count}"
 
     def emit(self, op: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         """Append a node with one output and return that output's name."""
@@ -57,9 +58,10 @@ class Emitter:
 
     @contextmanager
     def in_place_of(self, node: onnx.NodeProto) -> Iterator[None]:
-        """What is emitted meanwhile takes the place of a node, and has to give its outputs."""
-        begin = len(self.nodes)
+        """What is emitted meanwhile takes the place of a node of the forward pass, is named "ahead:", and has to give its outputs."""
+        begin, self._prefix = len(self.nodes), "ahead"
         yield
+        self._prefix = "step"
         made = self.nodes[begin:]
         del self.nodes[begin:]
         place = next(number for number, other in enumerate(self.nodes) if other is node)

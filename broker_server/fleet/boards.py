@@ -32,6 +32,8 @@ WANTED: Mapping[Role, tuple[str, ...]] = {
 }
 _GLIBC_MINOR = range(28, 16, -1)  # manylinux_2_28 down to 2_17; the oldest system of the matrix has glibc 2.35
 _PIP_TIMEOUT_S = 900.0
+# Versions and digests are settled; older pips hold the files' requires-python against the Python that runs pip.
+PINNED = ("--require-hashes", "--ignore-requires-python")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def check_lock(python: str, architecture: str, role: Role) -> list[str]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        words = ("--dry-run", "--ignore-installed", "--require-hashes", "--target", scratch, "--report", str(report))
+        words = (*PINNED, "--dry-run", "--ignore-installed", "--target", scratch, "--report", str(report))
         _pip("install", *words, *_for(python, architecture), "-r", str(lock_of(python, architecture, role)))
         found: Any = json.loads(report.read_text())["install"]
     return sorted(f"{item['metadata']['name']}=={item['metadata']['version']}" for item in found)
@@ -159,7 +161,7 @@ def download(python: str, folder: Path, architecture: str, role: Role) -> None:
     Raises:
         LocalError: one cannot be had.
     """
-    words = ("--no-deps", "--require-hashes", "--dest", str(folder))
+    words = (*PINNED, "--no-deps", "--dest", str(folder))
     _pip("download", *words, *_for(python, architecture), "-r", str(lock_of(python, architecture, role)))
 
 

@@ -145,14 +145,14 @@ def test_only_what_pays_is_published_and_takes_less_by_the_estimate() -> None:
     model = ZOO["resnet18_gn"]
     forward = from_torch(model.module(model.small, 0), torch.zeros(2, *model.small.shape))
     programs = build_programs(forward)
-    programs |= float16_programs(programs)
+    programs |= float16_programs(programs, 0.25)
     assert {"train~float16", "train_masked~float16"} <= programs.keys()
     memory = step_memory(programs)
     (plain,), (stored,) = memory.levels, memory.float16
     assert stored.trained < 0.75 * plain.trained
     assert stored.fixed + 20 * stored.trained < plain.fixed + 20 * plain.trained
     assert stored.scored == plain.scored, "scoring has nothing to store"
-    assert not offers_float16(float16_programs(build_programs(watch_cnn(1)))), "its weights take more than its activations"
+    assert not offers_float16(float16_programs(build_programs(watch_cnn(1)), 0.25)), "its weights take more than its activations"
     assert step_memory(build_programs(watch_cnn(1))).float16 == []
 
 
