@@ -141,6 +141,8 @@ def _image(options: argparse.Namespace, host: images.Host) -> images.Image:
     if not claim.is_file():
         raise UsageError(f"{claim} is not there: `regrow fleet add {options.device}` writes it")
     data = Path(options.data)
+    if not data.is_file() and not data.is_absolute() and ":" not in options.data:
+        raise UsageError(f"--data {options.data}: no such file here; a path on the device begins with /")
     where = f"/srv/regrow/{data.name}" if data.is_file() else options.data
     return images.Image(host, claim.read_bytes(), where, options.agent_options)
 

@@ -29,6 +29,10 @@ from regrow.errors import UsageError
 from regrow.topics import check_name
 
 FIRST_RUN = "systemd.run={boot}/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
+NEEDED: Mapping[Role, tuple[str, ...]] = {
+    "agent": ("regrow", "pip", "numpy", "onnxruntime", "cryptography"),
+    "gateway": ("regrow", "pip", "numpy", "onnxruntime", "cryptography", "onnx", "amqtt", "rich"),
+}
 UNITS = ("regrow-agent.service", "regrow-update.service", "regrow-update.path")
 UPDATES = "--updates /etc/regrow/update.json"
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}\Z")
@@ -170,9 +174,13 @@ def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Pat
         shutil.copyfile(wheel, folder / wheel.name)
     elif not list(folder.glob("regrow-*.whl")):
         own_wheel(folder)
-    for needed in ("regrow", "pip", "numpy", "onnxruntime", "cryptography"):
+    for needed in NEEDED[role]:
         if not list(folder.glob(f"{needed}-*.whl")):
-            raise UsageError(f"the wheelhouse has no wheel of {needed}")
+            raise UsageError(f"the wheelhouse has no wheel of {needed}: `regrow image wheels --role {role}` fills one")
+    tag = f"-cp{system.python.replace('.', '')}-"
+    if system.python and not list(folder.glob(f"numpy-*{tag}*.whl")):
+        cure = f"`regrow image wheels --python {system.python} --role {role}` fills one"
+        raise UsageError(f"the wheelhouse is not for Python {system.python}, which {system.title} has: {cure}")
 
 
 def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> None:
@@ -200,6 +208,7 @@ def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> 
         shutil.copyfile(deploy / settings_file, folder / settings_file)
     for script in ("install.sh", "wifi.sh"):
         shutil.copyfile(deploy / "image" / script, folder / script)
+    shutil.rmtree(folder / "data", ignore_errors=True)  # of an image that was written here before
     if data_file is not None:
         (folder / "data").mkdir(exist_ok=True)
         shutil.copyfile(data_file, folder / "data" / data_file.name)

@@ -27,8 +27,10 @@ CLAIM = json.dumps({"device": "pi-07", "coordinator_keys": ["00" * 32], "claim":
 def given(tmp_path: Path) -> list[str]:
     """What every image is made of: a claim, a public key, a passphrase, wheels (only their names matter to what writes images)."""
     (tmp_path / "wheels").mkdir()
-    for name in ("regrow", "pip", "numpy", "onnxruntime", "cryptography"):
+    for name in ("regrow", "pip", "onnxruntime", "cryptography"):
         (tmp_path / "wheels" / f"{name}-1-py3-none-any.whl").write_bytes(b"wheel")
+    for python in ("310", "311", "313"):
+        (tmp_path / "wheels" / f"numpy-1-cp{python}-cp{python}-manylinux_2_28_aarch64.whl").write_bytes(b"wheel")
     (tmp_path / "claim").write_text(CLAIM)
     (tmp_path / "key.pub").write_text(f"# mine\n{KEY}\n")
     (tmp_path / "passphrase").write_text("correct horse\n")
@@ -170,6 +172,8 @@ def test_a_jetson_gets_the_container_of_its_jetpack(tmp_path: Path, given: list[
         (["--wifi", "x", "--wifi-passphrase", "passphrase"], "two capital letters"),
         (["--ssh-key", "passphrase"], "SSH public keys"),
         (["--wheels", "empty"], "no wheels in it"),
+        (["--os", "ubuntu-24.04"], "the wheelhouse is not for Python 3.12"),
+        (["--data", "nothere.npz"], "no such file here"),
         (["--device", "pi-08"], "the claim is pi-07's, not pi-08's"),
         (["--claim", "nowhere"], "`regrow fleet add pi-07` writes it"),
     ],
