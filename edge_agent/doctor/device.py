@@ -26,7 +26,7 @@ from edge_agent.doctor.rights import LISTEN_S, Rights
 from edge_agent.doctor.service import service_checks
 from edge_agent.memory import spare_bytes
 from edge_agent.state import MAGIC
-from edge_agent.transport import MqttLink
+from edge_agent.transport import CLOSED, MqttLink
 from edge_agent.vitals import HEALTH, WRITE_S, boot_id
 from regrow.broker_url import parse_broker_url
 from regrow.findings import Finding
@@ -183,32 +183,35 @@ def broker(subject: Subject, tell: Tell) -> None:
         tls=None if subject.tls is None else subject.tls(),
     )
     try:
-        refusal = _log_in(link)
+        refusal = _log_in(link, patient=subject.password is None)
         if refusal is None:
             _try_rights(link, subject.device, tell)
             return
     finally:
         link.close()
-    cure = (
-        "issue a new bundle: regrow device add NAME on the gateway"
-        if refusal.startswith("the broker refused")
-        else "look at the steps of network and tls"
-    )
-    tell(Finding(_BROKER[0], "fail", refusal.partition("; ")[0], cure))
+    said, _, cure = refusal.partition("; ")
+    if said.startswith("the broker refused"):
+        cure = "issue a new bundle: regrow device add NAME on the gateway"
+    elif not said.startswith("the gateway refuses"):
+        cure = "look at the steps of network and tls"
+    tell(Finding(_BROKER[0], "fail", said, cure))
     for name in _BROKER[1:]:
         tell(Finding(name, "unknown", "the broker does not let this device in"))
 
 
-def _log_in(link: MqttLink) -> str | None:
-    """None once the broker has let us in, else why it did not."""
+def _log_in(link: MqttLink, *, patient: bool) -> str | None:
+    """None once the broker has let us in, else why it did not. patient: a broker that just closes is asked until it is clear why."""
     until_s = time.monotonic() + LOGIN_S
+    said = f"the broker did not answer in {LOGIN_S:g} s"
     while time.monotonic() < until_s:
         for event in link.poll(0.5):
             if isinstance(event, Disconnected):
-                return event.reason
+                said = event.reason
+                if event.needs_help or not (patient and said.startswith(CLOSED)):
+                    return said
             if isinstance(event, Connected):
                 return None
-    return f"the broker did not answer in {LOGIN_S:g} s"
+    return said
 
 
 def _try_rights(link: MqttLink, device: str, tell: Tell) -> None:

@@ -59,3 +59,6 @@ def examined(folder: Path, kind: Kind, capsys: pytest.CaptureFixture[str]) -> No
 
         fleet.fleet("revoke", "d0")
         until(lambda: doctor(capsys, *device)["broker.login"]["state"] == "fail", "the revocation to be felt")
+        login = doctor(capsys, *device)["broker.login"]
+        assert login["said"] == "the gateway refuses this device's certificate: revoked, or of another fleet"
+        assert "regrow fleet show d0" in login["cure"]
