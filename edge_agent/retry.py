@@ -58,12 +58,16 @@ class Retry:
         """Whether the broker seems to refuse our certificate."""
         return self.refusals >= REFUSALS
 
-    def suspicion(self, device: str, wait_s: float) -> str:
-        """What to tell the user when `taken_over`."""
+    def suspicion(self, device: str, wait_s: float, *, certified: bool) -> str:
+        """What to tell the user when `taken_over`. certified: the device has an identity, not a bundle."""
+        if certified:
+            rival = f"the identity of {device!r}: stop one of the two, and let the other in under a name of its own"
+            cure = f"`regrow fleet add NAME`; is it a copy that you do not know, `regrow fleet revoke {device}`"
+        else:
+            rival, cure = f"the bundle of {device!r}: stop one of the two, or make it a bundle of its own", "`regrow device add NAME`"
         return (
             f"connection lost: {self.takeovers} times in a row the broker ended the connection soon after it let us in. "
-            f"Another agent seems to run with the bundle of {device!r}: stop one of the two, or make it a bundle of its own "
-            f"on the gateway with `regrow device add NAME`; next try in {wait_s:.0f} s"
+            f"Another agent seems to run with {rival} on the gateway with {cure}; next try in {wait_s:.0f} s"
         )
 
     def failed(self, now: float, *, turned_away: bool = False) -> float:

@@ -264,7 +264,7 @@ class MqttLink:
         self._drop()
         self._retry_at_s = now + wait_s
         if self._retry.taken_over:
-            reason = self._retry.suspicion(self._device_id, wait_s)
+            reason = self._retry.suspicion(self._device_id, wait_s, certified=self._certified)
         elif self._retry.turned_away:
             reason = certificate_refused(self._device_id)
         needs_help = self._retry.taken_over or self._retry.turned_away or self._refusal is not None

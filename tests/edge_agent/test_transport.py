@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.retry import FIRST_CEILING_S, REFUSALS, TAKEOVERS, WAIT_MAX_S
+from edge_agent.retry import FIRST_CEILING_S, REFUSALS, TAKEOVERS, WAIT_MAX_S, Retry
 from edge_agent.transport import MqttLink
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
@@ -336,6 +336,12 @@ def test_two_agents_with_one_bundle_say_so_and_stop_fighting(rig: Rig) -> None:
     assert max(link.retry_at_s for link in pair) - time.monotonic() > WAIT_MAX_S / 2 - 1
     for link in pair:
         link.close()
+
+
+def test_two_agents_with_one_identity_hear_of_identities() -> None:
+    said = Retry(random.Random(1), 0.0).suspicion("d8", 30.0, certified=True)
+    assert "Another agent seems to run with the identity of 'd8': stop one of the two" in said
+    assert ("regrow fleet add NAME" in said, "regrow fleet revoke d8" in said, "bundle" in said) == (True, True, False)
 
 
 @pytest.mark.parametrize("asks_for_ours", [True, False], ids=["alert", "closes"])
