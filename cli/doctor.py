@@ -18,8 +18,9 @@ from edge_agent.doctor.host import host_checks
 from edge_agent.doctor.service import service_checks
 from edge_agent.doctor.training import model_fit, training_checks
 from edge_agent.identity import Identity, fleet_context
+from edge_agent.identity_folder import read_about, state_in_use
 from regrow.broker_url import parse_broker_url
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.findings import Finding, failed, in_words, to_json
 from regrow.levels import densities_of
 from regrow.programs import MEMORY, program_file
@@ -45,16 +46,41 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _subject(options: argparse.Namespace) -> Subject:
-    member = None if options.identity is None else Identity.load(options.identity)
-    bundle = read_bundle(options.bundle) if member is None else Bundle(member.device, member.broker, None)
-    return subject_of(bundle, options.state or Path(f"regrow-state-{bundle.device}"), member)
+    if options.identity is not None:
+        return _with_identity(options.identity, options.state)
+    bundle = read_bundle(options.bundle)
+    return subject_of(bundle, options.state or Path(f"regrow-state-{bundle.device}"), None)
+
+
+def _with_identity(folder: Path, state: Path | None) -> Subject:
+    """The device whose identity this is, as far as that can be read."""
+    if not folder.is_dir():
+        raise UsageError(f"--identity {folder}: there is no such folder; name that of the agent")
+    state = state or state_in_use(folder)
+    try:
+        member = Identity.look(folder)
+        member.tls_context()
+        bundle = Bundle(member.device, member.broker, None)
+        return subject_of(bundle, state or Path(f"regrow-state-{bundle.device}"), member)
+    except LocalError:
+        return _broken(folder, state)
+
+
+def _broken(folder: Path, state: Path | None) -> Subject:
+    """The same of an identity that no agent could start with; a check of its own says why."""
+    try:
+        about = read_about(folder)
+    except (LocalError, OSError):
+        return Subject("", "", None, state or Path("regrow-state"), version(), identity=folder, broken=True)
+    state, tls = state or Path(f"regrow-state-{about.device}"), lambda: fleet_context(about.authority)
+    return Subject(about.device, about.broker, None, state, version(), tls, folder, not_before_s=about.since_s, broken=True)
 
 
 def subject_of(bundle: Bundle, state: Path, member: Identity | None) -> Subject:
     """The device of a bundle, or of an identity."""
     if member is not None:
         folder = member.folder  # keys may change while the agent runs
-        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.load(folder).tls_context()  # noqa: E731
+        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.look(folder).tls_context()  # noqa: E731
         return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder, not_before_s=member.about.since_s)
     authority = bundle.authority
     tls = None if authority is None else lambda: fleet_context(authority)
