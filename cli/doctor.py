@@ -26,6 +26,7 @@ from regrow.levels import densities_of
 from regrow.programs import MEMORY, program_file
 from regrow.step_memory import memory_of, needs_bytes
 from regrow.task import parse_task
+from regrow.topics import check_name
 
 GATEWAY_UNIT = "regrow-gateway"
 
@@ -116,8 +117,33 @@ def needs_of(folder: Path) -> tuple[Sequence[int], Sequence[float]]:
 def _far(options: argparse.Namespace) -> list[Finding]:
     from broker_server.inquiry import ask
 
+    _check_admitted(options.runs, options.device)
     report = ask(options.runs / GATEWAY_HOME, options.device)
     return [*report.findings, model_fit(_needs_of_task(options.task) or _needs_of_runs(options.runs), report.memory_bytes)]
+
+
+def _check_admitted(runs: Path, device: str) -> None:
+    """Say at once what the gateway knows: there is no such device, or it may not connect. One that keeps no list of its own knows nothing.
+
+    Raises:
+        LocalError: nobody would answer.
+    """
+    from broker_server.credentials import Credentials
+    from broker_server.fleet.registry import MEMBERS, Registry
+
+    home, fleet = runs / GATEWAY_HOME, own_fleet(runs)
+    check_name(device, "device")
+    members = Registry(fleet).devices() if (fleet / "fleet.json").exists() else {}
+    with_password = Credentials(home).devices() if (home / "credentials.json").exists() else ()
+    if device in with_password or not (members or with_password):
+        return
+    if device not in members:
+        raise UsageError(f"no device {device!r} here: `regrow fleet list` and `regrow device list` name those that there are")
+    state = members[device].state
+    if state == "claimed":
+        raise LocalError(f"{device} has not joined yet: its claim waits to be used on the device, with `regrow join`")
+    if state not in MEMBERS:
+        raise LocalError(f"{device} is {state}, so the gateway does not let it in: `regrow fleet add {device}` makes a new claim for it")
 
 
 def _needs_of_runs(runs: Path) -> Needs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def examined(folder: Path, kind: Kind, capsys: pytest.CaptureFixture[str]) -> No
         login = doctor(capsys, *device)["broker.login"]
         assert login["said"] == "the gateway refuses this device's certificate: revoked, or of another fleet"
         assert "regrow fleet show d0" in login["cure"]
+        fleet.fleet("add", "d9", "--out", fleet.folder)
+        for name, status, said in (
+            ("d0", 1, "d0 is revoked"),
+            ("d9", 1, "d9 has not joined yet"),
+            ("nobody", 2, "no device 'nobody' here"),
+        ):
+            began_s = time.monotonic()
+            assert main(["doctor", "--device", name, "--runs", str(fleet.runs)]) == status
+            assert said in capsys.readouterr().err
+            assert time.monotonic() - began_s < 5
 
 
 def left_alone(fleet: CertifiedFleet, agent: Child, capsys: pytest.CaptureFixture[str]) -> None:
