@@ -351,8 +351,11 @@ def test_a_certificate_that_the_broker_refuses_is_told_as_that(tmp_path: Path, a
     tls.maximum_version = version
     if asks_for_ours:
         tls.verify_mode = ssl.CERT_REQUIRED  # and it trusts nobody
-    peer = Peer(lambda sock: packet(sock) and None, tls=tls)
-    said = {}
+
+    def hang_up(sock: socket.socket) -> None:
+        packet(sock)
+
+    peer, said = Peer(hang_up, tls=tls), {}
     for password in (None, "p"):
         trusting = ssl.create_default_context(cadata=CERTIFICATE)
         trusting.load_cert_chain(tmp_path / "both.pem")
