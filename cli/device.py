@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from edge_agent.checkup import Checkup
 from edge_agent.data.sources import open_source
 from edge_agent.enrolment import enrol_until_done
 from edge_agent.identity import Identity, verify
-from edge_agent.identity_folder import adopt, can_speak, has_certificate, is_news, is_wiping, read_about, settle, wipe
+from edge_agent.identity_folder import adopt, can_speak, has_certificate, in_use, is_news, is_wiping, read_about, settle, wipe
 from edge_agent.scan import scan_program
 from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
@@ -64,7 +64,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member: Identity | None, watchdog: Watchdog) -> int:
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
-    with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
+    with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder, _used(member, folder):
         subject = subject_of(bundle, folder.path, member)
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
@@ -95,6 +95,10 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
     if member is not None and not can_speak(member.folder):
         print(WIPED.format(member.folder), flush=True)
     return 0
+
+
+def _used(member: Identity | None, state: StateFolder) -> AbstractContextManager[None]:
+    return nullcontext() if member is None else in_use(member.folder, state.path)
 
 
 def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:

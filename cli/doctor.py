@@ -18,13 +18,15 @@ from edge_agent.doctor.host import host_checks
 from edge_agent.doctor.service import service_checks
 from edge_agent.doctor.training import model_fit, training_checks
 from edge_agent.identity import Identity, fleet_context
+from edge_agent.identity_folder import read_about, state_in_use
 from regrow.broker_url import parse_broker_url
-from regrow.errors import LocalError
+from regrow.errors import LocalError, UsageError
 from regrow.findings import Finding, failed, in_words, to_json
 from regrow.levels import densities_of
 from regrow.programs import MEMORY, program_file
 from regrow.step_memory import memory_of, needs_bytes
 from regrow.task import parse_task
+from regrow.topics import check_name
 
 GATEWAY_UNIT = "regrow-gateway"
 
@@ -45,16 +47,41 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _subject(options: argparse.Namespace) -> Subject:
-    member = None if options.identity is None else Identity.load(options.identity)
-    bundle = read_bundle(options.bundle) if member is None else Bundle(member.device, member.broker, None)
-    return subject_of(bundle, options.state or Path(f"regrow-state-{bundle.device}"), member)
+    if options.identity is not None:
+        return _with_identity(options.identity, options.state)
+    bundle = read_bundle(options.bundle)
+    return subject_of(bundle, options.state or Path(f"regrow-state-{bundle.device}"), None)
+
+
+def _with_identity(folder: Path, state: Path | None) -> Subject:
+    """The device whose identity this is, as far as that can be read."""
+    if not folder.is_dir():
+        raise UsageError(f"--identity {folder}: there is no such folder; name that of the agent")
+    state = state or state_in_use(folder)
+    try:
+        member = Identity.look(folder)
+        member.tls_context()
+        bundle = Bundle(member.device, member.broker, None)
+        return subject_of(bundle, state or Path(f"regrow-state-{bundle.device}"), member)
+    except LocalError:
+        return _broken(folder, state)
+
+
+def _broken(folder: Path, state: Path | None) -> Subject:
+    """The same of an identity that no agent could start with; a check of its own says why."""
+    try:
+        about = read_about(folder)
+    except (LocalError, OSError):
+        return Subject("", "", None, state or Path("regrow-state"), version(), identity=folder, broken=True)
+    state, tls = state or Path(f"regrow-state-{about.device}"), lambda: fleet_context(about.authority)
+    return Subject(about.device, about.broker, None, state, version(), tls, folder, not_before_s=about.since_s, broken=True)
 
 
 def subject_of(bundle: Bundle, state: Path, member: Identity | None) -> Subject:
     """The device of a bundle, or of an identity."""
     if member is not None:
         folder = member.folder  # keys may change while the agent runs
-        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.load(folder).tls_context()  # noqa: E731
+        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.look(folder).tls_context()  # noqa: E731
         return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder, not_before_s=member.about.since_s)
     authority = bundle.authority
     tls = None if authority is None else lambda: fleet_context(authority)
@@ -90,8 +117,33 @@ def needs_of(folder: Path) -> tuple[Sequence[int], Sequence[float]]:
 def _far(options: argparse.Namespace) -> list[Finding]:
     from broker_server.inquiry import ask
 
+    _check_admitted(options.runs, options.device)
     report = ask(options.runs / GATEWAY_HOME, options.device)
     return [*report.findings, model_fit(_needs_of_task(options.task) or _needs_of_runs(options.runs), report.memory_bytes)]
+
+
+def _check_admitted(runs: Path, device: str) -> None:
+    """Say at once what the gateway knows: there is no such device, or it may not connect. One that keeps no list of its own knows nothing.
+
+    Raises:
+        LocalError: nobody would answer.
+    """
+    from broker_server.credentials import Credentials
+    from broker_server.fleet.registry import MEMBERS, Registry
+
+    home, fleet = runs / GATEWAY_HOME, own_fleet(runs)
+    check_name(device, "device")
+    members = Registry(fleet).devices() if (fleet / "fleet.json").exists() else {}
+    with_password = Credentials(home).devices() if (home / "credentials.json").exists() else ()
+    if device in with_password or not (members or with_password):
+        return
+    if device not in members:
+        raise UsageError(f"no device {device!r} here: `regrow fleet list` and `regrow device list` name those that there are")
+    state = members[device].state
+    if state == "claimed":
+        raise LocalError(f"{device} has not joined yet: its claim waits to be used on the device, with `regrow join`")
+    if state not in MEMBERS:
+        raise LocalError(f"{device} is {state}, so the gateway does not let it in: `regrow fleet add {device}` makes a new claim for it")
 
 
 def _needs_of_runs(runs: Path) -> Needs:

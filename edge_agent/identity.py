@@ -104,14 +104,35 @@ class Identity:
             LocalError: it has no certificate yet, a file is missing or damaged, others can read it, or cryptography is not installed.
         """
         with opened(folder):
-            about = read_about(folder)
-            if not (folder / CERTIFICATE).exists():
-                raise LocalError(f"{folder} has no certificate yet: `regrow join` or the agent gets one with the claim; {CURE}")
+            return cls._read(folder)
+
+    @classmethod
+    def look(cls, folder: Path) -> Identity:
+        """The same for whoever only examines it: nothing is made or changed, unless a change of keys has to be finished first.
+
+        Raises:
+            LocalError: as `load`.
+        """
+        try:
+            return cls.load(folder) if (folder / "ready").exists() else cls._read(folder)
+        except OSError as error:
+            raise LocalError(
+                f"{error.filename or folder}: {error.strerror or error}; ask as root, or as the user of the service"
+            ) from error
+
+    @classmethod
+    def _read(cls, folder: Path) -> Identity:
+        about = read_about(folder)
+        if not (folder / CERTIFICATE).exists():
+            raise LocalError(f"{folder} has no certificate yet: `regrow join` or the agent gets one with the claim; {CURE}")
+        try:
             certificate = _certificate(read(folder / CERTIFICATE))
-            for name in (KEY, SIGNING_KEY):
-                if (folder / name).exists() and (folder / name).stat().st_mode & 0o077:
-                    raise LocalError(f"{folder / name} can be read by others: chmod 600 it, and `regrow fleet rotate` on the gateway")
-            return cls(folder, about, certificate, _signing_key(folder / SIGNING_KEY))
+        except PeerError as error:
+            raise LocalError(f"{folder / CERTIFICATE} is damaged: {error}; {CURE}") from error
+        for name in (KEY, SIGNING_KEY):
+            if (folder / name).exists() and (folder / name).stat().st_mode & 0o077:
+                raise LocalError(f"{folder / name} can be read by others: chmod 600 it, and `regrow fleet rotate` on the gateway")
+        return cls(folder, about, certificate, _signing_key(folder / SIGNING_KEY))
 
     def tls_context(self, now: Callable[[], float] = time.time) -> DatedContext:
         """A client that shows this device's certificate, and believes the fleet's CA only. now: the fleet's time, unix seconds.
@@ -123,7 +144,7 @@ class Identity:
         try:
             context.load_cert_chain(self.folder / CERTIFICATE, self.folder / KEY)
         except (OSError, ssl.SSLError) as error:
-            raise LocalError(f"{self.folder}: key and certificate do not check out: {error}; {CURE}") from error
+            raise LocalError(f"{self.folder / KEY}: key and certificate do not check out: {error}; {CURE}") from error
         return context
 
     def sign(self, data: bytes) -> bytes:

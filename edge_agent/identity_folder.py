@@ -22,6 +22,7 @@ from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError, UsageError
 
 KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, WIPING = "device.key", "device.crt", "signing.key", "ca.crt", "wiping"
+RUNNING = "running"
 CURE = "ask for a new claim on the gateway with `regrow fleet add NAME`, then `regrow join`"
 
 
@@ -147,6 +148,41 @@ def opened(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise LocalError(f"{error.filename or folder}: {error.strerror or error}; check its owner and the disk") from error
+
+
+@contextmanager
+def in_use(folder: Path, state: Path) -> Iterator[None]:
+    """An agent runs with this identity and this state folder, for as long as the block takes: two would throw each other out.
+
+    Raises:
+        LocalError: another one does, or the folder cannot be written.
+    """
+    try:
+        file = os.fdopen(os.open(folder / RUNNING, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+    except OSError as error:
+        raise LocalError(f"{folder / RUNNING}: {error.strerror}; check its owner and the disk") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            other = "stop it, or let this device in under a name of its own: `regrow fleet add NAME` on the gateway"
+            raise LocalError(f"another agent runs with the identity in {folder}: {other}") from error
+        file.truncate()
+        file.write(os.fsencode(state.resolve()))
+        file.flush()
+        yield
+
+
+def state_in_use(folder: Path) -> Path | None:
+    """The state folder of the agent that runs with this identity; None when none does."""
+    try:
+        with (folder / RUNNING).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Path(os.fsdecode((folder / RUNNING).read_bytes()))
+    except OSError:
+        return None
+    return None
 
 
 def finish_change(folder: Path) -> None:

@@ -11,6 +11,9 @@ gateway that is switched off, packets that are dropped) lasts up to edge_agent.d
 Two agents with one bundle have one client id, and a broker ends the older connection for the newer one. MQTT 5 would say
 "session taken over"; 3.1.1, which we speak, just closes. So the sign is a broker that lets us in and closes soon after,
 several times in a row and reachable all the while.
+
+A broker that refuses a certificate says so only after a TLS 1.3 client has ended the handshake, in an alert that may be
+lost with the connection. So the sign is a broker that closes before it let us in, several times in a row.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ RIVAL_WAIT_MAX_S = 60.0
 OUTAGE_SHARE = 0.25
 STABLE_S = 10.0
 TAKEOVERS = 3
+REFUSALS = 3
 # One that waits leaves the other alone for up to RIVAL_WAIT_MAX_S: once it has begun, only a longer connection shows that it is over.
 ALONE_S = 2 * RIVAL_WAIT_MAX_S
 
@@ -36,10 +40,11 @@ class Retry:
 
     Attributes:
         takeovers: how many connections in a row the broker has ended soon after it let us in.
+        refusals: how many in a row it has ended without letting our certificate in.
     """
 
     def __init__(self, rng: random.Random, now: float) -> None:
-        self.takeovers = 0
+        self.takeovers = self.refusals = 0
         self._rng = rng
         self._away_since_s = now
 
@@ -48,21 +53,32 @@ class Retry:
         """Whether another agent seems to run with our client id."""
         return self.takeovers >= TAKEOVERS
 
-    def suspicion(self, device: str, wait_s: float) -> str:
-        """What to tell the user when `taken_over`."""
+    @property
+    def turned_away(self) -> bool:
+        """Whether the broker seems to refuse our certificate."""
+        return self.refusals >= REFUSALS
+
+    def suspicion(self, device: str, wait_s: float, *, certified: bool) -> str:
+        """What to tell the user when `taken_over`. certified: the device has an identity, not a bundle."""
+        if certified:
+            rival = f"the identity of {device!r}: stop one of the two, and let the other in under a name of its own"
+            cure = f"`regrow fleet add NAME`; is it a copy that you do not know, `regrow fleet revoke {device}`"
+        else:
+            rival, cure = f"the bundle of {device!r}: stop one of the two, or make it a bundle of its own", "`regrow device add NAME`"
         return (
             f"connection lost: {self.takeovers} times in a row the broker ended the connection soon after it let us in. "
-            f"Another agent seems to run with the bundle of {device!r}: stop one of the two, or make it a bundle of its own "
-            f"on the gateway with `regrow device add NAME`; next try in {wait_s:.0f} s"
+            f"Another agent seems to run with {rival} on the gateway with {cure}; next try in {wait_s:.0f} s"
         )
 
-    def failed(self, now: float) -> float:
-        """Seconds to wait after an attempt that brought no connection."""
+    def failed(self, now: float, *, turned_away: bool = False) -> float:
+        """Seconds to wait after an attempt that brought no connection. turned_away: the broker closed it on us and our certificate."""
         self.takeovers = 0  # a broker that cannot be reached, or refuses us, is no sign of a rival
+        self.refusals = self.refusals + 1 if turned_away else 0
         return self._draw(now)
 
     def lost(self, now: float, lasted_s: float, *, closed_by_broker: bool) -> float:
         """Seconds to wait after a connection that lasted `lasted_s`."""
+        self.refusals = 0
         if closed_by_broker and lasted_s < (ALONE_S if self.takeovers else STABLE_S):
             self.takeovers += 1
         else:
@@ -76,3 +92,11 @@ class Retry:
             return self._rng.uniform(RIVAL_WAIT_MAX_S / 2, RIVAL_WAIT_MAX_S)
         ceiling_s = min(max(OUTAGE_SHARE * (now - self._away_since_s), FIRST_CEILING_S), WAIT_MAX_S)
         return self._rng.uniform(0.1 * ceiling_s, ceiling_s)
+
+
+def certificate_refused(device: str) -> str:
+    """What to tell the user when `turned_away`: what it is; the cure."""
+    return (
+        "the gateway refuses this device's certificate: revoked, or of another fleet; "
+        f"`regrow fleet show {device}` on the gateway says which, and a new claim lets it in again (`regrow fleet add {device}`)"
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import re
 import select
 import socket
 import ssl
@@ -26,7 +27,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_agent.dial import CONNECT_TIMEOUT_S, Dial
 from edge_agent.pacing import PacedSocket, RateLimiter
-from edge_agent.retry import Retry
+from edge_agent.retry import Retry, certificate_refused
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
@@ -40,6 +41,9 @@ FILTERS_PER_SUBSCRIBE = 16
 MAX_INFLIGHT = 1000  # the state machine bounds what it leaves unacknowledged; paho must not hold anything back
 MAX_PACKET_BYTES = 4 * 1024 * 1024
 CLOSE_TIMEOUT_S = 1.0
+CLOSED = "connection lost"
+_CERTIFICATE_ALERT = re.compile(r"_ALERT_(\w*CERTIFICATE|UNKNOWN_CA)")  # in the words of OpenSSL
+_NOT_LET_IN = ("Not authorized", "Bad user name or password")
 # What paho's decoders can raise on bytes that are not MQTT.
 _MALFORMED = (ValueError, TypeError, IndexError, KeyError, struct.error, MQTTException)
 
@@ -106,6 +110,7 @@ class MqttLink:
         self.address = parse_broker_url(url, of_device=True)
         self._device_id, self._password, self._will = device_id, password, will
         self._keepalive_s, self._clock, self._tls = keepalive_s, clock, tls
+        self._certified = password is None and self.address.tls
         self._uplink = RateLimiter(max_uplink_bps, clock)
         self._downlink = RateLimiter(max_downlink_bps, clock)
         self._events: list[Event] = []
@@ -251,14 +256,19 @@ class MqttLink:
         """Tear down, report, and wait."""
         now = self._clock()
         if self._connected_at_s is None:
-            wait_s = self._retry.failed(now)
+            if self._certified and _CERTIFICATE_ALERT.search(reason):
+                self._refusal = reason = certificate_refused(self._device_id)
+            wait_s = self._retry.failed(now, turned_away=self._certified and closed_by_broker)
         else:
             wait_s = self._retry.lost(now, now - self._connected_at_s, closed_by_broker=closed_by_broker)
         self._drop()
         self._retry_at_s = now + wait_s
         if self._retry.taken_over:
-            reason = self._retry.suspicion(self._device_id, wait_s)
-        self._events.append(Disconnected(reason, needs_help=self._retry.taken_over or self._refusal is not None))
+            reason = self._retry.suspicion(self._device_id, wait_s, certified=self._certified)
+        elif self._retry.turned_away:
+            reason = certificate_refused(self._device_id)
+        needs_help = self._retry.taken_over or self._retry.turned_away or self._refusal is not None
+        self._events.append(Disconnected(reason, needs_help=needs_help))
         self._refusal = None
 
     def _drop(self) -> None:
@@ -294,7 +304,7 @@ class MqttLink:
             self._lost(f"the broker sent bytes that are not MQTT 3.1.1: {err!r}")
             return
         if self._client is client and client.socket() is None:  # paho closed it, with or without a callback
-            self._lost(self._refusal or "connection lost", closed_by_broker=True)
+            self._lost(self._refusal or CLOSED, closed_by_broker=True)
         elif sock is not None and not client.want_write():
             sock.idle()
 
@@ -373,6 +383,9 @@ class MqttLink:
     def _on_connect(self, client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:
         if client is not self._client:
             return
+        if code.is_failure and self._certified and code.getName() in _NOT_LET_IN:
+            self._refusal = certificate_refused(self._device_id)
+            return
         if code.is_failure:
             self._refusal = (
                 f"the broker refused {self._device_id!r}: {code}; check that the bundle's device name and password are "
@@ -384,7 +397,7 @@ class MqttLink:
 
     def _on_disconnect(self, client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:
         if client is self._client:
-            self._lost(self._refusal or f"connection lost: {code}", closed_by_broker=True)
+            self._lost(self._refusal or f"{CLOSED}: {code}", closed_by_broker=True)
 
     def _on_message(self, client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         if client is not self._client:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from regrow.errors import RegrowError
 from regrow.findings import Finding, bounded
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ def _begin(check: Check) -> tuple[threading.Thread, list[Finding]]:
     def run() -> None:
         try:
             check.run(lambda finding: told.append(bounded(finding)))
+        except RegrowError as error:
+            said, _, cure = str(error).partition("; ")
+            told.extend(bounded(Finding(name, "fail", said, cure)) for name in check.names[len(told) :])
         except Exception as error:  # a check that breaks must not take the others' findings with it
             log.debug("%s", check.names, exc_info=True)
             said = f"this check broke: {type(error).__name__}: {error}"

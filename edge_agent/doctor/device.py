@@ -24,11 +24,14 @@ from edge_agent.doctor.host import host_checks
 from edge_agent.doctor.network import network_checks
 from edge_agent.doctor.rights import LISTEN_S, Rights
 from edge_agent.doctor.service import service_checks
+from edge_agent.identity import Identity
+from edge_agent.identity_folder import state_in_use
 from edge_agent.memory import spare_bytes
 from edge_agent.state import MAGIC
-from edge_agent.transport import MqttLink
+from edge_agent.transport import CLOSED, MqttLink
 from edge_agent.vitals import HEALTH, WRITE_S, boot_id
 from regrow.broker_url import parse_broker_url
+from regrow.errors import LocalError
 from regrow.findings import Finding
 from regrow.machine import Connected, Disconnected, Received, Subscribe
 
@@ -53,6 +56,7 @@ class Subject:
         identity: the folder of its identity, if it has one.
         root: below which proc, sys, run and dev lie.
         not_before_s: unix seconds at which its gateway wrote its claim.
+        broken: its identity cannot be used, so it cannot log in; broker is "" where even that is not known.
     """
 
     device: str
@@ -64,6 +68,7 @@ class Subject:
     identity: Path | None = None
     root: Path = Path("/")
     not_before_s: float = 0.0
+    broken: bool = False
 
 
 def device_checks(subject: Subject, needs: Needs, reference: Callable[[], float | None] = lambda: None) -> list[Check]:
@@ -85,9 +90,12 @@ def live_checks(subject: Subject, reference: Callable[[], float | None]) -> list
 def _common(subject: Subject, reference: Callable[[], float | None]) -> list[Check]:
     checks = [Check(("software",), lambda tell: tell(software(subject.version)))]
     checks += host_checks(subject.state, subject.root, reference, subject.not_before_s)
-    checks += network_checks(parse_broker_url(subject.broker, of_device=True), subject.tls)
+    if subject.broker:
+        checks += network_checks(parse_broker_url(subject.broker, of_device=True), subject.tls)
     if subject.identity is not None:
         renewal = "the agent renews it by itself while it may; else ask for a new claim: regrow fleet add NAME on the gateway"
+        folder = subject.identity
+        checks.append(Check(("tls.identity",), lambda tell: tell(identity(folder))))
         checks.append(certificate_check("tls.own", subject.identity / "device.crt", renewal))
         checks.append(certificate_check("tls.authority", subject.identity / "ca.crt", "the fleet needs another CA: docs/fleet.md"))
     checks.append(Check(("state.folder",), lambda tell: tell(state_folder(subject.state)), 10.0))
@@ -102,6 +110,16 @@ def software(version: str) -> Finding:
     if sys.maxsize < 2**32:
         return Finding("software", "fail", said, "a 64-bit system is needed: NumPy and onnxruntime have no wheels for 32-bit ARM")
     return Finding("software", "ok", said)
+
+
+def identity(folder: Path) -> Finding:
+    """Whether an agent could start with this identity."""
+    try:
+        Identity.look(folder).tls_context()
+    except LocalError as error:
+        said, _, cure = str(error).partition("; ")
+        return Finding("tls.identity", "fail", said, cure)
+    return Finding("tls.identity", "ok", "keys and certificate can be read, and belong together")
 
 
 # ---- the state ---------------------------------------------------------------------------------------------------------------------
@@ -172,8 +190,15 @@ def is_held(folder: Path) -> bool:
 
 def broker(subject: Subject, tell: Tell) -> None:
     """Log in as the device and try its rights; not while an agent runs, whose connection that would end."""
-    if is_held(subject.state):
-        _by_health(subject.state, tell)
+    held = subject.state if is_held(subject.state) else None
+    if held is None and subject.identity is not None:
+        held = state_in_use(subject.identity)
+    if held is not None:
+        _by_health(held, tell)
+        return
+    if subject.broken:
+        for name in _BROKER:
+            tell(Finding(name, "unknown", "not tried: the identity cannot be used", "look at tls.identity"))
         return
     link = MqttLink(
         subject.broker,
@@ -183,32 +208,35 @@ def broker(subject: Subject, tell: Tell) -> None:
         tls=None if subject.tls is None else subject.tls(),
     )
     try:
-        refusal = _log_in(link)
+        refusal = _log_in(link, patient=subject.password is None)
         if refusal is None:
             _try_rights(link, subject.device, tell)
             return
     finally:
         link.close()
-    cure = (
-        "issue a new bundle: regrow device add NAME on the gateway"
-        if refusal.startswith("the broker refused")
-        else "look at the steps of network and tls"
-    )
-    tell(Finding(_BROKER[0], "fail", refusal.partition("; ")[0], cure))
+    said, _, cure = refusal.partition("; ")
+    if said.startswith("the broker refused"):
+        cure = "issue a new bundle: regrow device add NAME on the gateway"
+    elif not said.startswith("the gateway refuses"):
+        cure = "look at the steps of network and tls"
+    tell(Finding(_BROKER[0], "fail", said, cure))
     for name in _BROKER[1:]:
         tell(Finding(name, "unknown", "the broker does not let this device in"))
 
 
-def _log_in(link: MqttLink) -> str | None:
-    """None once the broker has let us in, else why it did not."""
+def _log_in(link: MqttLink, *, patient: bool) -> str | None:
+    """None once the broker has let us in, else why it did not. patient: a broker that just closes is asked until it is clear why."""
     until_s = time.monotonic() + LOGIN_S
+    said = f"the broker did not answer in {LOGIN_S:g} s"
     while time.monotonic() < until_s:
         for event in link.poll(0.5):
             if isinstance(event, Disconnected):
-                return event.reason
+                said = event.reason
+                if event.needs_help or not (patient and said.startswith(CLOSED)):
+                    return said
             if isinstance(event, Connected):
                 return None
-    return f"the broker did not answer in {LOGIN_S:g} s"
+    return said
 
 
 def _try_rights(link: MqttLink, device: str, tell: Tell) -> None:

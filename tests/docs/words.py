@@ -379,6 +379,7 @@ DOCTOR = {
     "network.tcp": "Something accepts a connection on the broker's port.",
     "tls.handshake": "TLS with the broker, its certificate held against the fleet's authority and its name.",
     "tls.broker": "Dates of the broker's certificate; 14 days before its end it warns.",
+    "tls.identity": "An agent could start with the identity: every file of it can be read, and key and certificate belong together.",
     "tls.own": "Dates of the device's certificate.",
     "tls.authority": "Dates of the fleet's authority.",
     "state.folder": "Every state file's digest, and what was set aside as damaged.",

@@ -26,6 +26,7 @@ from edge_agent.doctor.rights import LISTEN_S, Rights
 from edge_agent.state import MAGIC, StateFolder
 from regrow import topics, wire
 from regrow.broker_url import BrokerAddress
+from regrow.errors import LocalError
 from regrow.findings import CHECK, TEXT_MOST, Finding, bounded, failed, in_words
 from regrow.machine import Connected, Publish, Received, Subscribe, Unsubscribe
 
@@ -74,6 +75,15 @@ def test_a_check_that_hangs_or_breaks_is_unknown_and_takes_nobody_along() -> Non
     assert "no answer in 0.3 s" in found[0].said
     assert "RuntimeError: in the middle" in found[2].said
     assert len(found[3].said) == TEXT_MOST
+
+
+def test_what_a_check_says_of_a_fault_is_a_failure_with_its_cure() -> None:
+    def refuses(_: Any) -> None:
+        raise LocalError("device.key is damaged; ask for a new claim")
+
+    assert run_checks([Check(("a", "b"), refuses)]) == [
+        Finding(name, "fail", "device.key is damaged", "ask for a new claim") for name in ("a", "b")
+    ]
 
 
 def test_the_whole_has_its_time_too() -> None:

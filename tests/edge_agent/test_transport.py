@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.retry import FIRST_CEILING_S, TAKEOVERS, WAIT_MAX_S
+from edge_agent.retry import FIRST_CEILING_S, REFUSALS, TAKEOVERS, WAIT_MAX_S, Retry
 from edge_agent.transport import MqttLink
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
@@ -336,6 +336,43 @@ def test_two_agents_with_one_bundle_say_so_and_stop_fighting(rig: Rig) -> None:
     assert max(link.retry_at_s for link in pair) - time.monotonic() > WAIT_MAX_S / 2 - 1
     for link in pair:
         link.close()
+
+
+def test_two_agents_with_one_identity_hear_of_identities() -> None:
+    said = Retry(random.Random(1), 0.0).suspicion("d8", 30.0, certified=True)
+    assert "Another agent seems to run with the identity of 'd8': stop one of the two" in said
+    assert ("regrow fleet add NAME" in said, "regrow fleet revoke d8" in said, "bundle" in said) == (True, True, False)
+
+
+@pytest.mark.parametrize("asks_for_ours", [True, False], ids=["alert", "closes"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_certificate_that_the_broker_refuses_is_told_as_that(tmp_path: Path, asks_for_ours: bool, version: ssl.TLSVersion) -> None:
+    tls = server_context(tmp_path)
+    tls.maximum_version = version
+    if asks_for_ours:
+        tls.verify_mode = ssl.CERT_REQUIRED  # and it trusts nobody
+
+    def hang_up(sock: socket.socket) -> None:
+        packet(sock)
+
+    peer, said = Peer(hang_up, tls=tls), {}
+    for password in (None, "p"):
+        trusting = ssl.create_default_context(cadata=CERTIFICATE)
+        trusting.load_cert_chain(tmp_path / "both.pem")
+        link = make_link(peer.url, tls=trusting, password=password)
+        said[password] = [event for _ in range(REFUSALS) if isinstance(event := wait_for(link, Disconnected), Disconnected)]
+        link.close()
+    peer.close()
+    assert said[None][-1].needs_help
+    assert said[None][-1].reason.startswith("the gateway refuses this device's certificate: revoked, or of another fleet; ")
+    assert not any(event.needs_help for event in said["p"])
+
+
+def server_context(folder: Path) -> ssl.SSLContext:
+    (folder / "both.pem").write_text(KEY + CERTIFICATE)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(folder / "both.pem")
+    return tls
 
 
 def test_a_peer_that_never_answers_is_given_up() -> None:
