@@ -37,6 +37,23 @@ def test_init_refuses_to_make_keys_twice(runs: list[str], capsys: pytest.Capture
     assert (registry(runs).folder / "ca.key").read_bytes() == key
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["farm", "--tls-port", "99999"], "--tls-port 99999: 1 to 65535"),
+        (["farm", "--enrol-port", "65536"], "--enrol-port 65536: 1 to 65535"),
+        (["farm", "--tls-port", "8443"], "both 8443"),
+        (["farm", "--host", "0.0.0.0"], "stands for all addresses"),
+        (["farm", "--host", "::"], "stands for all addresses"),
+        (["Bad Name"], "fleet 'Bad Name'"),
+    ],
+)
+def test_init_refuses_what_no_device_could_find(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "init", "--host", "192.0.2.1", *words, "--runs", str(tmp_path / "runs")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_claim_is_written_for_its_owner_only_and_tells_no_secret_of_the_fleet(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
