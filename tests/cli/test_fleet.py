@@ -165,3 +165,7 @@ def test_passwords_at_a_door_need_amqtt_and_a_fleet(runs: list[str], tmp_path: P
     for more in (["--broker-kind", "mosquitto", *runs], ["--runs", str(tmp_path / "none")]):
         assert main(["serve", str(task), "--passwords", "--plain", *more]) == 2
         assert "--passwords needs a fleet" in capsys.readouterr().err
+    assert main(["serve", str(task), "--tls-port", "8883", "--plain", "--runs", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "--tls-port 8883 is for a fleet's devices, and there is no fleet in" in said
+    assert "regrow fleet init" in said
