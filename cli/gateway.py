@@ -251,8 +251,8 @@ def _fleet_of(options: argparse.Namespace, own: Path) -> OpenFleet | None:
     fleet = open_fleet(options.fleet, own)
     if fleet is None and options.tls_port is not None:
         raise UsageError(
-            f"--tls-port {options.tls_port} is for a fleet's devices, and there is no fleet in {own}: make one with `regrow fleet init`, or "
-            "say the --runs or --fleet where it is"
+            f"--tls-port {options.tls_port} is for a fleet's devices, and there is no fleet in {own}: make one with `regrow fleet init`, "
+            "or say the --runs or --fleet where it is"
         )
     return fleet
 

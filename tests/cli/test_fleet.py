@@ -13,6 +13,8 @@ from broker_server.fleet import members
 from broker_server.fleet.registry import Registry
 from cli.main import main
 from edge_agent.identity import Identity
+from edge_agent.sealing import FOLDER as HEARD
+from edge_agent.state import StateFolder
 
 
 @pytest.fixture
@@ -152,6 +154,18 @@ def test_an_agent_wants_an_identity_or_a_bundle(tmp_path: Path, capsys: pytest.C
     bundle = tmp_path / "b.json"
     assert main(["agent", "--bundle", str(bundle), "--claim", "x", "--data", "x.npz"]) == 2
     assert "--claim begins an identity" in capsys.readouterr().err
+
+
+def test_a_claim_is_kept_while_another_agent_uses_the_identity(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "add", "d1", "--offline", "--out", str(tmp_path), *runs]) == 0
+    members.revoke(registry(runs), "d1")
+    assert main(["fleet", "add", "d1", "--out", str(tmp_path), *runs]) == 0
+    about = (tmp_path / "d1" / "device.json").read_bytes()
+    command = ["agent", "--identity", str(tmp_path / "d1"), "--claim", str(tmp_path / "d1.claim.json"), "--data", "x.npz"]
+    with StateFolder(tmp_path / "d1" / HEARD):
+        assert main(command) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    assert (tmp_path / "d1" / "device.json").read_bytes() == about
 
 
 def test_passwords_at_a_door_need_amqtt_and_a_fleet(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
