@@ -107,7 +107,11 @@ class Identity:
             about = read_about(folder)
             if not (folder / CERTIFICATE).exists():
                 raise LocalError(f"{folder} has no certificate yet: `regrow join` or the agent gets one with the claim; {CURE}")
-            certificate = _certificate(read(folder / CERTIFICATE))
+            data = read(folder / CERTIFICATE)
+            try:
+                certificate = _certificate(data)
+            except PeerError as error:
+                raise LocalError(f"{folder / CERTIFICATE} is damaged: {error}; {CURE}") from error
             for name in (KEY, SIGNING_KEY):
                 if (folder / name).exists() and (folder / name).stat().st_mode & 0o077:
                     raise LocalError(f"{folder / name} can be read by others: chmod 600 it, and `regrow fleet rotate` on the gateway")

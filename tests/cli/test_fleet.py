@@ -81,6 +81,15 @@ def test_an_offline_identity_is_whole_and_says_what_it_is(runs: list[str], tmp_p
     assert "is there already" in capsys.readouterr().err
 
 
+def test_a_device_that_was_put_out_does_nothing_any_more(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fleet", "add", "a", "--offline", "--out", str(tmp_path), *runs])
+    (registry(runs).folder / "seen.json").write_text(json.dumps({"a": {"seen_s": 5, "doing": "working", "serial": "ab"}}))
+    members.revoke(registry(runs), "a")
+    capsys.readouterr()
+    assert main(["fleet", "list", *runs]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["a", "revoked", "-"]
+
+
 def test_list_and_show_say_what_a_device_is_and_does(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fleet", "list", *runs]) == 0
     assert "regrow fleet add NAME" in capsys.readouterr().out
