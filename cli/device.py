@@ -25,6 +25,7 @@ from edge_agent.enrolment import enrol_until_done
 from edge_agent.identity import Identity, verify
 from edge_agent.identity_folder import adopt, can_speak, has_certificate, in_use, is_news, is_wiping, read_about, settle, wipe
 from edge_agent.scan import scan_program
+from edge_agent.sealing import FOLDER as HEARD
 from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
@@ -45,7 +46,8 @@ def agent(options: argparse.Namespace) -> int:
     watchdog = watchdog_of()
     if options.identity is None:
         return _run(options, make, read_bundle(options.bundle), None, watchdog)
-    member = _member(options.identity, options.claim, watchdog)
+    with StateFolder(options.identity / HEARD) if options.identity.exists() else nullcontext():  # before a claim is spent
+        member = _member(options.identity, options.claim, watchdog)
     return 0 if member is None else _run(options, make, Bundle(member.device, member.broker, None), member, watchdog)
 
 

@@ -124,7 +124,7 @@ def _facts(device: Device, seen: dict[str, Any]) -> dict[str, Any]:
         "percentile": device.percentile,
         "added_s": device.added_s,
         "claim_until_s": None if device.claim is None else device.claim.expires_s,
-        "doing": seen.get("doing"),
+        "doing": _doing(device, seen),
         "heard_s": seen.get("seen_s"),
         "shall_replace": device.replace,
         "signing_keys": [key.hex() for key in device.signing_keys],
@@ -138,7 +138,12 @@ def _row(name: str, device: Device, seen: dict[str, Any]) -> tuple[str, ...]:
     good = device.good
     heard = _ago(now_s() - seen["seen_s"]) if "seen_s" in seen else "-"
     claimed = f"claim until {_day(device.claim.expires_s)}" if device.state == "claimed" and device.claim is not None else "-"
-    return name, device.state, seen.get("doing") or "-", heard, _day(good[-1].not_after_s) if good else claimed, device.board or "-"
+    return name, device.state, _doing(device, seen) or "-", heard, _day(good[-1].not_after_s) if good else claimed, device.board or "-"
+
+
+def _doing(device: Device, seen: dict[str, Any]) -> str | None:
+    """What it said last, unless it is out of the fleet since."""
+    return None if device.state in ("claimed", "revoked") else seen.get("doing")
 
 
 def _day(unix_s: float) -> str:

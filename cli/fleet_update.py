@@ -12,7 +12,7 @@ from rich.table import Table
 
 from broker_server.fleet.authority import Authority
 from broker_server.fleet.registry import Registry
-from broker_server.fleet.releases import Releases, Staged, Wish, in_words, percentile
+from broker_server.fleet.releases import Releases, Staged, Wish, in_words, percentile, required_by
 from cli.arguments import own_fleet
 from regrow import wire
 from regrow.errors import UsageError
@@ -40,14 +40,20 @@ def update(options: argparse.Namespace) -> int:
         trial_minutes=options.minutes,
         wants="contact" if options.contact_only else "round",
     )
+    before, needs = releases.newest(), required_by(options.wheel)
     staged, new = releases.stage(options.wheel, others, wish, Authority(folder).sign)
-    _tell(releases, staged, new=new)
+    wider = before is None or staged.percent > before.percent
+    _tell(releases, staged, "staged" if new else "widened" if wider else "staged before, and no wider now; `--halt` takes it back")
+    lacking = [need for need in needs if need not in {wheel.distribution for wheel in staged.opened().files}]
+    if lacking:
+        why = "a device installs the wheels of a release and nothing else, so it will fail there and go on with what it runs"
+        print(f"warning: this release lacks {', '.join(lacking)}: {why}; --wheels DIR brings what regrow depends on", file=sys.stderr)
     return 0
 
 
-def _tell(releases: Releases, staged: Staged, *, new: bool) -> None:
+def _tell(releases: Releases, staged: Staged, what: str) -> None:
     manifest, offered = staged.opened(), releases.offered(staged)
-    print(f"release {manifest.number}: {manifest.name} {manifest.version}, {len(manifest.files)} wheels, {'staged' if new else 'widened'}")
+    print(f"release {manifest.number}: {manifest.name} {manifest.version}, {len(manifest.files)} wheels, {what}")
     targets = ", ".join(f"Python {python} on {machine}" for python, machine in manifest.targets)
     print(f"for {targets}; {', '.join(manifest.boards) or 'every board'}; {manifest.min_free_bytes / 1e6:.0f} MB of disk on a device")
     print(f"{staged.percent:g} %: {len(offered)} of {len(releases.registry.devices())} devices: {', '.join(offered) or 'none'}")

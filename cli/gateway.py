@@ -37,7 +37,7 @@ from broker_server.vitals import Vitals
 from cli.access import password_in
 from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
-from cli.fleet_doors import Doors, open_fleet
+from cli.fleet_doors import Doors, OpenFleet, open_fleet
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.inference import Inference
@@ -210,7 +210,7 @@ class Link:
 
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     """The broker that the options name, or one of our own, started. resuming: what it is for waits for a broker that is away."""
-    fleet = open_fleet(options.fleet, own_fleet(home.parent))
+    fleet = _fleet_of(options, own_fleet(home.parent))
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
         address = parse_broker_url(url)
@@ -244,6 +244,17 @@ def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     except LocalError:
         broker.stop()
         raise
+
+
+def _fleet_of(options: argparse.Namespace, own: Path) -> OpenFleet | None:
+    """The fleet that is served, which options that only a fleet has a use for must find."""
+    fleet = open_fleet(options.fleet, own)
+    if fleet is None and options.tls_port is not None:
+        raise UsageError(
+            f"--tls-port {options.tls_port} is for a fleet's devices, and there is no fleet in {own}: make one with `regrow fleet init`, "
+            "or say the --runs or --fleet where it is"
+        )
+    return fleet
 
 
 def _with_fleet(link: Link, doors: Doors) -> Link:

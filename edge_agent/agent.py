@@ -245,6 +245,8 @@ class Agent:
                 self._accompany(None)
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(time.monotonic()))
+                    if self._sealing.must_say_again():
+                        self._link.reconnect("connecting anew to say again what was refused")
                 if self._timer_s <= time.monotonic() and not self._clearing:
                     self._timer_s = float("inf")
                     self._step(Woken())

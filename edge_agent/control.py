@@ -70,7 +70,7 @@ class Control:
         device = self._identity.device
         if isinstance(event, Connected):
             self._connected, self._reported, self._ask_s = True, None, now
-            effects.append(Subscribe((topics.control(device), topics.certificate(device))))
+            effects.append(Subscribe((topics.control(device), topics.certificate(device), topics.older(device))))
         elif isinstance(event, Disconnected):
             self._connected = False
         elif isinstance(event, Acknowledged) and event.token == _WIPED_TOKEN:

@@ -151,8 +151,11 @@ class Identity:
         """This device's Ed25519 signature, 64 bytes."""
         return self._private.sign(data)
 
-    def next_start(self) -> int:
+    def next_start(self, above: int = 0) -> int:
         """A number above that of every earlier start, durable before it is returned: the high half of the device's stamps.
+
+        Args:
+            above: it is above this, too.
 
         Raises:
             LocalError: the counter is damaged; counting from 1 again would make the gateway refuse everything as a replay.
@@ -162,8 +165,9 @@ class Identity:
             last = int(path.read_text()) if path.exists() else 0
         except ValueError as error:
             raise LocalError(f"{path} is damaged; {CURE}") from error
-        write(path, f"{last + 1}\n".encode())
-        return last + 1
+        start = max(last, above) + 1
+        write(path, f"{start}\n".encode())
+        return start
 
 
 # ---- before there is a certificate, and when there shall be another one -------------------------------------------------------------

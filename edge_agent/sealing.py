@@ -15,8 +15,8 @@ from typing import Protocol
 import msgspec
 
 from edge_agent.state import StateFolder
-from regrow import seal, topics
-from regrow.errors import LocalError
+from regrow import seal, topics, wire
+from regrow.errors import LocalError, PeerError
 from regrow.fleet_time import FleetTime
 from regrow.guards import FromCoordinator
 from regrow.machine import Event, Note, Publish, Received
@@ -41,7 +41,7 @@ class Signer(Protocol):
     @property
     def coordinator_keys(self) -> Sequence[bytes]: ...
     def sign(self, data: bytes, /) -> bytes: ...
-    def next_start(self) -> int: ...
+    def next_start(self, above: int = 0, /) -> int: ...
 
 
 class _Heard(msgspec.Struct, frozen=True):
@@ -71,6 +71,7 @@ class Sealing:
         self._saved_ms, self._save_s = known.time_ms, now + SAVE_S
         self.time = FleetTime(max(known.time_ms, since_ms), now)
         self._guard = FromCoordinator(identity.device, lambda: self.identity.coordinator_keys, verify, self.time, known.stamps)
+        self._again = False
         self._begin(now)
 
     def _load(self) -> _Heard:
@@ -81,8 +82,8 @@ class Sealing:
             log.warning("set aside what was heard of the coordinator in earlier lives: %s", error)
             return _Heard(0, {})
 
-    def _begin(self, now: float) -> None:
-        self._start, self._start_s, self._count = self.identity.next_start(), now, -1
+    def _begin(self, now: float, above: int = 0) -> None:
+        self._start, self._start_s, self._count = self.identity.next_start(above), now, -1
 
     def seal(self, effect: Publish, now: float) -> Publish:
         """The same, sealed where it must be."""
@@ -99,7 +100,35 @@ class Sealing:
 
     def open(self, event: Event, now: float) -> Event | None:
         """The same event, its message bare; None: nobody must hear it."""
-        return self._guard.open(event, now) if isinstance(event, Received) else event
+        if not isinstance(event, Received):
+            return event
+        heard = self._guard.open(event, now)
+        if heard is None or heard.topic != topics.older(self.identity.device):
+            return heard
+        try:
+            self._go_on_above(wire.decode(heard.payload, wire.Older)[0].stamp, now)
+        except PeerError as error:
+            log.warning("refused: %s", error)
+        return None
+
+    def _go_on_above(self, stamp: int, now: float) -> None:
+        """The coordinator has heard this stamp of our key and takes nothing up to it."""
+        if stamp < (self._start << 32 | max(self._count, 0)):
+            return  # somebody repeats what we said once: that is no news of ours
+        log.warning(
+            "the gateway has heard stamps of %s that are above ours: another copy of %s is in use, or this one was restored from an older "
+            "copy; going on above them. If there is another copy, end it with `regrow fleet rotate %s` on the gateway",
+            self.identity.device,
+            self.identity.folder,
+            self.identity.device,
+        )
+        self._begin(now, stamp >> 32)
+        self._again = True
+
+    def must_say_again(self) -> bool:
+        """Whether the gateway has refused what was said on this connection; true once."""
+        again, self._again = self._again, False
+        return again
 
     def tend(self, now: float) -> list[Note]:
         """To be called every second or so: saves what is due, and tells what was refused."""

@@ -195,8 +195,12 @@ class MqttLink:
     def use(self, tls: ssl.SSLContext) -> None:
         """Show another certificate: the connection at hand ends, and the next attempt is made at once."""
         self._tls = tls
+        self.reconnect("connecting anew with a new certificate")
+
+    def reconnect(self, reason: str) -> None:
+        """End the connection at hand and make the next attempt at once."""
         if self._client is not None or self._dial is not None:
-            self._lost("connecting anew with a new certificate")
+            self._lost(reason)
             self._retry_at_s = self._clock()
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ MAX_TOPICS, MAX_MANIFESTS = 256, 32
 RESERVE_MS = 10_000
 LEAPS = 4
 SILENT_S = 300.0
+ANSWER_S = 60.0
 RECENT = 64
 STRANGER = "a stranger"
 
@@ -165,6 +166,8 @@ class FromDevices:
     ) -> None:
         self.refusals = Refusals()
         self._keys_of, self._verify, self._save = keys_of, verify, save
+        self._behind: dict[str, int] = {}
+        self._answer_s: dict[str, float] = {}
         self._speakers = {key: _Speaker(last=floor - 1, reserved=floor) for key, floor in reserved.items()}
 
     def open(self, event: Received, now: float) -> Received | None:
@@ -177,24 +180,38 @@ class FromDevices:
             if not keys:
                 raise SealError("not in the fleet", f"{event.topic}: {who} is not in the fleet")
             opened = open_seal(event.topic, event.payload, keys, self._verify)
-            return Received(event.topic, opened.frame) if self._is_new(opened, now) else None
+            return Received(event.topic, opened.frame) if self._is_new(who, opened, now) else None
         except SealError as error:
             self.refusals.add(who if keys else STRANGER, error)
             return None
+
+    def behind(self, now: float) -> list[tuple[str, int]]:
+        """(device, newest stamp heard of its key) of those that were refused as older, each at most every ANSWER_S.
+
+        Its card may be an old copy, so that it counts where it was once: told the number it goes on above it, and what it had said before
+        stays refused. One whose old messages somebody else repeats is past that number, and need not care.
+        """
+        due = {who: stamp for who, stamp in self._behind.items() if now >= self._answer_s.get(who, float("-inf"))}
+        for who in due:
+            del self._behind[who]
+            self._answer_s[who] = now + ANSWER_S
+        return list(due.items())
 
     def ended(self) -> tuple[dict[str, int], dict[str, int]]:
         """(reserved, last heard) for the next life, when nothing more will be taken: it goes on where every device is."""
         last = self._last()
         return {key: stamp + 1 for key, stamp in last.items()}, last
 
-    def _is_new(self, opened: Opened, now: float) -> bool:
+    def _is_new(self, who: str, opened: Opened, now: float) -> bool:
         key = opened.key.hex()
         speaker = self._speakers.setdefault(key, _Speaker())
         if opened.stamp <= speaker.last:
             if opened.stamp in speaker.recent:
                 self.refusals.repeated += 1
                 return False
-            raise SealError("older", f"stamp {opened.stamp}, {speaker.last} was heard: a replay")
+            self._behind[who] = speaker.last
+            why = f"a replay, or {who} runs from an old copy of its identity, or as two copies; it is told, and goes on above that stamp"
+            raise SealError("older", f"stamp {opened.stamp}, {speaker.last} was heard: {why}")
         if opened.stamp >= speaker.reserved:
             self._reserve(key, opened.stamp, now)
         speaker.last, speaker.heard_s = opened.stamp, now

@@ -56,6 +56,10 @@ def certificate(device: str) -> str:
     return f"{ROOT}/device/{device}/certificate"
 
 
+def older(device: str) -> str:
+    return f"{ROOT}/device/{device}/older"
+
+
 def release(device: str) -> str:
     return f"{ROOT}/device/{device}/release"
 

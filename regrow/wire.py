@@ -340,6 +340,12 @@ class DoctorReport(Message, frozen=True, kw_only=True, omit_defaults=True):
     memory_bytes: Count | None = None
 
 
+class Older(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device: what it says is refused as old, for this stamp of its key was heard. Not retained."""
+
+    stamp: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -360,6 +366,7 @@ KINDS: dict[int, type[Message]] = {
     17: ReleaseReport,
     18: DoctorRequest,
     19: DoctorReport,
+    20: Older,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
@@ -384,6 +391,7 @@ AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
     ReleaseReport,
     DoctorRequest,
     DoctorReport,
+    Older,
 ]
 M = TypeVar("M", bound=Message)
 

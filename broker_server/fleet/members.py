@@ -32,6 +32,7 @@ from broker_server.fleet.registry import (
     write_fleet,
 )
 from regrow.errors import LocalError, PeerError, UsageError
+from regrow.topics import check_name
 
 TLS_PORT, ENROL_PORT = 8883, 8443
 CLAIM_DAYS = 7.0
@@ -49,9 +50,10 @@ def init(folder: Path, name: str, hosts: Sequence[str], *, tls_port: int = TLS_P
     Raises:
         LocalError: there is a fleet already, or a name or port cannot be one.
     """
-    check_device_name(name)
+    check_name(name, "fleet")
     for host in hosts:
         _check_host(host)
+    _check_ports(tls_port, enrol_port)
     if (folder / "fleet.json").exists():
         raise UsageError(f"{folder} holds a fleet already, and its keys cannot be made twice; another fleet needs another --fleet")
     if (folder / "ca.key").exists():
@@ -277,10 +279,19 @@ def _revoke(device: Device, serials: Sequence[str]) -> Device:
 
 def _check_host(host: str) -> None:
     try:
-        ipaddress.ip_address(host)
+        if ipaddress.ip_address(host).is_unspecified:
+            raise UsageError(f"--host {host!r} stands for all addresses of a machine: say the one that devices dial, or leave --host out")
     except ValueError:
         if not _HOST.match(host):
             raise UsageError(f"--host {host!r}: expected a name or an address of this gateway, as devices see it") from None
+
+
+def _check_ports(tls_port: int, enrol_port: int) -> None:
+    for option, port in (("--tls-port", tls_port), ("--enrol-port", enrol_port)):
+        if not 0 < port < 2**16:
+            raise UsageError(f"{option} {port}: 1 to 65535; devices carry it in their identities")
+    if tls_port == enrol_port:
+        raise UsageError(f"--tls-port and --enrol-port are both {tls_port}: two programs listen there, so each needs a port of its own")
 
 
 def _digest(token: str) -> str:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from email import message_from_bytes
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,8 @@ from regrow.release import MAX_MANIFEST_BYTES, Manifest, Wheel, head, signed_byt
 
 _STAGED = re.compile(r"(\d{8})\.json")
 _NAME = "regrow"
+_DISTRIBUTION = re.compile(r"[A-Za-z0-9._-]+")
+_FOR_FLEETS = re.compile(r""";\s*extra\s*==\s*["']fleet["']\s*\Z""")
 
 
 class Staged(msgspec.Struct, frozen=True, kw_only=True):
@@ -248,6 +251,22 @@ def _version_of(wheel: Path) -> str:
     if parts[0] != _NAME or not zipfile.is_zipfile(wheel):
         raise UsageError(f"--wheel {wheel}: expected the wheel of {_NAME}, as `pip wheel --no-deps .` makes it")
     return parts[1]
+
+
+def required_by(wheel: Path) -> list[str]:
+    """The distributions, normalised, that a device of a fleet needs with this wheel; those of other extras or some Pythons are left out.
+
+    Raises:
+        UsageError: it is no wheel.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            metadata = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{wheel} is no wheel: {error}") from error
+    needs = message_from_bytes(metadata).get_all("Requires-Dist", [])
+    names = (_DISTRIBUTION.match(need) for need in needs if ";" not in need or _FOR_FLEETS.search(need))
+    return sorted({re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name is not None})
 
 
 def _room(files: Sequence[Path], wheels: Sequence[Wheel]) -> int:

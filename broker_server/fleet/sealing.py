@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from broker_server.fleet.registry import Device, Registry
 from broker_server.fleet.stamps import CLOCK_MS, LEAP_MS, Stamps, begin_clock, implausible, write_clock
-from regrow import seal, topics
+from regrow import seal, topics, wire
 from regrow.fleet_time import FleetTime
 from regrow.guards import FromCoordinator, FromDevices
 from regrow.machine import Disconnected, Event, Note, Payload, Publish, Received
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from broker_server.fleet.authority import Authority
 
 log = logging.getLogger(__name__)
+MOST_STAMP = 2**63  # that can be told of
 SHORT_S = 600  # of what is said anew all the time, or waited for now: claims, receipts
 LONG_S = 24 * 3600  # of what lies on the broker for whoever comes
 RENEW_S = LONG_S / 2
@@ -128,12 +129,15 @@ class Sealing:
     # ---- now and then ------------------------------------------------------------------------------------------------------------
 
     def tend(self, now: float) -> list[Publish | Note]:
-        """To be called every second or so: what must be published again, still bare, and what to tell of refusals."""
+        """To be called every second or so: what must be published, still bare, and what to tell of refusals."""
         due: list[Publish | Note] = []
         for topic, (payload, sealed_s) in self._live.items():  # the oldest first
             if now - sealed_s < RENEW_S:
                 break
             due.append(Publish(topic, payload, retain=True))
+        for device, stamp in self._devices.behind(now):
+            if stamp < MOST_STAMP:
+                due.append(Publish(topics.older(device), wire.encode(wire.Older(stamp=stamp))))
         return [*due, *self._devices.refusals.notes(now), *self._coordinators.refusals.notes(now)]
 
     def close(self, now: float) -> None:

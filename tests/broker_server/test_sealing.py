@@ -10,10 +10,10 @@ import pytest
 
 from broker_server.fleet.sealing import LONG_S, RENEW_S, SHORT_S, Keys, Sealing
 from broker_server.fleet.stamps import CLOCK, CLOCK_MS, FOLDER, LEAP_MS, Stamps, write_clock
-from regrow import topics
+from regrow import topics, wire
 from regrow.errors import LocalError
 from regrow.guards import RESERVE_MS
-from regrow.machine import Connected, Disconnected, Publish, Received
+from regrow.machine import Connected, Disconnected, Note, Publish, Received
 from regrow.seal import Opened, open_seal
 from tests.regrow.test_guards import FLEET, NOW_MS, OURS, told
 from tests.regrow.test_seal import sign_by, verify
@@ -187,6 +187,19 @@ def test_a_killed_gateway_takes_nothing_twice_and_waits_until_devices_are_past_i
     killed(again)
     os.utime(tmp_path / FOLDER / "serve.json", (0, 0))
     assert life(tmp_path).quiet_s == 0.0
+
+
+def test_a_device_that_counts_where_it_was_once_is_told_what_was_heard(tmp_path: Path) -> None:
+    sealing = life(tmp_path)
+    assert sealing.open(told(3 << 32 | 5), 0.0)
+    assert sealing.open(told(2 << 32), 1.0) is None
+    (publish, note) = sealing.tend(1.0)
+    assert publish == Publish(topics.older("d1"), wire.encode(wire.Older(stamp=3 << 32 | 5)))
+    assert isinstance(note, Note)
+    assert (note.fields["peer"], note.fields["kind"]) == ("d1", "older")
+    assert "old copy of its identity" in note.fields["reason"]
+    sealed = opened(sealing, 1.0, publish.topic, retain=False)
+    assert sealed.expires_s == sealed.stamp // 1000 + SHORT_S
 
 
 def test_killed_twice_before_anything_was_heard_it_still_waits(tmp_path: Path) -> None:

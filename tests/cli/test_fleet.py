@@ -13,6 +13,8 @@ from broker_server.fleet import members
 from broker_server.fleet.registry import Registry
 from cli.main import main
 from edge_agent.identity import Identity
+from edge_agent.sealing import FOLDER as HEARD
+from edge_agent.state import StateFolder
 
 
 @pytest.fixture
@@ -35,6 +37,23 @@ def test_init_refuses_to_make_keys_twice(runs: list[str], capsys: pytest.Capture
     assert main(["fleet", "init", "farm", "--host", "192.0.2.1", *runs]) == 2
     assert "holds a fleet already" in capsys.readouterr().err
     assert (registry(runs).folder / "ca.key").read_bytes() == key
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["farm", "--tls-port", "99999"], "--tls-port 99999: 1 to 65535"),
+        (["farm", "--enrol-port", "65536"], "--enrol-port 65536: 1 to 65535"),
+        (["farm", "--tls-port", "8443"], "both 8443"),
+        (["farm", "--host", "0.0.0.0"], "stands for all addresses"),
+        (["farm", "--host", "::"], "stands for all addresses"),
+        (["Bad Name"], "fleet 'Bad Name'"),
+    ],
+)
+def test_init_refuses_what_no_device_could_find(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "init", "--host", "192.0.2.1", *words, "--runs", str(tmp_path / "runs")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_claim_is_written_for_its_owner_only_and_tells_no_secret_of_the_fleet(
@@ -60,6 +79,15 @@ def test_an_offline_identity_is_whole_and_says_what_it_is(runs: list[str], tmp_p
     members.revoke(registry(runs), "lab-1")
     assert main(["fleet", "add", "lab-1", "--offline", "--out", str(tmp_path), *runs]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_device_that_was_put_out_does_nothing_any_more(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fleet", "add", "a", "--offline", "--out", str(tmp_path), *runs])
+    (registry(runs).folder / "seen.json").write_text(json.dumps({"a": {"seen_s": 5, "doing": "working", "serial": "ab"}}))
+    members.revoke(registry(runs), "a")
+    capsys.readouterr()
+    assert main(["fleet", "list", *runs]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["a", "revoked", "-"]
 
 
 def test_list_and_show_say_what_a_device_is_and_does(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +165,18 @@ def test_an_agent_wants_an_identity_or_a_bundle(tmp_path: Path, capsys: pytest.C
     assert "--claim begins an identity" in capsys.readouterr().err
 
 
+def test_a_claim_is_kept_while_another_agent_uses_the_identity(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "add", "d1", "--offline", "--out", str(tmp_path), *runs]) == 0
+    members.revoke(registry(runs), "d1")
+    assert main(["fleet", "add", "d1", "--out", str(tmp_path), *runs]) == 0
+    about = (tmp_path / "d1" / "device.json").read_bytes()
+    command = ["agent", "--identity", str(tmp_path / "d1"), "--claim", str(tmp_path / "d1.claim.json"), "--data", "x.npz"]
+    with StateFolder(tmp_path / "d1" / HEARD):
+        assert main(command) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    assert (tmp_path / "d1" / "device.json").read_bytes() == about
+
+
 def test_passwords_at_a_door_need_amqtt_and_a_fleet(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from export.task import save_model
     from tests.testbed.processes import task_text, wide_mlp
@@ -148,3 +188,7 @@ def test_passwords_at_a_door_need_amqtt_and_a_fleet(runs: list[str], tmp_path: P
     for more in (["--broker-kind", "mosquitto", *runs], ["--runs", str(tmp_path / "none")]):
         assert main(["serve", str(task), "--passwords", "--plain", *more]) == 2
         assert "--passwords needs a fleet" in capsys.readouterr().err
+    assert main(["serve", str(task), "--tls-port", "8883", "--plain", "--runs", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "--tls-port 8883 is for a fleet's devices, and there is no fleet in" in said
+    assert "regrow fleet init" in said

@@ -37,6 +37,11 @@ def test_a_release_is_staged_widened_shown_and_halted(fleet: Path, tmp_path: Pat
     said = capsys.readouterr().out
     assert "widened" in said
     assert "100 %: 8 of 8 devices" in said
+    assert main([*stage, "--percent", "20", "--minutes", "5"]) == 0
+    said, complaint = capsys.readouterr()
+    assert "no wider now" in said
+    assert "100 %: 8 of 8 devices" in said
+    assert not complaint
     releases = Releases(Registry(fleet))
     releases.note_report("d1", wire.ReleaseReport(number=1, state="fetching", percent=40, version="1.0.0"))
     releases.note_report("d2", wire.ReleaseReport(number=1, state="rolled back", reason="trial: no round"))
@@ -54,6 +59,15 @@ def test_a_release_is_staged_widened_shown_and_halted(fleet: Path, tmp_path: Pat
     assert newest is not None
     manifest = newest.opened()
     assert (manifest.number, manifest.forced, manifest.wants, manifest.boards) == (2, True, "contact", ["pi"])
+
+
+def test_a_release_without_what_it_depends_on_is_warned_of(fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs = ("onnxruntime>=1.17", "Paho_MQTT (>=2)", 'cryptography; extra == "fleet"', 'torch; extra == "torch"')
+    wheel, _ = wheels_of(tmp_path / "wheels", "2.0.0", needs=needs)
+    assert main(["fleet", "update", "--fleet", str(fleet), "--wheel", str(wheel)]) == 0
+    assert "warning: this release lacks cryptography, onnxruntime, paho-mqtt: " in capsys.readouterr().err
+    assert main(["fleet", "update", "--fleet", str(fleet), "--wheel", str(wheel), "--wheels", str(tmp_path / "wheels")]) == 0
+    assert "warning: this release lacks cryptography, paho-mqtt: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ def request_of(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
 def test_starts_only_rise(authority: SmallAuthority, tmp_path: Path) -> None:
     me = joined(authority, tmp_path / "id")
     assert [me.next_start(), me.next_start(), Identity.load(me.folder).next_start()] == [1, 2, 3]
+    assert [me.next_start(40), me.next_start(7), Identity.load(me.folder).next_start()] == [41, 42, 43]
     (me.folder / "start").write_text("x")
     with pytest.raises(LocalError, match="start is damaged"):
         me.next_start()
@@ -198,6 +199,11 @@ def test_a_folder_without_a_certificate_or_with_a_readable_key_says_the_cure(aut
     (me.folder / "signing.key").write_bytes(b"x")
     with pytest.raises(LocalError, match=r"signing\.key is damaged"):
         Identity.load(me.folder)
+    whole = (me.folder / "device.crt").read_bytes()
+    for size in (0, 3, 100, len(whole) // 2):
+        (me.folder / "device.crt").write_bytes(whole[:size])
+        with pytest.raises(LocalError, match=r"device\.crt is damaged.*regrow fleet add"):
+            Identity.load(me.folder)
 
 
 def test_key_and_certificate_of_two_makings_are_named(authority: SmallAuthority, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from edge_agent.sealing import FOLDER, HEARD, SAVE_S, Sealing
 from edge_agent.state import StateFolder
-from regrow import topics
+from regrow import topics, wire
 from regrow.errors import LocalError
 from regrow.machine import Connected, Publish, Received
 from regrow.seal import open_seal
@@ -35,8 +35,8 @@ class Card:
     def sign(self, data: bytes, /) -> bytes:
         return sign_by(self.signing_key)(data)
 
-    def next_start(self) -> int:
-        self.starts += 1
+    def next_start(self, above: int = 0, /) -> int:
+        self.starts = max(self.starts, above) + 1
         return self.starts
 
 
@@ -138,6 +138,39 @@ def test_keys_that_change_count_from_then_on(card: Card, tmp_path: Path) -> None
     sealing.identity = Card(tmp_path / "identity", signing_key=NEXT, coordinator_keys=(OURS, NEXT))
     assert sealing.open(said(ASSIGNMENT, NOW_MS, key=NEXT), 0.0)
     assert stamp_of(sealing, 1.0) == 1 << 32 | 1000
+
+
+def older(stamp: int, *, at: int = NOW_MS, key: bytes = OURS) -> Received:
+    return said(topics.older("d1"), at, key=key, frame=wire.encode(wire.Older(stamp=stamp)))
+
+
+def test_a_device_that_runs_from_an_old_copy_goes_on_above_what_was_heard(card: Card, caplog: pytest.LogCaptureFixture) -> None:
+    sealing = life(card)
+    heard = 41 << 32 | 777
+    assert stamp_of(sealing, 1.0) < heard
+    assert sealing.open(older(heard), 1.0) is None
+    assert sealing.must_say_again()
+    assert not sealing.must_say_again()
+    assert stamp_of(sealing, 1.0) > heard
+    assert card.starts == 42, "durable"
+    assert "fleet rotate d1" in caplog.text
+
+
+def test_one_of_two_copies_with_the_same_start_goes_on_too(card: Card) -> None:
+    sealing = life(card)
+    heard = stamp_of(sealing, 1.0)
+    sealing.open(older(heard + 5), 1.0)
+    assert stamp_of(sealing, 1.0) >> 32 == 2
+
+
+@pytest.mark.parametrize("key", [OURS, NEXT])
+def test_a_device_that_is_past_what_was_heard_or_is_told_by_a_stranger_stays(card: Card, key: bytes) -> None:
+    sealing = life(card)
+    before = stamp_of(sealing, 1.0)
+    sealing.open(older(before - 1 if key == OURS else 1 << 40, key=key), 1.0)
+    assert not sealing.must_say_again()
+    assert stamp_of(sealing, 2.0) == before + 1000
+    assert card.starts == 1
 
 
 def test_two_agents_cannot_share_an_identity(card: Card) -> None:

@@ -187,6 +187,7 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         b"",
     ),
     "doctor-report-sparse": (wire.DoctorReport(number=1), b""),
+    "older": (wire.Older(stamp=7 << 32 | 1500), b""),
     "release": (
         wire.Release(
             number=3, manifest=b"{}", signed=bytes(64), files=[wire.Blob("regrow-1.0-py3-none-any.whl", 70_000, DIGEST, [BOOT, INSTALL])]

@@ -9,7 +9,7 @@ import pytest
 
 from regrow import guards, seal, topics
 from regrow.fleet_time import FleetTime
-from regrow.guards import LEAPS, MAX_MANIFESTS, MAX_TOPICS, RESERVE_MS, TELL_S, FromCoordinator, FromDevices, Refusals
+from regrow.guards import ANSWER_S, LEAPS, MAX_MANIFESTS, MAX_TOPICS, RESERVE_MS, TELL_S, FromCoordinator, FromDevices, Refusals
 from regrow.machine import Received
 from regrow.seal import SealError
 from tests.regrow.test_seal import sign_by, verify
@@ -210,6 +210,28 @@ def test_older_stamps_are_replays() -> None:
     assert guard.open(told(1 << 32 | 6), 0.0) is None
     assert guard.open(told(7), 0.0) is None, "an earlier start of the same device"
     assert why(guard) == {"older": 2}
+
+
+def test_who_was_refused_as_older_is_told_what_was_heard_once_a_minute_and_nothing_old_counts_for_it() -> None:
+    guard = gateway()
+    assert guard.open(told(2 << 32 | 7), 0.0)
+    old = told(1 << 32)
+    assert guard.open(old, 1.0) is None
+    assert guard.behind(1.0) == [("d1", 2 << 32 | 7)]
+    assert guard.open(old, 2.0) is None
+    assert not guard.behind(2.0)
+    assert guard.behind(1.0 + ANSWER_S) == [("d1", 2 << 32 | 7)]
+    assert not guard.behind(1e9)
+    assert guard.open(told(3 << 32), 70.0), "it goes on above"
+    assert guard.open(old, 71.0) is None
+
+
+def test_strangers_and_repetitions_are_told_nothing() -> None:
+    guard = gateway()
+    assert guard.open(told(9), 0.0)
+    for message in (told(9), told(5, key=NEXT), told(5, topics.hello("d9"))):
+        assert guard.open(message, 1.0) is None
+    assert not guard.behind(1.0)
 
 
 @pytest.mark.parametrize(

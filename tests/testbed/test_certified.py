@@ -73,5 +73,24 @@ def lives(folder: Path, kind: Kind) -> None:
         fleet.check()
 
 
+def test_a_device_whose_card_is_an_old_copy_says_so_and_works_again(tmp_path: Path) -> None:
+    with CertifiedFleet(tmp_path / "f", wide_mlp(0, 32), task_text("digits", stop="seconds = 3000"), kind="amqtt") as fleet:
+        serve = fleet.serve()
+        for _ in range(2):  # twice, so that the copy of before has a lower number of starts, however long it runs
+            agent, before = fleet.member("d0"), updates(fleet, "d0")
+            until(lambda before=before: updates(fleet, "d0") >= before + 2, "updates of the device")
+            agent.stop()
+        (fleet.folder / "d0.id" / "start").write_text("0\n")
+        before = updates(fleet, "d0")
+        again = fleet.member("d0")
+        again.said("another copy of .* is in use, or this one was restored from an older copy")
+        serve.said("seal refused peer=d0 kind=older")
+        until(lambda: updates(fleet, "d0") >= before + 2, "it works again")
+        assert int((fleet.folder / "d0.id" / "start").read_text()) == 3
+        again.stop()
+        serve.stop()
+        fleet.check()
+
+
 def updates(fleet: CertifiedFleet, name: str) -> int:
     return sum(device == name for device, _, _ in accepted(fleet.run))
