@@ -273,13 +273,14 @@ def test_replays_are_refused_after_a_restart_of_the_gateway(fleet: SealedFleet, 
 
 
 def test_a_flood_is_told_rarely_and_work_goes_on(fleet: SealedFleet) -> None:
-    told_before = len([note for note in fleet.notes if note.kind == "seal refused"])
+    told_before = len([note for note in fleet.notes if note.kind == "seal refused" and note.fields["kind"] == "unsealed"])
     before = fleet.refused("unsealed")
     for _ in range(500):
         fleet.mallory.say(NAMES.telemetry("two"), b"RG\x01\x09")
     until(lambda: fleet.refused("unsealed") >= before + 500, "all of them refused")
     moves_on(fleet)
-    assert len([note for note in fleet.notes if note.kind == "seal refused"]) <= told_before + 1
+    told_of = [note for note in fleet.notes if note.kind == "seal refused" and note.fields["kind"] == "unsealed"]
+    assert len(told_of) <= told_before + 1
 
 
 def test_a_device_that_is_put_out_is_not_heard_any_more_and_comes_back_with_other_keys(fleet: SealedFleet) -> None:

@@ -86,7 +86,7 @@ def left_alone(fleet: CertifiedFleet, agent: Child, capsys: pytest.CaptureFixtur
     words = ["agent", "--identity", "d0.id", "--data", "d0.npz", "--state", "second.state"]
     second = fleet.start(words, "second.log")
     assert second.ended() == 1
-    assert "another agent runs with the identity in d0.id" in second.text()
+    assert "d0.id/heard is in use by process" in second.text()
 
 
 def damaged(fleet: CertifiedFleet, name: str, capsys: pytest.CaptureFixture[str]) -> None:
