@@ -23,8 +23,8 @@ from regrow.errors import UsageError
 PREFIX = "REGROW_"
 NO_SETTINGS = ("REGROW_OPTIONS", "REGROW_CACHE")  # flags of the units; where the demo keeps its data
 _LINE = re.compile(
-    r"""\s*(?:(?P<key>[A-Za-z0-9_-]+)\s*=\s*(?P<value>"(?:[^"\\\x00-\x1f]|\\["\\bfnrt]|\\u(?!d[89a-f])[0-9a-f]{4})*"|'[^'\x00-\x1f]*'"""
-    r"""|true|false|[+-]?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*)?(?:\#[^\x00-\x08\x0a-\x1f]*)?""",
+    r"""\s*(?:(?P<key>[A-Za-z0-9_-]+)\s*=\s*(?P<value>"(?:[^"\\\x00-\x1f\x7f]|\\["\\bfnrt]|\\u(?!d[89a-f])[0-9a-f]{4})*"|'[^'\x00-\x08\x0a-\x1f\x7f]*'"""
+    r"""|true|false|[+-]?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*)?(?:\#[^\x00-\x08\x0a-\x1f\x7f]*)?""",
     re.IGNORECASE,
 )
 _PASSWORD = re.compile(r"(://[^/:@]*:)[^/@]+@")

@@ -14,6 +14,7 @@ import msgspec
 from regrow import topics, wire
 from regrow.errors import PeerError
 from regrow.machine import Connected, Disconnected, Drop, Effect, Event, Note, Publish, Received, Save, Subscribe
+from regrow.message import Count, Digest, Positive
 from regrow.piecewise import PATIENCE_S, Piecewise, check_blob
 from regrow.publication import PIECE_BYTES
 
@@ -27,9 +28,9 @@ LOST = "the agent ended each time that it tried this model; look at its log and 
 class Decision(msgspec.Struct, frozen=True, array_like=True):
     """What a device remembers of a promotion: how often it was tried, and what came of it; `report` None until it is decided."""
 
-    number: wire.Positive
-    model: wire.Digest | None
-    attempts: wire.Count
+    number: Positive
+    model: Digest | None
+    attempts: Count
     report: wire.PromotionReport | None = None
 
 

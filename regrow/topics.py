@@ -60,6 +60,22 @@ def older(device: str) -> str:
     return f"{ROOT}/device/{device}/older"
 
 
+def observations(device: str) -> str:
+    return f"{ROOT}/device/{device}/observations"
+
+
+def observations_receipt(device: str) -> str:
+    return f"{ROOT}/device/{device}/observations-receipt"
+
+
+def field_run(device: str) -> str:
+    return f"{ROOT}/device/{device}/field"
+
+
+def field_report(device: str) -> str:
+    return f"{ROOT}/device/{device}/field-report"
+
+
 def release(device: str) -> str:
     return f"{ROOT}/device/{device}/release"
 

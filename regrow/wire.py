@@ -19,6 +19,13 @@ from regrow.errors import LocalError, PeerError
 from regrow.findings import Finding
 from regrow.local_rules import LocalRule
 from regrow.machine import Payload
+from regrow.message import DIGEST_BYTES as DIGEST_BYTES
+from regrow.message import Celsius, Count, Density, Digest, Length, Name, Positive, Rate, Serial, Text
+from regrow.message import Message as Message
+from regrow.observations import Field as Field
+from regrow.observations import FieldReport as FieldReport
+from regrow.observations import Observations as Observations
+from regrow.observations import ObservationsReceipt as ObservationsReceipt
 from regrow.programs import StorageRule
 from regrow.values import WireDtype
 
@@ -31,22 +38,7 @@ MAX_CHUNKS = 1 << 16
 MAX_PROGRAMS = 256  # 64 levels of whole units with three each, and those of the full model
 MAX_MODEL_BYTES = 256 * 1024 * 1024  # of an inference model, or of a program of its head
 MAX_WITHDRAWN = 64
-DIGEST_BYTES = 16
 _FRAME = struct.Struct("<2sBBI")
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-Length = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
-Serial = Annotated[bytes, msgspec.Meta(max_length=20)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
-Text = Annotated[str, msgspec.Meta(max_length=1000)]
-# Seconds, or bit/s; bounded, so that what is computed from a peer's number stays finite.
-Rate = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is a header: a map, in which defaults are left out."""
 
 
 class Hello(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -203,6 +195,34 @@ DECLINED = "declined"
 """Telemetry.phase of a device that can train nothing of this task, so that another assignment would be in vain."""
 
 
+class LinkState(msgspec.Struct, frozen=True, array_like=True):
+    """How sure a device is of its uplink: the 95 % interval of the mean, and the round trip of its connection."""
+
+    low_bps: Rate
+    high_bps: Rate
+    rtt_s: Rate | None = None
+
+
+class PowerState(msgspec.Struct, frozen=True, array_like=True):
+    """What a device draws, as its meter has it since the last telemetry; None is unknown, and the meter's name then says why."""
+
+    watts: Rate | None
+    meter: Text
+    temperature_c: Celsius | None = None
+    throttled: bool = False
+
+
+class Limit(msgspec.Struct, frozen=True, array_like=True):
+    """A limit of the device's owner that makes it do less than it could, or nothing; in words.
+
+    seconds: until it may work again, None where it works, or does not know. density: the largest that its limits allow now, None: none.
+    """
+
+    said: Text
+    seconds: Rate | None = None
+    density: Density | None = None
+
+
 class Telemetry(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Device -> coordinator: heartbeat, phase, meters. With `pending` it asks for that update's receipt."""
 
@@ -217,6 +237,9 @@ class Telemetry(Message, frozen=True, kw_only=True, omit_defaults=True):
     step_s: Rate | None = None
     failed: Text = ""
     pending: Pending | None = None
+    link: LinkState | None = None
+    power: PowerState | None = None
+    limit: Limit | None = None
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
@@ -367,6 +390,10 @@ KINDS: dict[int, type[Message]] = {
     18: DoctorRequest,
     19: DoctorReport,
     20: Older,
+    21: Observations,
+    22: ObservationsReceipt,
+    23: Field,
+    24: FieldReport,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
@@ -392,6 +419,10 @@ AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
     DoctorRequest,
     DoctorReport,
     Older,
+    Observations,
+    ObservationsReceipt,
+    Field,
+    FieldReport,
 ]
 M = TypeVar("M", bound=Message)
 
@@ -442,14 +473,19 @@ def assert_finite(message: Message) -> None:
     numbers: list[tuple[str, float | None]] = []
     if isinstance(message, (Hello, Telemetry)):
         numbers = [("uplink_bps", message.uplink_bps), ("step_s", message.step_s)]
+        if isinstance(message, Telemetry):
+            parts = [part for part in (message.link, message.power, message.limit) if part is not None]
+            numbers += [
+                (name, value) for part in parts for name in part.__struct_fields__ if isinstance(value := getattr(part, name), float)
+            ]
     elif isinstance(message, Assignment):
         numbers = [("learning_rate", message.learning_rate), ("deadline_s", message.deadline_s)]
     elif isinstance(message, UpdateChunk) and message.head is not None:
         head = message.head
         numbers = [("seconds", head.seconds), ("loss", head.loss)]
         numbers += [("scores", number) for score in head.scores for number in (score.loss, score.accuracy)]
-    elif isinstance(message, DoctorRequest):
-        numbers = [("now_s", message.now_s)]
+    elif isinstance(message, (DoctorRequest, Observations, Field, FieldReport)):
+        numbers = [(name, value) for name in message.__struct_fields__ if isinstance(value := getattr(message, name), float)]
     elif isinstance(message, Promotion) and message.head is not None:
         numbers = [("head", message.head.learning_rate)]
     elif isinstance(message, PromotionReport):

@@ -26,7 +26,7 @@ from cli.main import parser
 from edge_agent.doctor.device import Subject, device_checks, live_checks
 from export.lowering import REPLACED
 from export.rules import RULES
-from regrow import coordinator, device, topics, wire
+from regrow import coordinator, device, observations, topics, wire
 from regrow.methods import METHODS
 from regrow.task import Task
 from tests.docs import words
@@ -102,10 +102,12 @@ def _systems(_: str) -> str:
 
 
 def _wire(name: str) -> str:
-    """The table of one struct of wire.py: in the order of the array, or of the map's keys."""
-    struct = getattr(wire, name)
+    """The table of one struct of wire.py or observations.py: in the order of the array, or of the map's keys."""
+    struct = getattr(wire, name, None) or getattr(observations, name)
     info: Any = inspect.type_info(struct)
     rows = [(f"`{f.name}`", type_text(f.type), default_text(f), words.WIRE[f"{name}.{f.name}"]) for f in info.fields]
+    if struct.__struct_config__.tag is not None:
+        rows.insert(0, ("kind", f'`"{struct.__struct_config__.tag}"`', "required", "Which kind of row this is."))
     if struct.__struct_config__.array_like:
         numbered = ((str(place), *row) for place, row in enumerate(rows))
         return table(("place", "field", "type and bounds", "default", "meaning"), numbered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from regrow import wire
 from regrow.findings import Finding
+from regrow.observations import LinkSeen, Mark, Missing, PhaseSeen, PowerSeen, Row, TransferSeen, UplinkSeen, encode_rows
 
 BOOT, INSTALL, DIGEST = bytes(range(16)), bytes(range(16, 32)), bytes(range(32, 48))
 
@@ -20,6 +21,20 @@ _HEAD = wire.UpdateHead(
     loss=0.25,
     scores=[wire.Score(1, 0.5, 0.75, 50)],
 )
+
+ROWS: list[Row] = [
+    TransferSeen(1_790_000_000.5, 2.5, True, "update", 70_000, 70_090, "r1", 3, 2, 0.0625),
+    TransferSeen(1_790_000_003.0, 0.5, False, "model", 9, 40),
+    UplinkSeen(1_790_000_003.0, 1e6, 9e5, 1.125e6, True),
+    LinkSeen(1_790_000_003.0, 10.0, "wlan0", 80_000, 9_000, 0.0625, 2, "cubic", -61.0, 7.2e7, 2.437e9, "wifi"),
+    LinkSeen(1_790_000_003.0, 10.0, "eth0"),
+    PowerSeen(1_790_000_003.0, 10.0, 4.5, "ina3221 VDD_IN", "measured", 61.5, "throttled"),
+    PowerSeen(1_790_000_003.0, 10.0, None, "unmeasured", "unmeasured"),
+    PhaseSeen(1_790_000_003.0, 8.0, "train", 36.0, "model pi4", "modelled", "r1", 3, 0.25, 40, 30.0, 42.0, "under-voltage"),
+    PhaseSeen(1_790_000_011.0, 8.0, "idle", None, "unmeasured: no sensor", "unmeasured"),
+    Missing(1_790_000_020.0, 60.0, 12),
+    Mark(1_790_000_080.0, "sync pulse"),
+]
 
 EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
     "hello": (
@@ -202,4 +217,38 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         b"",
     ),
     "release-report-sparse": (wire.ReleaseReport(number=0, state="none"), b""),
+    "telemetry-limits": (
+        wire.Telemetry(
+            install=INSTALL,
+            phase="waiting",
+            uplink_bps=1e6,
+            link=wire.LinkState(9e5, 1.125e6, 0.0625),
+            power=wire.PowerState(4.5, "ina3221 VDD_IN", 61.5, throttled=True),
+            limit=wire.Limit("battery at 18 %, floor 20 %", 600.0, 0.25),
+        ),
+        b"",
+    ),
+    "observations": (wire.Observations(journal=BOOT, number=7, sent_s=1_790_000_000.5), encode_rows(ROWS)),
+    "observations-receipt": (wire.ObservationsReceipt(journal=BOOT, number=7), b""),
+    "field": (
+        wire.Field(
+            number=3,
+            name="meadow",
+            phase="baseline",
+            start_s=1_790_000_010.0,
+            end_s=1_790_000_070.0,
+            sample_hz=5.0,
+            pulse_s=1_790_000_012.0,
+            sent_s=1_790_000_000.5,
+        ),
+        b"",
+    ),
+    "field-none": (wire.Field(number=4), b""),
+    "field-report": (
+        wire.FieldReport(
+            number=3, phase="baseline", heard_s=1_790_000_000.75, said_s=1_790_000_000.875, meter="unmeasured: no sensor", software="0.1.0"
+        ),
+        b"",
+    ),
+    "field-report-sparse": (wire.FieldReport(number=4), b""),
 }
