@@ -8,7 +8,7 @@ demo: .venv/demo.stamp
 	$(BIN)/regrow demo $(DEMO)
 
 test: .venv/dev.stamp lint
-	$(BIN)/pytest -m "not network"
+	$(BIN)/pytest -m "not network" -n auto
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
