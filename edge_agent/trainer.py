@@ -202,12 +202,13 @@ def _share_arena() -> bool:
     return True
 
 
-def _keep_in_order(options: ort.SessionOptions) -> list[str]:
-    """Run nodes as they stand in the program, and free each value behind its last use; returns the optimizers to leave out for it."""
+def _keep_in_order(options: ort.SessionOptions) -> None:
+    """Run nodes as they stand in the program, and free each value behind its last use."""
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    # What an optimizer makes counts as the newest node: it runs last of all, and what it reads is kept until then.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_reuse = False  # a buffer that waits for the next value of its shape is not free meanwhile
     options.enable_mem_pattern = False  # the block that is planned for all values is larger than what they take one by one
-    return ["MatmulTransposeFusion", "GemmTransposeFusion"]  # what they make runs last of all, and keeps its operands until then
 
 
 class _Session:
@@ -226,11 +227,10 @@ class _Session:
         try:
             if _share_arena():
                 options.add_session_config_entry("session.use_env_allocators", "1")
-            deferring = _keep_in_order(options) if asks_for_order(name, program) else []
+            if asks_for_order(name, program):
+                _keep_in_order(options)
             # Without its fallback onnxruntime neither retries a broken program nor prints about it.
-            self._session = ort.InferenceSession(
-                program, options, providers=["CPUExecutionProvider"], enable_fallback=0, disabled_optimizers=deferring
-            )
+            self._session = ort.InferenceSession(program, options, providers=["CPUExecutionProvider"], enable_fallback=0)
             inputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_inputs()}
             outputs = {item.name: (item.type, list(item.shape)) for item in self._session.get_outputs()}
             metadata = self._session.get_modelmeta().custom_metadata_map

@@ -26,9 +26,8 @@ LARGEST = 65504.0
 LEAST_BYTES = 4096
 """Of a value for each example; below, two more nodes cost more than they save."""
 USUAL_BATCH = 20
-LEAST_SAVING = 1.0
-"""Of what is alive in a step of that many examples: nothing is published for now. Of builder version 6's programs what is alive in the
-order of the nodes halves as before, but onnxruntime then takes up to twice the memory of the plain order (docs/deploy.md)."""
+LEAST_SAVING = 0.25
+"""Of what is alive in a step of that many examples. Onnxruntime's arena makes less of it, and nothing of a tenth (bench/storage.py)."""
 
 _BOUNDED = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softmax", "Softsign", "Erf", "LSTM", "GRU"})
 """Ops whose output is at most 1, the cell of an LSTM at most the number of steps."""
@@ -38,17 +37,13 @@ _PASSING = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze",
 Nodes = list[onnx.NodeProto]
 
 
-def float16_programs(programs: Mapping[str, bytes], least_saving: float = LEAST_SAVING) -> dict[str, bytes]:
-    """`train~float16` and the like of every training program that takes so much less memory so.
-
-    Args:
-        least_saving: part, 0 to 1, of what is alive in a step of 20 examples.
-    """
+def float16_programs(programs: Mapping[str, bytes]) -> dict[str, bytes]:
+    """`train~float16` and the like of every training program that takes clearly less memory so."""
     found = {}
     for name, program in programs.items():
         if name.partition(":")[0] in TRAINING and VARIANT not in name:
             half = stored_as_float16(program)
-            if half is not None and _saving(program, half) > least_saving:
+            if half is not None and _saving(program, half) >= LEAST_SAVING:
                 found[variant(name, FLOAT16)] = half
     return found
 
