@@ -184,7 +184,9 @@ def run_info(path: Path) -> RunInfo:
     score = None if facts.rolled_back else newest_score(path)
     started = (path / "task" / "task.toml").stat().st_ctime
     name = score_name(task.training)
-    return RunInfo(path, task.name, task.method.name, started, facts.version, len(facts.devices), facts.updates, score, name, facts.finished)
+    return RunInfo(
+        path, task.name, task.method.name, started, facts.version, len(facts.devices), facts.updates, score, name, facts.finished
+    )
 
 
 def joined_devices(path: Path) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import shutil
 import signal
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tomllib
 
 from broker_server.field.plan import Plan, Repetition, checked, in_hours, plan_text, read_plan, repetitions_of, task_folder, total_s
 from broker_server.field.progress import FieldFolder, Step, open_field, task_toml
-from broker_server.field_herald import FieldHerald, announce, reports
+from broker_server.field_herald import FOLDER, FieldHerald, announce, reports
 from broker_server.observations import annotate as keep_annotation
 from broker_server.observations import recorder_of
 from broker_server.run_record import facts_of
@@ -113,7 +115,8 @@ def _annotations(home: Path) -> Iterator[None]:
                     print(f"regrow: not noted: {error}", file=sys.stderr, flush=True)
 
     over = threading.Event()
-    threading.Thread(target=read, name="annotations", daemon=True).start()
+    if not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():  # else reading would stop a job in the background
+        threading.Thread(target=read, name="annotations", daemon=True).start()
     try:
         yield
     finally:
@@ -194,50 +197,55 @@ class _Conductor:
         stop_at_signals(self._stopped.set, "stopping: the run at hand does not count")
         print(f"{plan.name}: {len(lacking)} runs, {in_hours(len(lacking) * total_s(plan) / len(repetitions_of(plan)))}", flush=True)
         try:
-            for number, repetition in enumerate(lacking):
-                self._repeat(repetition, first=number == 0)
+            self._greet()
+            for repetition in lacking:
                 if self._stopped.is_set():
                     return
+                self._repeat(repetition)
         finally:
             announce(self._home, plan.devices, Field(number=1))
             until_s = time.monotonic() + GOODBYE_S
-            heard: Callable[[], bool] = lambda: all(not report.report.phase for report in reports(self._home).values())  # noqa: E731
-            self._listen(lambda: time.monotonic() >= until_s or heard())
+            self._listen(lambda: time.monotonic() >= until_s or not any((self._home / FOLDER).glob("*.json")))
 
-    def _repeat(self, repetition: Repetition, *, first: bool) -> None:
+    def _greet(self) -> None:
+        """Wait until every planned device has answered.
+
+        Raises:
+            LocalError: one did not.
+        """
+        left = self._announce(Field(number=1, name=self._field.plan.name, sample_hz=self._field.plan.sample_hz), self._options.patience_s)
+        if left and not self._stopped.is_set():
+            raise LocalError(
+                f"{', '.join(left)} did not answer in {self._options.patience_s:g} s: start the agents there, or take them out of the plan"
+            )
+
+    def _repeat(self, repetition: Repetition) -> None:
         """Baseline, then the run."""
         field, plan = self._field, self._field.plan
-        name = field.run_name(repetition)
-        total = len(repetitions_of(plan))
+        name, total = field.run_name(repetition), len(repetitions_of(plan))
         self._title = f"[{repetition.number}/{total}] {repetition.method}"
-        start_s = time.time() + plan.lead_s
-        end_s = start_s + plan.baseline_s
-        absent: list[str] = []
         if plan.baseline_s > 0:
+            start_s = time.time() + plan.lead_s
+            end_s, pulse_s = start_s + plan.baseline_s, start_s - plan.lead_s / 2
             print(f"{time.strftime('%H:%M:%S')} {self._title}: keeping still for {plan.baseline_s:g} s", flush=True)
-            said = Field(number=1, name=plan.name, phase="baseline", start_s=start_s, end_s=end_s, sample_hz=plan.sample_hz,
-                         pulse_s=start_s - plan.lead_s / 2)  # fmt: skip
-            absent = self._announce(said, first=first)
+            times = {"start_s": start_s, "end_s": end_s, "pulse_s": pulse_s}
+            self._announce(Field(number=1, name=plan.name, phase="baseline", sample_hz=plan.sample_hz, **times), plan.lead_s)
             self._listen(lambda: time.time() >= end_s or self._stopped.is_set())
             if self._stopped.is_set():
                 return
             field.add(Step(kind="baseline", at_s=time.time(), number=repetition.number, run=name, start_s=start_s, end_s=end_s))
         start_s = time.time() + plan.lead_s
-        said = Field(number=1, name=plan.name, phase="run", start_s=start_s, end_s=start_s + plan.run_s, sample_hz=plan.sample_hz)
-        absent = self._announce(said, first=first and plan.baseline_s == 0)
+        times = {"start_s": start_s, "end_s": start_s + plan.run_s}
+        absent = self._announce(Field(number=1, name=plan.name, phase="run", sample_hz=plan.sample_hz, **times), plan.lead_s)
         self._listen(lambda: time.time() >= start_s or self._stopped.is_set())
         if not self._stopped.is_set():
             self._serve(repetition, name, start_s, tuple(absent))
 
-    def _announce(self, said: Field, *, first: bool) -> list[str]:
-        """Tell all devices, and wait for their answers; returns who did not answer.
-
-        Raises:
-            LocalError: it is the first announcement, and somebody did not.
-        """
+    def _announce(self, said: Field, patience_s: float) -> list[str]:
+        """Tell all devices, and wait so long for their answers; returns who did not answer."""
         plan = self._field.plan
         number = announce(self._home, plan.devices, said)
-        until_s, told_s = time.monotonic() + self._options.patience_s, time.monotonic() + SAY_S
+        until_s, told_s = time.monotonic() + patience_s, time.monotonic() + SAY_S
 
         def lacking() -> list[str]:
             answers = reports(self._home)
@@ -249,22 +257,16 @@ class _Conductor:
             if left and time.monotonic() >= told_s:
                 told_s = time.monotonic() + SAY_S
                 print(f"waiting for {', '.join(left)}", flush=True)
-            late = time.time() >= said.start_s and not first  # only the first start is put off: from then on the plan's times hold
-            return not left or late or time.monotonic() >= until_s or self._stopped.is_set()
+            return not left or time.monotonic() >= until_s or self._stopped.is_set()
 
         self._listen(over)
-        left = lacking()
-        if left and first and not self._stopped.is_set():
-            raise LocalError(
-                f"{', '.join(left)} did not answer in {self._options.patience_s:g} s: start the agents there, or take them out of the plan"
-            )
         answers = {name: heard for name, heard in reports(self._home).items() if name in plan.devices and heard.announced == number}
         facts = {
             name: {"software": heard.report.software, "meter": heard.report.meter, "offset_s": heard.offset_s, "error_s": heard.error_s}
             for name, heard in answers.items()
         }
         self._field.add(Step(kind="heard", at_s=time.time(), facts=facts))
-        return left
+        return lacking()
 
     def _listen(self, over: Callable[[], bool]) -> None:
         """Be there for the devices while no run is served."""
@@ -294,7 +296,9 @@ class _Conductor:
             if kind == "interrupted":
                 self._stopped.set()
             at_s = time.time()
-            self._field.add(_with(step, kind=kind, at_s=at_s, end_s=min(at_s, start_s + self._field.plan.run_s), reason=reason))
+            self._field.add(
+                msgspec.structs.replace(step, kind=kind, at_s=at_s, end_s=min(at_s, start_s + self._field.plan.run_s), reason=reason)
+            )
 
     def _progress(self) -> Callable[[Note], None]:
         """A line now and then."""
@@ -313,12 +317,6 @@ class _Conductor:
                 )
 
         return note
-
-
-def _with(step: Step, **changes: Any) -> Step:
-    import msgspec
-
-    return msgspec.structs.replace(step, **changes)
 
 
 @contextmanager

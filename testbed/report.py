@@ -19,6 +19,7 @@ from testbed.machine import machine
 from testbed.outcome import remarks
 from testbed.tables import as_markdown, by_target, fairness, overview, tuning, work
 
+
 @dataclass(frozen=True)
 class Comparison:
     """What a report is made of; `choices` by row, where there was tuning; `reference` is a row's name; `seeds`: how many

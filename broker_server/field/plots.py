@@ -75,7 +75,9 @@ def _curves(
             axes.plot([], [], color=colour, ls=line, label=f"{method}: unmeasured")
             continue
         xs, means, halves = _mean_curve(known)
-        axes.plot(xs, means, color=colour, ls=line, lw=2, label=method if len(known) == len(runs) else f"{method} ({len(known)} of {len(runs)})")
+        axes.plot(
+            xs, means, color=colour, ls=line, lw=2, label=method if len(known) == len(runs) else f"{method} ({len(known)} of {len(runs)})"
+        )
         if halves is not None:
             axes.fill_between(xs, [m - h for m, h in zip(means, halves, strict=True)], [m + h for m, h in zip(means, halves, strict=True)],
                               color=colour, alpha=0.15, lw=0)  # fmt: skip
@@ -84,7 +86,9 @@ def _curves(
     axes.set_ylabel(record.score)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
-    return Picture(name, f"{record.score.capitalize()} {over}: mean of the repetitions with 95 % intervals, thin lines are single ones", figure)
+    return Picture(
+        name, f"{record.score.capitalize()} {over}: mean of the repetitions with 95 % intervals, thin lines are single ones", figure
+    )
 
 
 def _pairs(run: Recorded, x_of: Callable[[Reached], float | None]) -> list[tuple[float, float]]:
@@ -109,7 +113,9 @@ def _value_at(pairs: Sequence[tuple[float, float]], x: float) -> float:
 # ---- devices over the whole field run ------------------------------------------------------------------------------------------------
 
 
-def _over_the_day(record: FieldRecord, name: str, caption: str, label: str, draw: Callable[[Axes, Recorded, str, float], bool]) -> Picture | None:
+def _over_the_day(
+    record: FieldRecord, name: str, caption: str, label: str, draw: Callable[[Axes, Recorded, str, float], bool]
+) -> Picture | None:
     """A row a device on one axis of time; hatched: nothing is known; grey lines: annotations; above: which method runs."""
     start_s, end_s = record.span
     devices = record.devices
@@ -160,7 +166,9 @@ def _bandwidth(axes: Axes, run: Recorded, device: str, start_s: float) -> bool:
     estimates = observed.rows["uplinks"]
     xs = [(row["at_s"] - start_s) / 60 for row in estimates]
     axes.plot(xs, [row["mean_bps"] / 1000 for row in estimates], color="black", lw=0.8)
-    axes.fill_between(xs, [row["low_bps"] / 1000 for row in estimates], [row["high_bps"] / 1000 for row in estimates], color="0.5", alpha=0.3, lw=0)
+    axes.fill_between(
+        xs, [row["low_bps"] / 1000 for row in estimates], [row["high_bps"] / 1000 for row in estimates], color="0.5", alpha=0.3, lw=0
+    )
     return bool(observed.rows["transfers"] or estimates)
 
 

@@ -1,9 +1,9 @@
 """What has been done of a field run: RUNS/.fields/NAME with a copy of the plan and a line for each step, so that it can go on.
 
-    .fields/NAME/plan.toml      the plan as it is executed; another one of this name is refused
-    .fields/NAME/steps.jsonl    a `Step` a line, each durable before the next thing is done
-    .fields/NAME/tasks/METHOD   the task as the runs of a method have it
-    .fields/NAME/lock           held by the `regrow field run` that executes it
+.fields/NAME/plan.toml      the plan as it is executed; another one of this name is refused
+.fields/NAME/steps.jsonl    a `Step` a line, each durable before the next thing is done
+.fields/NAME/tasks/METHOD   the task as the runs of a method have it
+.fields/NAME/lock           held by the `regrow field run` that executes it
 """
 
 from __future__ import annotations

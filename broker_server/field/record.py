@@ -48,7 +48,9 @@ class Recorded:
         found: list[Reached] = []
         for point in self.course.points:
             if point.score is not None and (not found or point.score != found[-1].score or point is self.course.points[-1]):
-                found.append(Reached(point.wall_s - self.step.start_s, point.score, self.bytes_until(point), self.joules_until(point.wall_s)))
+                found.append(
+                    Reached(point.wall_s - self.step.start_s, point.score, self.bytes_until(point), self.joules_until(point.wall_s))
+                )
         return found
 
     def bytes_until(self, point: Point) -> float:
@@ -150,9 +152,7 @@ def read_record(field: FieldFolder, db: sqlite3.Connection | None) -> FieldRecor
                 path,
                 course_of(path),
                 {} if db is None else {name: observe(db, name, step.start_s, step.end_s) for name in devices},
-                {}
-                if db is None or baseline is None
-                else {name: observe(db, name, baseline.start_s, baseline.end_s) for name in devices},
+                {} if db is None or baseline is None else {name: observe(db, name, baseline.start_s, baseline.end_s) for name in devices},
             )
         )
     task = read_task(recorded[0].path / "task")

@@ -130,12 +130,18 @@ def _conditions(record: FieldRecord) -> str:
     for step in record.field.steps:
         if step.kind == "heard":
             heard |= step.facts
-    gateway = Table("Gateway, each time the plan was taken up", ["what", "value"], [[key, str(value)] for facts in began for key, value in facts.items()])
+    gateway = Table(
+        "Gateway, each time the plan was taken up",
+        ["what", "value"],
+        [[key, str(value)] for facts in began for key, value in facts.items()],
+    )
     devices = Table(
         "Devices, as they said", ["device", "software", "meter"],
         [[name, str(facts.get("software") or "-"), str(facts.get("meter") or "unmeasured")] for name, facts in sorted(heard.items())],
     )  # fmt: skip
     texts = [("plan.toml", record.field.path / "plan.toml")]
     texts += [(f"task.toml of {method}", record.of(method)[0].path / "task" / "task.toml") for method in record.methods]
-    folded = "".join(f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(file.read_text())}</pre></details>\n" for name, file in texts)
+    folded = "".join(
+        f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(file.read_text())}</pre></details>\n" for name, file in texts
+    )
     return f"<h2>Versions and configuration</h2>\n{as_html(gateway)}{as_html(devices)}{folded}"

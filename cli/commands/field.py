@@ -23,11 +23,15 @@ def add_parser(commands: Commands) -> None:
     runs_option(report)
     report.add_argument("--out", type=Path, metavar="DIR", help="where the report is written (default: the field run's name)")
     report.add_argument("--target", type=float, metavar="X", help="score to reach (default: 95 %% of the best method's)")
-    replay = report.add_argument_group("replay in simulation", "with the links and step times that were recorded; --data npz says with what data")
+    replay = report.add_argument_group(
+        "replay in simulation", "with the links and step times that were recorded; --data npz says with what data"
+    )
     replay.add_argument("--data", metavar="NAME", help="fashion-mnist, watch, femnist, cifar10, or npz: your own (default: no simulation)")
     replay.add_argument("--data-folder", type=Path, metavar="DIR", help="where its published files lie, or your train.npz and test.npz")
     replay.add_argument("--split", default="user", metavar="S", help="iid, dirichlet:ALPHA, user (device after device) or shards:COUNT")
-    replay.add_argument("--validation", type=part, metavar="PART", help="share of every device's data that is kept for validation (default: 0.2)")
+    replay.add_argument(
+        "--validation", type=part, metavar="PART", help="share of every device's data that is kept for validation (default: 0.2)"
+    )
     traces = add_command(
         field,
         "traces",
@@ -64,7 +68,9 @@ def _plan(field: Commands) -> None:
     plan.add_argument("--methods", default="fedgmr,fedasync,fedavg", metavar="M,...", help="methods by name")
     plan.add_argument("--repetitions", type=count, default=3, metavar="N", help="runs of each method")
     plan.add_argument("--run-s", type=positive, default=600.0, metavar="S", help="seconds of each run")
-    plan.add_argument("--baseline-s", type=not_negative, default=60.0, metavar="S", help="seconds before each run in which devices keep still")
+    plan.add_argument(
+        "--baseline-s", type=not_negative, default=60.0, metavar="S", help="seconds before each run in which devices keep still"
+    )
     plan.add_argument("--lead-s", type=positive, default=10.0, metavar="S", help="seconds between an announcement and what it announces")
     plan.add_argument("--sample-hz", type=positive, default=10.0, metavar="N", help="samples a second of the power meters")
     plan.add_argument("--seed", type=seed, default=1, metavar="N", help="of the order")
@@ -82,4 +88,6 @@ def _run(field: Commands) -> None:
     run.add_argument("plan", type=Path, metavar="PLAN", help="the plan's file")
     runs_option(run)
     broker_options(run)
-    run.add_argument("--patience-s", type=positive, default=120.0, metavar="S", help="how long to wait for planned devices that do not answer")
+    run.add_argument(
+        "--patience-s", type=positive, default=120.0, metavar="S", help="how long to wait for planned devices that do not answer"
+    )
