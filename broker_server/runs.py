@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_server.run_record import facts_of, newest_score
 from broker_server.store import Store
 from regrow import checkpoint, records
 from regrow.errors import LocalError, PeerError, UsageError
@@ -18,6 +19,7 @@ from regrow.ledger import Ledger
 from regrow.parameters import Layout
 from regrow.programs import MEMORY, UNITS, program_file, program_name
 from regrow.records import to_record
+from regrow.scoring import score_name
 from regrow.shelf import Shelf, in_memory
 from regrow.task import Task, parse_task
 from regrow.units import Units
@@ -149,7 +151,7 @@ def recover(store: Store, folder: TaskFolder, shelf: Shelf = in_memory) -> Ledge
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A line of `regrow runs`."""
+    """A line of `regrow runs`; score_name says what the score is: accuracy for classes, R^2 for values."""
 
     path: Path
     task: str
@@ -158,7 +160,8 @@ class RunInfo:
     version: int
     devices: int
     updates: int
-    accuracy: float | None
+    score: float | None
+    score_name: str
     finished: str
 
 
@@ -168,47 +171,27 @@ def list_runs(runs: Path) -> Iterator[RunInfo]:
         try:
             yield run_info(log.parent)
         except LocalError as error:
-            yield RunInfo(log.parent, "?", "?", 0.0, 0, 0, 0, None, f"unreadable: {error}")
+            yield RunInfo(log.parent, "?", "?", 0.0, 0, 0, 0, None, "", f"unreadable: {error}")
 
 
 def run_info(path: Path) -> RunInfo:
-    """What a run's log says about it.
+    """What a run's log and metrics say about it.
 
     Raises:
         LocalError: it cannot be read.
     """
-    task = read_task(path / "task")
-    version = updates = 0
-    devices: set[str] = set()
-    accuracy: float | None = None
-    finished = ""
-    store = Store.open(path, read_only=True)
-    try:
-        for _, record in store.replay(emptied_too=True):
-            entry = records.from_record(record)
-            if isinstance(entry, records.Joined):
-                devices.add(entry.device)
-            elif isinstance(entry, records.Accepted):
-                updates += 1
-            elif isinstance(entry, records.Aggregated):
-                version = entry.version
-            elif isinstance(entry, records.Restored):
-                accuracy = entry.global_score
-            elif isinstance(entry, records.RolledBack):
-                version, finished, accuracy = entry.version, "", None
-            elif isinstance(entry, records.Finished):
-                finished = entry.reason
-    finally:
-        store.close()
+    task, facts = read_task(path / "task"), facts_of(path)
+    score = None if facts.rolled_back else newest_score(path)
     started = (path / "task" / "task.toml").stat().st_ctime
-    return RunInfo(path, task.name, task.method.name, started, version, len(devices), updates, accuracy, finished)
+    name = score_name(task.training)
+    return RunInfo(
+        path, task.name, task.method.name, started, facts.version, len(facts.devices), facts.updates, score, name, facts.finished
+    )
 
 
-def joined_devices(path: Path) -> set[str]:
+def joined_devices(path: Path) -> frozenset[str]:
     """Every device that has ever joined a run, read without its lock."""
-    with Store.open(path, read_only=True) as store:
-        entries = (records.from_record(record) for _, record in store.replay(emptied_too=True) if record.kind == "joined")
-        return {entry.device for entry in entries if isinstance(entry, records.Joined)}
+    return facts_of(path).devices
 
 
 def rollback(path: Path, to_version: int | None = None) -> tuple[int, int]:

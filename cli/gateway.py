@@ -1,4 +1,4 @@
-"""The gateway's commands: task, serve, device, runs, rollback, verify."""
+"""The gateway's commands: task and serve."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Column, Table
 
-from broker_server.audit import audit
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.fleet.sealing import Sealing
 from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
 from broker_server.inquiry import inquirer_of
-from broker_server.promotions import Promotions, use_of
+from broker_server.promotions import Promotions
 from broker_server.report import plot, write_metrics
-from broker_server.runs import TaskFolder, create_run, list_runs, load_task, newest_unfinished, read_task, recover
-from broker_server.runs import rollback as roll_back
+from broker_server.runs import TaskFolder, create_run, load_task, newest_unfinished, read_task, recover
 from broker_server.shelf import MappedShelf
 from broker_server.stopping import stop_at_signals
 from broker_server.store import Store
@@ -163,7 +159,7 @@ def serve(options: argparse.Namespace) -> int:
     home = (path.parent if path is not None else options.runs) / GATEWAY_HOME
     link = link_of(options, home, resuming=path is not None)  # before a run is made: a wrong address or a dead broker leaves none behind
     try:
-        return _serve_run(options, path or create_run(options.runs, folder, options.run), link)
+        return serve_run(options, path or create_run(options.runs, folder, options.run), link)
     finally:
         link.stop()
 
@@ -268,7 +264,8 @@ def _with_fleet(link: Link, doors: Doors) -> Link:
     return replace(link, stop=stop, keep=keep, companions=doors.companions, sealing=doors.sealing)
 
 
-def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
+def serve_run(options: argparse.Namespace, path: Path, link: Link, on_note: Callable[[Note], None] | None = None) -> int:
+    """Serve one run until it is finished or stopped; on_note: what hears of it, in the place of the table or of lines."""
     folder = load_task(path / "task")
     promotions = Promotions(path.parent, folder.task.name)
     with Store.open(path) as store, herald_of(promotions) as herald, inquirer_of(path.parent / GATEWAY_HOME) as inquirer:
@@ -293,7 +290,7 @@ def _serve_run(options: argparse.Namespace, path: Path, link: Link) -> int:
             sealing=link.sealing(f"serve-{path.name}"),
             vitals=Vitals(path, version(), watchdog_of()),
         )
-        reason = _serve(options, gateway, path, folder, link)
+        reason = _serve(options, gateway, path, folder, link, on_note)
         finish(store, path, folder, ledger)
         if reason and not ledger.finished:
             raise LocalError(reason)
@@ -344,11 +341,13 @@ def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
     return keep
 
 
-def _serve(options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, link: Link) -> str:
+def _serve(
+    options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, link: Link, on_note: Callable[[Note], None] | None
+) -> str:
     stop_at_signals(gateway.stop, "stopping: writing the model and the metrics")
     print(f"run {path}", flush=True)
-    view = None if options.plain else FleetView(path.name, folder.task.stop.seconds)
-    with _measured(options, gateway, link, _print_note if view is None else view.note) as (note, keep):
+    view = None if options.plain or on_note is not None else FleetView(path.name, folder.task.stop.seconds)
+    with _measured(options, gateway, link, on_note or (_print_note if view is None else view.note)) as (note, keep):
 
         def work() -> str:
             return gateway.run(on_note=note, housekeeping=keep)
@@ -377,56 +376,7 @@ def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None
     plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------------------
-
-
-def runs(options: argparse.Namespace) -> int:
-    """List the runs."""
-    table = Table(
-        Column("run", no_wrap=True),
-        "task",
-        "method",
-        "started",
-        "version",
-        "devices",
-        "updates",
-        "accuracy",
-        "in use",
-        "state",
-        pad_edge=False,
-    )
-    found = list(list_runs(options.runs))
-    for info in found:
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_s))
-        accuracy = "-" if info.accuracy is None else f"{info.accuracy:.3f}"
-        numbers = (str(info.version), str(info.devices), str(info.updates), accuracy, use_of(info.path, info.task) or "-")
-        table.add_row(info.path.name, info.task, info.method, started, *numbers, info.finished or "unfinished")
-    console = Console() if sys.stdout.isatty() else Console(width=160)  # nothing is left out for a pipe
-    console.print(table if found else f"no runs in {options.runs}: try `regrow demo`")
-    return 0
-
-
 def check_run(path: Path) -> None:
     """Raises LocalError: the folder holds no run."""
     if not (path / "log.sqlite").is_file():
         raise UsageError(f"{path} holds no run: `regrow runs` lists them")
-
-
-def rollback(options: argparse.Namespace) -> int:
-    """Return to an earlier snapshot."""
-    check_run(options.run)
-    old, new = roll_back(options.run, options.to)
-    print(f"{options.run}: the model of version {old} is now version {new}; go on with `regrow serve {options.run}`")
-    return 0
-
-
-def verify(options: argparse.Namespace) -> int:
-    """Replay a run's log through reference.py."""
-    check_run(options.run)
-    print(f"replaying {options.run} through the reference", flush=True)
-    outcome = audit(options.run)
-    print(
-        f"{options.run}: {outcome.updates} receipted updates, {outcome.aggregations} aggregations; the model differs from the "
-        f"reference by at most {outcome.worst:.2g} of the tolerance"
-    )
-    return 0 if outcome.worst <= 1.0 else 1

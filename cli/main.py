@@ -32,6 +32,7 @@ COMMANDS = {
     "config": "cli.commands.config",
     "backup": "cli.commands.backup",
     "restore": "cli.commands.backup",
+    "field": "cli.commands.field",
     "runs": "cli.commands.runs",
     "rollback": "cli.commands.runs",
     "verify": "cli.commands.runs",

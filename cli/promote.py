@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from rich.table import Table
 
 from broker_server.credentials import Credentials
 from broker_server.fleet.sealing import Sealing
-from broker_server.herald import Herald, herald_of
+from broker_server.gateway import Companion
+from broker_server.herald import herald_of
 from broker_server.promotions import HeadPlan, Promotions, SignOff, in_words
 from broker_server.runs import TaskFolder, joined_devices, load_task, recover
 from broker_server.stopping import stop_at_signals
@@ -72,7 +73,7 @@ def promote(options: argparse.Namespace) -> int:
             print("publishing; devices that are away take it when they connect (Ctrl-C ends)", flush=True)
             sealing = link.sealing(f"promote-{folder.task.name}")
             try:
-                _turn(link, herald, watch.over, sealing)
+                turn(link, [herald], watch.over, sealing)
             finally:
                 if sealing is not None:
                     sealing.close(time.monotonic())
@@ -237,8 +238,8 @@ def _follow(watch: _Watch, promotions: Promotions) -> None:
         time.sleep(POLL_S)
 
 
-def _turn(link: Link, herald: Herald, over: Callable[[], bool], sealing: Sealing | None) -> None:
-    """Publish from here until everybody has answered."""
+def turn(link: Link, companions: Sequence[Companion], over: Callable[[], bool], sealing: Sealing | None) -> None:
+    """Be the gateway's end of the link without a run, for these machines, until it is over."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     bus = MqttBus(link.url, client_id=link.user, username=link.user, password=link.password, on_event=events.put)
     if sealing is not None:
@@ -257,7 +258,7 @@ def _turn(link: Link, herald: Herald, over: Callable[[], bool], sealing: Sealing
                 print(f"{event.reason}; trying again", file=sys.stderr, flush=True)
             now = time.monotonic()
             heard = event if event is None or sealing is None else sealing.open(event, now)
-            effects = herald.step(heard, now)
+            effects = [effect for companion in companions for effect in companion.step(heard, now)]
             for effect in effects if sealing is None else (*effects, *sealing.tend(now)):
                 if isinstance(effect, Publish):
                     bus.perform(effect if sealing is None else sealing.seal(effect, now))

@@ -170,6 +170,22 @@ class FieldReport(Message, frozen=True, kw_only=True, omit_defaults=True):
     software: Text = ""
 
 
+def phase_at(field: Field, now_s: float) -> Literal["", "baseline", "run"]:
+    """Which phase of a field run holds at this time of the coordinator's clock, "" none."""
+    return field.phase if field.name and field.start_s <= now_s and not _is_over(field, now_s) else ""
+
+
+def keeps_still(field: Field, now_s: float) -> bool:
+    """Whether the device trains nothing then: in a baseline, and until a run begins, so that all begin at once."""
+    if field.phase == "run":
+        return bool(field.name) and now_s < field.start_s
+    return phase_at(field, now_s) == "baseline"
+
+
+def _is_over(field: Field, now_s: float) -> bool:
+    return 0 < field.end_s <= now_s
+
+
 def encode_rows(rows: Sequence[Row]) -> bytes:
     """The payload of one batch.
 

@@ -8,14 +8,13 @@ from statistics import mean, median, stdev
 
 import msgspec
 
+from regrow.intervals import half_interval
 from testbed.outcome import Outcome, Point, seconds_of
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 BASELINE = "fedasync"
 TARGETS = 4
 TARGET_STEP = 0.05
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond these the normal's.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Reached(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +104,7 @@ def _row(runs: Sequence[Outcome], reached: Reached, paired: Sequence[float]) -> 
         **msgspec.structs.asdict(reached),
         final_mean=mean(finals),
         final_std=stdev(finals) if len(finals) > 1 else None,
-        final_interval=_half_interval(finals),
+        final_interval=half_interval(finals),
         seeds=len(runs),
         worst_decile_mean=mean(run.worst_decile for run in runs),
         worst_class_mean=mean(min(run.per_class) for run in runs),
@@ -121,7 +120,7 @@ def _row(runs: Sequence[Outcome], reached: Reached, paired: Sequence[float]) -> 
         minimum_coverage=mean(min(point.coverage for point in peopled(run)) for run in runs),
         mean_coverage=mean(mean(point.coverage for point in peopled(run)) for run in runs),
         difference=mean(paired) if paired else None,
-        difference_interval=_half_interval(paired),
+        difference_interval=half_interval(paired),
     )
 
 
@@ -209,11 +208,3 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _paired(runs: Sequence[Outcome], others: Sequence[Outcome]) -> list[float]:
     by_seed = {other.spec.seed: other.final_accuracy for other in others}
     return [run.final_accuracy - by_seed[run.spec.seed] for run in runs if run.spec.seed in by_seed]
-
-
-def _half_interval(values: Sequence[float]) -> float | None:
-    count = len(values)
-    if count < 2:
-        return None
-    quantile = _T95[count - 2] if count - 2 < len(_T95) else 1.96
-    return quantile * stdev(values) / math.sqrt(count)

@@ -10,28 +10,14 @@ from typing import Any
 
 import msgspec
 
+from broker_server.html_report import Table, as_html, page
 from testbed import pictures
 from testbed.compare import Failure
 from testbed.comparison import BASELINE, Curve, Outcomes, Row, baseline_of, curve_of, reached_of, rows_of, targets_of
 from testbed.grid import Choice
 from testbed.machine import machine
 from testbed.outcome import remarks
-from testbed.tables import Table, as_html, as_markdown, by_target, fairness, overview, tuning, work
-
-_STYLE = """
-:root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #1a1a1a; background: #fff }
-.wide { overflow-x: auto; margin: 1.5em 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-caption { text-align: left; font-weight: 600; padding: .4em 0 }
-th, td { padding: .25em .7em; border-bottom: 1px solid #8886; text-align: right }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
-svg { max-width: 100%; height: auto; display: block }
-svg text { font: 11px system-ui, sans-serif; fill: currentColor }
-svg .grid { stroke: #8884; fill: none }
-figcaption { font-weight: 600 } figure { margin: 2em 0 } code { overflow-wrap: anywhere }
-@media (prefers-color-scheme: dark) { body, th:first-child { color: #e6e6e6; background: #161616 } }
-"""
+from testbed.tables import as_markdown, by_target, fairness, overview, tuning, work
 
 
 @dataclass(frozen=True)
@@ -165,14 +151,13 @@ def _page(
     body = "".join(f"<figure><figcaption>{html.escape(title)}</figcaption>{picture}</figure>\n" for title, picture in shown)
     notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in _notes(comparison))
     machine_line = ", ".join(f"{key} {value}" for key, value in where.items())
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Regrow: methods compared</title><style>{_STYLE}</style></head>\n<body><h1>Methods compared</h1>\n"
+    return page(
+        "Methods compared",
         f"<p><code>{html.escape(comparison.command)}</code></p>\n"
         + (f"<p>Runs that failed, and are in no figure below:</p><ul>{failed}</ul>\n" if failed else "")
         + (f"<p>To know beside the numbers:</p><ul>{remarked}</ul>\n" if remarked else "")
         + as_html(first)
         + body
         + "".join(map(as_html, others))
-        + f"{notes}<p>{html.escape(machine_line)}</p></body></html>\n"
+        + f"{notes}<p>{html.escape(machine_line)}</p>",
     )

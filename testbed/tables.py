@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
+from broker_server.html_report import Table
 from testbed.comparison import BASELINE, Outcomes, Reached, Row, baseline_of, reached_of
 from testbed.grid import Choice, Settings, as_text
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text in rows; the first cell of a line says what the line is about."""
-
-    caption: str
-    head: Sequence[str]
-    lines: Sequence[Sequence[str]] = field(default_factory=list)
 
 
 def overview(rows: Mapping[str, Row], target: float, reference: str, seeds: int = 0) -> Table:
@@ -149,20 +139,6 @@ def _deviation(row: Row) -> str:
 
 
 # ---- as text -----------------------------------------------------------------------------------------------------------------------
-
-
-def as_html(table: Table) -> str:
-    """A table that a screen reader can read, and that scrolls by itself where it is too wide."""
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in table.head)
-    lines = "".join(
-        f'<tr><th scope="row">{html.escape(line[0])}</th>' + "".join(f"<td>{html.escape(text)}</td>" for text in line[1:]) + "</tr>\n"
-        for line in table.lines
-    )
-    caption = html.escape(table.caption)
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>\n"
-    )
 
 
 def as_markdown(table: Table) -> str:

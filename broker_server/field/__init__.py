@@ -1,0 +1,1 @@
+"""Field runs: an experiment with a running fleet that is planned, recorded and reported."""

@@ -1,0 +1,331 @@
+"""`regrow field plan`, `run` and `annotate`: an experiment with a running fleet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tomllib
+
+from broker_server.field.plan import Plan, Repetition, checked, in_hours, plan_text, read_plan, repetitions_of, task_folder, total_s
+from broker_server.field.progress import FieldFolder, Step, open_field, task_toml
+from broker_server.field_herald import FOLDER, FieldHerald, announce, reports
+from broker_server.observations import annotate as keep_annotation
+from broker_server.observations import recorder_of
+from broker_server.run_record import facts_of
+from broker_server.runs import create_run, read_task
+from broker_server.stopping import stop_at_signals
+from cli.arguments import GATEWAY_HOME
+from cli.gateway import Link, built, link_of, serve_run
+from cli.main import parser
+from cli.promote import turn
+from cli.version import version
+from regrow.errors import LocalError, UsageError
+from regrow.machine import Note
+from regrow.methods import named
+from regrow.observations import Field
+from testbed.machine import machine
+
+SAY_S = 15.0  # between two lines of progress
+GOODBYE_S = 10.0  # for the end to reach the devices
+
+# ---- plan ----------------------------------------------------------------------------------------------------------------------------
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Write a plan, or check one that is there; say what it takes."""
+    file: Path = options.file
+    if options.task is None and options.devices is None:
+        _say(read_plan(file), file)
+        return 0
+    if options.task is None or options.devices is None:
+        raise UsageError("a new plan needs --task and --devices; without either, a plan that is there is checked")
+    if file.exists():
+        raise UsageError(f"{file} exists already: edit it, or write another")
+    if file.suffix != ".toml":
+        raise UsageError(f"{file}: a plan is a .toml file, and its name that of the field run")
+    read_task(options.task)
+    made = Plan(
+        name=file.stem,
+        task=str(options.task.resolve()),
+        devices=tuple(options.devices.split(",")),
+        methods=tuple(options.methods.split(",")),
+        repetitions=options.repetitions,
+        run_s=options.run_s,
+        baseline_s=options.baseline_s,
+        lead_s=options.lead_s,
+        sample_hz=options.sample_hz,
+        seed=options.seed,
+    )
+    made = checked(made, str(file))
+    file.write_text(plan_text(made, file.name), encoding="utf-8")
+    try:
+        _say(read_plan(file), file)  # what was written is what will be read
+    except UsageError:
+        file.unlink()
+        raise
+    return 0
+
+
+def _say(plan: Plan, file: Path) -> None:
+    read_task(task_folder(plan, file))
+    for number, block in enumerate(plan.blocks, 1):
+        print(f"block {number}: {', '.join(block)}")
+    runs = len(plan.methods) * plan.repetitions
+    print(f"{file}: {runs} runs with {len(plan.devices)} devices take {in_hours(total_s(plan))}; next: regrow field run {file}")
+
+
+# ---- annotate ------------------------------------------------------------------------------------------------------------------------
+
+
+def annotate(options: argparse.Namespace) -> int:
+    """Keep one line of what happens."""
+    home = options.runs / GATEWAY_HOME
+    if not home.is_dir():
+        raise UsageError(f"{home} is not there: name the gateway's runs with --runs")
+    keep_annotation(home, " ".join(options.text), time.time() - options.ago)
+    return 0
+
+
+@contextmanager
+def _annotations(home: Path) -> Iterator[None]:
+    """Every line that is typed is an annotation of its moment, for as long as the block takes; no line is waited for."""
+
+    def read() -> None:
+        for line in sys.stdin:
+            text = line.strip()
+            if over.is_set():
+                return
+            if text:
+                try:
+                    keep_annotation(home, text, time.time())
+                    print(f"noted: {text}", flush=True)
+                except LocalError as error:
+                    print(f"regrow: not noted: {error}", file=sys.stderr, flush=True)
+
+    over = threading.Event()
+    if not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():  # else reading would stop a job in the background
+        threading.Thread(target=read, name="annotations", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+# ---- run -----------------------------------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> int:
+    """Execute what a plan still lacks."""
+    planned, runs = read_plan(options.plan), options.runs
+    read_task(task_folder(planned, options.plan))
+    runs.mkdir(parents=True, exist_ok=True)
+    with open_field(runs, planned, options.plan) as field:
+        _tell_of_the_dead(field)
+        lacking = field.lacking()
+        if lacking:
+            for method in field.plan.methods:  # before anything begins: one that cannot be built would waste the others' time
+                _task_of(field, method, len(field.plan.devices))
+            link = link_of(options, runs / GATEWAY_HOME, resuming=False)
+            try:
+                with _annotations(runs / GATEWAY_HOME):
+                    _Conductor(options, field, link).conduct(lacking)
+            finally:
+                link.stop()
+        left = len(field.lacking())
+    if left:
+        print(f"stopped; {left} runs lack, and the same command goes on with them")
+        return 0
+    print(f"all {len(repetitions_of(planned))} runs are done; next: regrow field report {planned.name} --runs {runs}")
+    return 0
+
+
+def _tell_of_the_dead(field: FieldFolder) -> None:
+    """Attempts whose process died have left a run and no word."""
+    known = {step.run for step in field.steps if step.kind in ("run", "interrupted")}
+    for repetition in repetitions_of(field.plan):
+        for path in sorted(field.path.parent.parent.glob(f"{repetition.name}*/log.sqlite")):
+            name = path.parent.name
+            if name not in known:
+                field.add(Step(kind="interrupted", at_s=time.time(), number=repetition.number, run=name, reason="the process died"))
+
+
+def _task_of(field: FieldFolder, method: str, devices: int) -> Path:
+    """The task's folder for the runs of one method: its own [method], [trigger], [restoration] and [stop]; it waits for so many devices."""
+    source, folder = Path(field.plan.task), field.path / "tasks" / method
+    task = read_task(source)
+    tables: dict[str, Any] = tomllib.loads((source / "task.toml").read_text())
+    for section in ("method", "trigger", "restoration"):
+        tables.pop(section, None)
+    tables |= named(method)
+    tables["stop"] = {"seconds": field.plan.run_s}
+    tables["fleet"] = {"min_devices": devices, **tables.get("fleet", {})}
+    if tables.get("restoration", {}).get("trigger") in ("fixed", "mixed"):
+        tables["restoration"] = {"planned_s": field.plan.run_s, **tables["restoration"]}
+    for name in filter(None, (task.model, task.evaluation.data)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / name, folder / name)
+    (folder / "task.toml").write_text(task_toml(tables, field.plan.name), encoding="utf-8")
+    built(folder)
+    return folder
+
+
+class _Conductor:
+    """Carries out repetitions until they are done or somebody stops it."""
+
+    def __init__(self, options: argparse.Namespace, field: FieldFolder, link: Link) -> None:
+        self._field, self._link, self._options = field, link, options
+        self._home: Path = options.runs / GATEWAY_HOME
+        self._stopped = threading.Event()
+
+    def conduct(self, lacking: list[Repetition]) -> None:
+        plan = self._field.plan
+        where = {key: value for key, value in machine().items() if value is not None}
+        facts = {"regrow": version(), **where, "system": platform.platform(), "broker": self._link.url.rpartition("@")[2]}
+        self._field.add(Step(kind="began", at_s=time.time(), facts=facts))
+        stop_at_signals(self._stopped.set, "stopping: the run at hand does not count")
+        print(f"{plan.name}: {len(lacking)} runs, {in_hours(len(lacking) * total_s(plan) / len(repetitions_of(plan)))}", flush=True)
+        try:
+            self._greet()
+            for repetition in lacking:
+                if self._stopped.is_set():
+                    return
+                self._repeat(repetition)
+        finally:
+            announce(self._home, plan.devices, Field(number=1))
+            until_s = time.monotonic() + GOODBYE_S
+            self._listen(lambda: time.monotonic() >= until_s or not any((self._home / FOLDER).glob("*.json")))
+
+    def _greet(self) -> None:
+        """Wait until every planned device has answered.
+
+        Raises:
+            LocalError: one did not.
+        """
+        left = self._announce(Field(number=1, name=self._field.plan.name, sample_hz=self._field.plan.sample_hz), self._options.patience_s)
+        if left and not self._stopped.is_set():
+            raise LocalError(
+                f"{', '.join(left)} did not answer in {self._options.patience_s:g} s: start the agents there, or take them out of the plan"
+            )
+
+    def _repeat(self, repetition: Repetition) -> None:
+        """Baseline, then the run."""
+        field, plan = self._field, self._field.plan
+        name, total = field.run_name(repetition), len(repetitions_of(plan))
+        self._title = f"[{repetition.number}/{total}] {repetition.method}"
+        if plan.baseline_s > 0:
+            start_s = time.time() + plan.lead_s
+            end_s, pulse_s = start_s + plan.baseline_s, start_s - plan.lead_s / 2
+            print(f"{time.strftime('%H:%M:%S')} {self._title}: keeping still for {plan.baseline_s:g} s", flush=True)
+            times = {"start_s": start_s, "end_s": end_s, "pulse_s": pulse_s}
+            self._announce(Field(number=1, name=plan.name, phase="baseline", sample_hz=plan.sample_hz, **times), plan.lead_s)
+            self._listen(lambda: time.time() >= end_s or self._stopped.is_set())
+            if self._stopped.is_set():
+                return
+            field.add(Step(kind="baseline", at_s=time.time(), number=repetition.number, run=name, start_s=start_s, end_s=end_s))
+        start_s = time.time() + plan.lead_s
+        times = {"start_s": start_s, "end_s": start_s + plan.run_s}
+        absent = self._announce(Field(number=1, name=plan.name, phase="run", sample_hz=plan.sample_hz, **times), plan.lead_s)
+        self._listen(lambda: time.time() >= start_s or self._stopped.is_set())
+        if not self._stopped.is_set():
+            self._serve(repetition, name, start_s, tuple(absent))
+
+    def _announce(self, said: Field, patience_s: float) -> list[str]:
+        """Tell all devices, and wait so long for their answers; returns who did not answer."""
+        plan = self._field.plan
+        number = announce(self._home, plan.devices, said)
+        until_s, told_s = time.monotonic() + patience_s, time.monotonic() + SAY_S
+
+        def lacking() -> list[str]:
+            answers = reports(self._home)
+            return [name for name in plan.devices if name not in answers or answers[name].announced != number]
+
+        def over() -> bool:
+            nonlocal told_s
+            left = lacking()
+            if left and time.monotonic() >= told_s:
+                told_s = time.monotonic() + SAY_S
+                print(f"waiting for {', '.join(left)}", flush=True)
+            return not left or time.monotonic() >= until_s or self._stopped.is_set()
+
+        self._listen(over)
+        answers = {name: heard for name, heard in reports(self._home).items() if name in plan.devices and heard.announced == number}
+        facts = {
+            name: {"software": heard.report.software, "meter": heard.report.meter, "offset_s": heard.offset_s, "error_s": heard.error_s}
+            for name, heard in answers.items()
+        }
+        self._field.add(Step(kind="heard", at_s=time.time(), facts=facts))
+        return lacking()
+
+    def _listen(self, over: Callable[[], bool]) -> None:
+        """Be there for the devices while no run is served."""
+        with recorder_of(self._home) as recorder:
+            if recorder is None:
+                raise LocalError("another process records this gateway's observations: stop `regrow serve` first")
+            herald = FieldHerald(self._home, recorder.note_clock)
+            turn(self._link, [*self._link.companions, recorder, herald], over, self._link.sealing(f"field-{self._field.plan.name}"))
+
+    def _serve(self, repetition: Repetition, name: str, start_s: float, absent: tuple[str, ...]) -> None:
+        """The run itself, in this process."""
+        runs: Path = self._options.runs
+        task = _task_of(self._field, repetition.method, max(len(self._field.plan.devices) - len(absent), 1))
+        path = create_run(runs, built(task), name)
+        options = parser("serve").parse_args(["serve", str(path), "--runs", str(runs), "--plain"])
+        step = Step(kind="interrupted", at_s=0.0, number=repetition.number, run=name, start_s=start_s, absent=absent)
+        reason = "stopped"
+        try:
+            with _signals_kept():
+                serve_run(options, path, self._link, self._progress())
+            reason = facts_of(path).finished or reason
+        except LocalError as error:
+            reason = str(error)
+            raise
+        finally:
+            kind = "run" if facts_of(path).finished else "interrupted"
+            if kind == "interrupted":
+                self._stopped.set()
+            at_s = time.time()
+            self._field.add(
+                msgspec.structs.replace(step, kind=kind, at_s=at_s, end_s=min(at_s, start_s + self._field.plan.run_s), reason=reason)
+            )
+
+    def _progress(self) -> Callable[[Note], None]:
+        """A line now and then."""
+        said_s, updates = [time.monotonic()], [0]
+
+        def note(note: Note) -> None:
+            updates[0] += note.kind == "update"
+            if note.kind == "aggregated" and time.monotonic() >= said_s[0] + SAY_S:
+                said_s[0] = time.monotonic()
+                score, fields = note.fields["global_score"], note.fields
+                known = "not scored yet" if score is None else f"score {score:.3f}"
+                print(
+                    f"{time.strftime('%H:%M:%S')} {self._title}: {fields['elapsed_s']:.0f} of {self._field.plan.run_s:g} s, "
+                    f"version {fields['version']}, {updates[0]} updates, density {fields['mean_density']:.2f}, {known}",
+                    flush=True,
+                )
+
+        return note
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Give SIGINT and SIGTERM back to who had them, unless one of them came."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            for number, handler in before.items():
+                signal.signal(number, handler)
