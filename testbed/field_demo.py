@@ -3,8 +3,8 @@
     sudo .venv/bin/python -m testbed.field_demo --out docs/field-demo
 
 Every agent runs in a network namespace of its own and reaches the gateway's mosquitto through a link of a known rate, which changes while
-it trains. Everything else is what a person does outdoors: `regrow device add`, `regrow agent`, `regrow field plan`, `run` and `report`. What
-the devices took their uplinks for is drawn beside what the links were. Needs root, and Debian's iproute2, nftables and mosquitto.
+it trains. Everything else is what a person does outdoors: `regrow device add`, `regrow agent`, `regrow field plan`, `run` and `report`.
+What the devices took their uplinks for is drawn beside what the links were. Needs Debian's iproute2, nftables and mosquitto.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def paired(data: Path, folder: Path) -> list[Path]:
         parts = [dict(np.load(file)) for file in files[2 * number : 2 * number + 2]]
         parts[1]["group"] = parts[1]["group"] + parts[0]["group"].max() + 1
         made.append(folder / f"pair-{number}.npz")
-        np.savez(made[-1], **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        both: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        np.savez(made[-1], **both)
     return made
 
 
