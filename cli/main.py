@@ -26,6 +26,7 @@ COMMANDS = {
     "board": "cli.commands.board",
     "image": "cli.commands.image",
     "doctor": "cli.commands.doctor",
+    "measure": "cli.commands.measure",
     "update": "cli.commands.update",
     "predict": "cli.commands.predict",
     "config": "cli.commands.config",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import random
@@ -10,7 +9,8 @@ import secrets
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import psutil
@@ -26,10 +26,10 @@ from edge_agent.observer import Observer
 from edge_agent.promotion import Settled
 from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
+from edge_agent.traffic import Traffic
 from edge_agent.trainer import Trainer
 from edge_agent.transport import MqttLink
 from edge_agent.tuning import Tuning
-from edge_agent.uplink import UplinkMeter, packet_bytes
 from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
@@ -50,6 +50,7 @@ from regrow.machine import (
     Note,
     Persisted,
     Publish,
+    Received,
     Save,
     SetTimer,
     Subscribe,
@@ -60,18 +61,16 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
+from regrow.observations import Row
 from regrow.outage import Outage
 from regrow.presence import Identity
 from regrow.programs import StorageRule
 
 log = logging.getLogger(__name__)
 IDENTITY = "identity"
-UPLINK = "uplink"
 TUNING = "tuning"
 POLL_S = 1.0
 ANEW_S = 60.0  # a source that appends again and again is tried this often
-UPLINK_DRIFT = 0.2
-OWN_TOKEN = -1
 COMPLAINTS = ("declined", "gave up", "rejected", "refused", REFUSED, "set aside", "without work")
 
 
@@ -108,6 +107,7 @@ class Agent:
         member: of a fleet, with this identity instead of a password; it then heeds what the fleet tells it.
         sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
         vitals: what looks whether it gets anywhere.
+        observe: takes rows of what the link carried.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Agent:
         member: Member | None = None,
         sealing: Sealing | None = None,
         vitals: Vitals | None = None,
+        observe: Callable[[Row], None] = lambda _: None,
     ) -> None:
         self._vitals = vitals or Vitals(folder.path)
         self._sealing = sealing
@@ -142,7 +143,6 @@ class Agent:
         self._folder, self._bundle, self._source = folder, bundle, source
         self._anew_s = 0.0
         self._tried = 0  # how many samples there were when the last job began
-        self._meter = self._load_meter()
         saved = self._load_saved()
         self.identity = Identity(
             name=bundle.device,
@@ -154,8 +154,6 @@ class Agent:
             memory_bytes=spare_bytes() if memory_bytes is None else memory_bytes,
             storage=storage,
         )
-        self.device = Device(self.identity, saved, self._meter.estimate_bps)
-        self._told_bps = self._saved_bps = self._meter.estimate_bps
         self._link = MqttLink(
             bundle.broker,
             device_id=bundle.device,
@@ -167,6 +165,8 @@ class Agent:
             max_downlink_bps=max_downlink_bps,
             tls=self._tls_of(member),
         )
+        self.traffic = Traffic(folder, self._link, observe=observe, wall_s=self._fleet_s)
+        self.device = Device(self.identity, saved, self.traffic.meter.estimate_bps)
         self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | Tuned] = queue.SimpleQueue()
         self._worker = Worker(
             source,
@@ -179,21 +179,12 @@ class Agent:
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
-        self._sent: dict[int, str] = {}
         self._on_note: Callable[[Note], None] = lambda _: None
         self._outage = Outage()
         self._timer_s = float("inf")
         self._stopping = False
 
     # ---- state of earlier lives ----------------------------------------------------------------------------------------------------
-
-    def _load_meter(self) -> UplinkMeter:
-        saved = self._folder.get(UPLINK)
-        try:
-            return UplinkMeter.from_state(json.loads(saved)) if saved is not None else UplinkMeter()
-        except (LocalError, ValueError) as error:
-            log.warning("set aside the saved uplink measurements: %s", error)
-            return UplinkMeter()
 
     def _load_saved(self) -> dict[str, bytes]:
         saved = {}
@@ -249,6 +240,7 @@ class Agent:
                 if not self._clearing:
                     self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
                     self._start_anew(time.monotonic())
+                self._look_at_link(time.monotonic())
                 self._accompany(None)
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(time.monotonic()))
@@ -265,13 +257,22 @@ class Agent:
                 self._observer.close()
             self._worker.close()
             self._link.close()
+            if not self._clearing:
+                with suppress(LocalError):  # it ends for what the disk did, or loses an estimate
+                    self.traffic.save()
             if self._sealing is not None and not self._clearing:
                 self._sealing.close(time.monotonic())
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, Acknowledged):
-            self._measure(event)
-            if event.token == OWN_TOKEN:
+        now = time.monotonic()
+        if isinstance(event, Received):
+            self.traffic.arrived(event, now)
+        elif isinstance(event, Disconnected):
+            self.traffic.lost()
+        elif isinstance(event, Acknowledged):
+            theirs = self.traffic.acknowledged(event, now)
+            self._tell_of_rate()  # before the machine hears that its probe is over
+            if not theirs:
                 return
         self._tell_of_outages(event)
         if not self._clearing:
@@ -353,13 +354,15 @@ class Agent:
         meters.step_s, meters.full_step_s = self._worker.step_s, self._worker.full_step_s
         self._perform(self.device.step(event, time.monotonic()))
         if self.device.phase not in (Phase.PROBING, Phase.SENDING):
-            self._meter.finish()
+            self.traffic.meter.finish()
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Publish):
                 self._publish(effect)
             elif isinstance(effect, (Subscribe, Unsubscribe)):
+                if isinstance(effect, Subscribe):
+                    self.traffic.asked(effect.topics, time.monotonic())
                 self._link.perform(effect)
             elif isinstance(effect, (Save, Drop)):
                 self._keep(effect)
@@ -402,30 +405,20 @@ class Agent:
         self._step(DataChanged(boot, self._source.training_size, self._source.validation_size))
 
     def _publish(self, effect: Publish) -> None:
-        """Send; acknowledgements of small messages tell the link's latency, which the meter needs beside its rate."""
-        if effect.token is None:
-            effect = replace(effect, token=OWN_TOKEN)
-        self._sent[effect.token or OWN_TOKEN] = effect.topic
+        effect = self.traffic.leaves(effect)
         self._link.perform(effect if self._sealing is None else self._sealing.seal(effect, time.monotonic()))
 
     def _trained(self, result: Trained | TrainingFailed | Settled | Tuned) -> None:
         self._results.put(result)
         self._link.wake()
 
-    # ---- the meter -----------------------------------------------------------------------------------------------------------------
+    def _look_at_link(self, now: float) -> None:
+        names, assignment = self.device.names, self.device.assignment
+        self.traffic.run = "" if names is None else names.run
+        self.traffic.number = 0 if assignment is None else assignment.number
+        self.traffic.turn(now, busy=self.device.needs_link)
+        self._tell_of_rate()
 
-    def _measure(self, ack: Acknowledged) -> None:
-        if self._clearing:
-            return
-        topic = self._sent.get(ack.token, "") if ack.token == OWN_TOKEN else self._sent.pop(ack.token, "")
-        if ack.acked_s <= ack.started_s:
-            return
-        self._meter.add(packet_bytes(topic, ack.sent_bytes), ack.started_s, ack.acked_s)
-        estimate = self._meter.estimate_bps
-        if ack.token == OWN_TOKEN or estimate is None or estimate == self._told_bps:
-            return
-        self._told_bps = estimate
-        self._step(Measured(estimate))
-        if self._saved_bps is None or abs(estimate - self._saved_bps) > UPLINK_DRIFT * self._saved_bps:
-            self._saved_bps = estimate
-            self._folder.put(UPLINK, json.dumps(self._meter.to_state()).encode())
+    def _tell_of_rate(self) -> None:
+        if not self._clearing and (estimate_bps := self.traffic.news_bps()) is not None:
+            self._step(Measured(estimate_bps))

@@ -14,6 +14,9 @@ from edge_agent.pacing import KERNEL_BUFFER_BYTES
 from regrow.broker_url import BrokerAddress
 
 CONNECT_TIMEOUT_S = 10.0
+# What was sent and not acknowledged by the other end's TCP for so long ends the connection: a flow that a NAT has forgotten is never
+# answered, and TCP alone would go on for a quarter of an hour. Longer than an outage of 10 s and the wait that TCP makes of it.
+UNACKNOWLEDGED_TIMEOUT_S = 30.0
 
 
 class Dial:
@@ -70,6 +73,8 @@ def _connect(address: BrokerAddress, tls: ssl.SSLContext | None, limited: bool) 
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER_BYTES)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, KERNEL_BUFFER_BYTES)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNACKNOWLEDGED_TIMEOUT_S))
             sock.settimeout(max(0.1, deadline_s - time.monotonic()))
             sock.connect(where)
             if address.tls:

@@ -26,6 +26,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge_agent.dial import CONNECT_TIMEOUT_S, Dial
+from edge_agent.keepalive import KeepAlive
+from edge_agent.link_facts import TcpFacts, Unknown, tcp_facts
 from edge_agent.pacing import PacedSocket, RateLimiter
 from edge_agent.retry import Retry, certificate_refused
 from regrow.broker_url import parse_broker_url
@@ -84,7 +86,8 @@ class MqttLink:
         password: from the device's bundle; None: a certificate says who it is.
         will: topic and payload that the broker publishes (not retained) when the connection is lost; a hint only.
         max_uplink_bps, max_downlink_bps: wire bits per second; None = as fast as the link goes.
-        keepalive_s: a peer that is silent for up to twice as long counts as dead.
+        keepalive_s: a peer that is silent for up to twice as long counts as dead. Pings are sent more often where a connection died
+            of being quiet, as NATs make it that drop idle flows without a word.
         rng: draws the jitter of the waits.
         clock: monotonic seconds, the same as the state machine's `now`.
         tls: context for mqtts://; None = the system's certificates.
@@ -116,6 +119,7 @@ class MqttLink:
         self._events: list[Event] = []
         self._client: _Client | None = None
         self._sock: PacedSocket | None = None
+        self._raw: socket.socket | None = None
         self._sending: dict[int, _Sending] = {}
         self._starts: dict[int, float] = {}
         self._refusal: str | None = None
@@ -123,8 +127,7 @@ class MqttLink:
         self._dial: Dial | None = None
         self._deadline_s = 0.0
         self._retry_at_s = clock()
-        self._heard_s = self._said_s = self._pinged_s = self._retry_at_s
-        self._heard_bytes = self._said_bytes = 0
+        self._alive = KeepAlive(keepalive_s)
         self._retry = Retry(rng, self._retry_at_s)
         self._closed_bytes_up = self._closed_bytes_down = 0
         self._woken = False
@@ -146,6 +149,24 @@ class MqttLink:
     @property
     def connected(self) -> bool:
         return self._connected_at_s is not None
+
+    @property
+    def unacknowledged(self) -> bool:
+        """Whether publishes with a token are on their way."""
+        return bool(self._sending)
+
+    @property
+    def tcp(self) -> TcpFacts | Unknown:
+        """TCP's view of the connection at hand."""
+        return Unknown("not connected") if self._raw is None else tcp_facts(self._raw)
+
+    @property
+    def peer(self) -> str:
+        """The broker's numeric address; "" without a connection."""
+        try:
+            return "" if self._raw is None else str(self._raw.getpeername()[0])
+        except OSError:
+            return ""
 
     @property
     def retry_at_s(self) -> float:
@@ -241,6 +262,7 @@ class MqttLink:
             self._dial = Dial(self.address, self._tls, limited, self.wake)
 
     def _start(self, raw: socket.socket) -> None:
+        self._raw = raw
         self._sock = PacedSocket(raw, uplink=self._uplink, downlink=self._downlink, clock=self._clock, on_packet=self._offered)
         client = self._client = _Client(self._device_id, self._sock)
         if self._password is not None:
@@ -264,6 +286,7 @@ class MqttLink:
                 self._refusal = reason = certificate_refused(self._device_id)
             wait_s = self._retry.failed(now, turned_away=self._certified and closed_by_broker)
         else:
+            self._alive.lost()
             wait_s = self._retry.lost(now, now - self._connected_at_s, closed_by_broker=closed_by_broker)
         self._drop()
         self._retry_at_s = now + wait_s
@@ -276,7 +299,7 @@ class MqttLink:
         self._refusal = None
 
     def _drop(self) -> None:
-        sock, self._client, self._sock = self._sock, None, None
+        sock, self._client, self._sock, self._raw = self._sock, None, None, None
         self._connected_at_s = None
         self._sending.clear()
         self._starts.clear()
@@ -313,21 +336,13 @@ class MqttLink:
             sock.idle()
 
     def _keep_alive(self, client: _Client, sock: PacedSocket) -> None:
-        """Ping when one direction was quiet for a keepalive, give up when nothing was heard for two.
-
-        paho's own check wants the answer to its ping in time, but on a slow link the answer queues behind the chunks that
-        are coming down: any byte is a sign of life.
-        """
+        """Ping when it is time, and give a dead connection up; paho's own check wants the answer to its ping in time."""
         now = self._clock()
-        if sock.bytes_down != self._heard_bytes:
-            self._heard_bytes, self._heard_s = sock.bytes_down, now
-        if sock.bytes_up != self._said_bytes:
-            self._said_bytes, self._said_s = sock.bytes_up, now
-        if now - self._heard_s >= 2 * self._keepalive_s:
-            self._lost(f"connection lost: nothing from the broker for {now - self._heard_s:.0f} s")
-        elif now - max(self._pinged_s, min(self._heard_s, self._said_s)) >= self._keepalive_s:
-            self._pinged_s = now
-            client.ping()
+        match self._alive.turn(sock.bytes_up, sock.bytes_down, now):
+            case "dead":
+                self._lost(f"connection lost: nothing from the broker for {self._alive.silent_s(now):.0f} s")
+            case "ping":
+                client.ping()
 
     def _readable(self, sock: PacedSocket) -> bool:
         if sock.pending():
@@ -396,7 +411,8 @@ class MqttLink:
                 "those that `regrow` issued on the gateway, or issue a new bundle there"
             )
             return
-        self._connected_at_s = self._heard_s = self._said_s = self._pinged_s = self._clock()
+        self._connected_at_s = self._clock()
+        self._alive.begin(self._connected_at_s)
         self._events.append(Connected())
 
     def _on_disconnect(self, client: paho.Client, _data: object, _flags: object, code: ReasonCode, _props: object) -> None:

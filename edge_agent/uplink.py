@@ -1,25 +1,44 @@
 """What the uplink really carries: goodput from acknowledged publishes, never from a socket's own counters.
 
-Strategy: publishes that overlap in time are one transfer (chunks go out two deep); its rate is the bytes acknowledged
-over the time from its first byte to its last acknowledgement. That time holds one acknowledgement latency, which is
-known from the quickest tiny publish (a heartbeat) and taken off. Transfers are pooled, byte-weighted, until they hold
-two seconds.
+Strategy: publishes that overlap in time are one transfer (chunks go out two deep). Inside it every acknowledgement ends a
+piece: its bytes, and the seconds since the acknowledgement before, or since the first byte of the transfer. Only that first
+piece holds an acknowledgement latency, which is known from the quickest of the last tiny publishes (heartbeats) and taken
+off. Pieces are pooled until they hold a second; that is a sample. The estimate is the trimmed mean of the last I samples,
+so that one outage among them changes nothing, with its 95 % interval.
+
+Drift: when the newest two samples lie on the same side of all that came before them, further than a fifth and than three
+robust deviations, the link has changed and the older samples are forgotten.
+
+A link that became much slower acknowledges its next chunk only after a long time. Until then the bytes that TCP has seen
+acknowledged, by the second, stand in for it, and only where they tell of a slower link: a proxy in between takes bytes
+quicker than the link behind it carries them, never slower.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from regrow.errors import LocalError
 
-POOL_S = 2.0
+SAMPLE_S = 1.0
 TINY_BYTES = 1024
-LONG_TRANSFER_S = 10.0  # lab.md: of a transfer this long the first second is dropped
-START_UP_S = 1.0
-KEPT_TRANSFERS = 64
+KEPT_TINY = 20
+DRIFT = 0.2
+DRIFT_DEVIATIONS = 3.0
+WINDOW_S = 1.0
+WINDOW_BYTES = 8 * 1024  # fewer segments than six say little
+TRIM = 0.2
+_DEVIATION_OF_MAD = 1.4826
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 for more.
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 
 
 def packet_bytes(topic: str, payload_bytes: int) -> int:
@@ -29,48 +48,56 @@ def packet_bytes(topic: str, payload_bytes: int) -> int:
     return 1 + length_bytes + remaining_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """Overlapping publishes seen as one: bytes, seconds from the first byte to the last acknowledgement.
+def trimmed_mean(samples: Sequence[float]) -> float:
+    """Mean of what is left without the smallest and the largest fifth.
 
-    `latency_inside` says whether the seconds hold an acknowledgement latency: between two acknowledgements they do not.
+    Args:
+        samples: at least one.
     """
-
-    sent_bytes: int
-    busy_s: float
-    latency_inside: bool = True
+    cut = int(TRIM * len(samples))
+    return math.fsum(sorted(samples)[cut : len(samples) - cut]) / (len(samples) - 2 * cut)
 
 
-@dataclass(slots=True)
-class _Open:
-    """The transfer that may still grow."""
+def interval_95(samples: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the trimmed mean of positive, independent samples; None for fewer than two, which tell no spread.
 
-    started_s: float
-    acked_s: float
-    sent_bytes: int
-    cut_s: float | None = None  # first acknowledgement after the start-up second
-    after_cut_bytes: int = 0
+    Source: Tukey and McLaughlin 1963: Winsorised variance, Student's t with as many degrees of freedom as samples are left, less one.
+    """
+    count = len(samples)
+    if count < 2:
+        return None
+    cut, ordered = int(TRIM * count), sorted(samples)
+    winsorised = [min(max(sample, ordered[cut]), ordered[count - cut - 1]) for sample in ordered]
+    middle = math.fsum(winsorised) / count
+    deviation = math.sqrt(math.fsum((sample - middle) ** 2 for sample in winsorised) / (count - 1))
+    freedom = count - 2 * cut - 1
+    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
+    half = t * deviation / ((1 - 2 * cut / count) * math.sqrt(count))
+    mean = trimmed_mean(samples)
+    return max(mean - half, 0.0), mean + half
 
-    def grow(self, sent_bytes: int, acked_s: float) -> None:
-        self.sent_bytes += sent_bytes
-        self.acked_s = max(self.acked_s, acked_s)
-        if self.cut_s is not None:
-            self.after_cut_bytes += sent_bytes
-        elif acked_s - self.started_s >= START_UP_S:
-            self.cut_s = acked_s
 
-    def transfer(self) -> Transfer:
-        busy_s = self.acked_s - self.started_s
-        if busy_s >= LONG_TRANSFER_S and self.cut_s is not None and self.after_cut_bytes and self.acked_s > self.cut_s:
-            return Transfer(self.after_cut_bytes, self.acked_s - self.cut_s, latency_inside=False)
-        return Transfer(self.sent_bytes, busy_s)
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes, the seconds that the link took for them, and how many acknowledgement latencies these hold."""
+
+    sent_bytes: int = 0
+    seconds: float = 0.0
+    latencies: int = 0
+
+    def __add__(self, other: Piece) -> Piece:
+        return Piece(self.sent_bytes + other.sent_bytes, self.seconds + other.seconds, self.latencies + other.latencies)
 
 
 class UplinkMeter:
     """Goodput of the uplink in bit/s, from (bytes, first byte left, acknowledged) of publishes.
 
     Args:
-        kept: raw samples kept for `samples` and the mean, the I of PR-FL's rule and the length of its queue.
+        kept: samples that the estimate is made of, the I of PR-FL's rule.
+
+    Attributes:
+        samples: bit/s, each over a second or more, oldest first.
+        taken: how many samples there were ever; drifts: how often the link has changed. For whoever wants to tell of news.
 
     Raises:
         LocalError: kept is not positive.
@@ -80,10 +107,12 @@ class UplinkMeter:
         if kept < 1:
             raise LocalError(f"the meter must keep at least one sample, got {kept}")
         self.samples: deque[float] = deque(maxlen=kept)
-        self._transfers: deque[Transfer] = deque(maxlen=KEPT_TRANSFERS)
-        self._open: _Open | None = None
-        self._tiny: Transfer | None = None
-        self._sampled_s = 0.0
+        self.taken = self.drifts = 0
+        self._pool = Piece()
+        self._tiny: deque[Piece] = deque(maxlen=KEPT_TINY)
+        self._acked_s: float | None = None  # the last acknowledgement of the transfer that may still grow
+        self._window: tuple[float, int] | None = None
+        self._settled = self._stood_in = False
 
     def add(self, sent_bytes: int, started_s: float, acked_s: float) -> None:
         """Count one acknowledged publish; in the order of the acknowledgements.
@@ -98,70 +127,90 @@ class UplinkMeter:
         """
         if sent_bytes <= 0 or not (math.isfinite(started_s) and math.isfinite(acked_s) and acked_s > started_s):
             raise LocalError(f"impossible uplink sample: {sent_bytes} B from {started_s} to {acked_s} s")
-        if self._open is not None and started_s >= self._open.acked_s:
+        if self._acked_s is not None and started_s >= self._acked_s:
             self.finish()
-        if self._open is None and sent_bytes <= TINY_BYTES:
-            if self._tiny is None or acked_s - started_s < self._tiny.busy_s:
-                self._tiny = Transfer(sent_bytes, acked_s - started_s)
+        if self._acked_s is None and sent_bytes <= TINY_BYTES:
+            self._tiny.append(Piece(sent_bytes, acked_s - started_s, 1))
             return
-        if self._open is None:
-            self._open = _Open(started_s, started_s, 0)
-        self._open.grow(sent_bytes, acked_s)
+        piece = Piece(sent_bytes, acked_s - (started_s if self._acked_s is None else min(self._acked_s, acked_s)), self._acked_s is None)
+        self._acked_s = max(acked_s, self._acked_s or acked_s)
+        self._window = None
+        self._pool, self._stood_in = (Piece(), False) if self._stood_in else (self._pool + piece, False)
+        if self._pool.seconds >= SAMPLE_S:
+            self._take(self._rate_bps(self._pool))
+            self._pool = Piece()
 
     def finish(self) -> None:
-        """The transfer is over: close it and take a raw sample when two seconds have gathered since the last one."""
-        if self._open is None:
+        """The transfer is over: the next publish begins another one."""
+        self._acked_s = self._window = None
+        self._stood_in = False
+
+    def progress(self, delivered_bytes: int | None, now: float) -> None:
+        """What TCP knows between two acknowledgements of ours; to be called about once a second.
+
+        Args:
+            delivered_bytes: acknowledged by the other end's TCP since the connection began; None: not known, or nothing is under way.
+            now: monotonic seconds.
+        """
+        if delivered_bytes is None or self._window is None or delivered_bytes < self._window[1]:
+            self._window, self._settled = None if delivered_bytes is None else (now, delivered_bytes), False
             return
-        transfer = self._open.transfer()
-        self._open = None
-        self._transfers.append(transfer)
-        self._sampled_s += transfer.busy_s
-        estimate_bps = self.estimate_bps
-        if estimate_bps is not None and (self._sampled_s >= POOL_S or not self.samples):
-            self.samples.append(estimate_bps)
-            self._sampled_s = 0.0
+        seconds, gone_bytes = now - self._window[0], delivered_bytes - self._window[1]
+        if seconds < WINDOW_S or gone_bytes < WINDOW_BYTES:
+            return
+        self._window = (now, delivered_bytes)
+        rate_bps, estimate_bps = gone_bytes * 8 / seconds, self.estimate_bps
+        if self._settled and estimate_bps is not None and rate_bps < (1 - DRIFT) * estimate_bps:
+            self._stood_in = True
+            self._take(rate_bps)
+        self._settled = True  # the first window may hold bytes from before the change
 
     @property
     def estimate_bps(self) -> float | None:
-        """The newest transfers, pooled until they hold two seconds; None while nothing was ever measured.
-
-        The latency l of the quickest tiny publish of b bytes holds those bytes' own b / rate, so the rate solves
-        bytes = rate * (seconds - k * (l - b / rate)) for k latencies.
-        """
-        transfers = list(self._transfers)
-        if self._open is not None:
-            transfers.append(self._open.transfer())
-        pooled_bytes, pooled_s, latencies = 0, 0.0, 0
-        for transfer in reversed(transfers):
-            pooled_bytes += transfer.sent_bytes
-            pooled_s += transfer.busy_s
-            latencies += transfer.latency_inside
-            if pooled_s >= POOL_S:
-                break
-        if pooled_bytes == 0:
-            return None
-        if self._tiny is not None:
-            less_bytes = pooled_bytes - latencies * self._tiny.sent_bytes
-            less_s = pooled_s - latencies * self._tiny.busy_s
-            # A latency that was most of the time says more about the link's mood than about its rate.
-            if less_bytes > 0 and less_s > pooled_s / 2:
-                return less_bytes * 8 / less_s
-        return pooled_bytes * 8 / pooled_s
+        """The trimmed mean of the samples, or of less than a second where there is no more; None while nothing was ever measured."""
+        if self.samples:
+            return trimmed_mean(self.samples)
+        return self._rate_bps(self._pool) if self._pool.sent_bytes and self._pool.seconds else None
 
     @property
-    def mean_bps(self) -> float | None:
-        """Mean of the last raw samples, first in first out; None while nothing was ever measured."""
-        return sum(self.samples) / len(self.samples) if self.samples else None
+    def interval_bps(self) -> tuple[float, float] | None:
+        """The 95 % interval of the estimate; None while two samples are not there."""
+        return interval_95(self.samples)
+
+    def _rate_bps(self, pool: Piece) -> float:
+        """The latency l of the quickest tiny publish of b bytes holds those bytes' own b / rate, so the rate solves
+        bytes = rate * (seconds - k * (l - b / rate)) for k latencies.
+        """
+        if self._tiny and pool.latencies:
+            quickest = min(self._tiny, key=lambda piece: piece.seconds)
+            less_bytes = pool.sent_bytes - pool.latencies * quickest.sent_bytes
+            less_s = pool.seconds - pool.latencies * quickest.seconds
+            # A latency that was most of the time says more about the link's mood than about its rate.
+            if less_bytes > 0 and less_s > pool.seconds / 2:
+                return less_bytes * 8 / less_s
+        return pool.sent_bytes * 8 / pool.seconds
+
+    def _take(self, sample_bps: float) -> None:
+        self.samples.append(sample_bps)
+        self.taken += 1
+        *before, last, newest = self.samples if len(self.samples) > 2 else (0.0, 0.0)
+        if not before:
+            return
+        middle = median(before)
+        deviation = _DEVIATION_OF_MAD * median(abs(sample - middle) for sample in before)
+        gap = max(DRIFT * middle, DRIFT_DEVIATIONS * deviation)
+        if min(last, newest) - middle > gap or middle - max(last, newest) > gap:
+            self.samples.clear()
+            self.samples.append(newest)  # the one before may hold some of the time before the change
+            self.drifts += 1
 
     def to_state(self) -> dict[str, Any]:
         """What survives a restart, as JSON can carry it; absolute times are of this boot and stay behind."""
-        self.finish()
-        tiny = self._tiny
         return {
             "kept": self.samples.maxlen,
             "samples_bps": list(self.samples),
-            "transfers": [[t.sent_bytes, t.busy_s, t.latency_inside] for t in self._transfers],
-            "tiny": None if tiny is None else [tiny.sent_bytes, tiny.busy_s],
+            "pool": [self._pool.sent_bytes, self._pool.seconds, self._pool.latencies],
+            "tiny": [[piece.sent_bytes, piece.seconds] for piece in self._tiny],
         }
 
     @classmethod
@@ -174,12 +223,11 @@ class UplinkMeter:
         try:
             meter = cls(int(state["kept"]))
             meter.samples.extend(_positive(sample) for sample in state["samples_bps"])
-            for sent_bytes, busy_s, latency_inside in state["transfers"]:
-                meter._transfers.append(Transfer(int(_positive(sent_bytes)), _positive(busy_s), bool(latency_inside)))
-            if state["tiny"] is not None:
-                sent_bytes, busy_s = state["tiny"]
-                meter._tiny = Transfer(int(_positive(sent_bytes)), _positive(busy_s))
-        except (KeyError, TypeError, ValueError) as err:
+            sent_bytes, seconds, latencies = state["pool"]
+            if sent_bytes:
+                meter._pool = Piece(int(_positive(sent_bytes)), _positive(seconds), int(latencies and _positive(latencies)))
+            meter._tiny.extend(Piece(int(_positive(sent_bytes)), _positive(seconds), 1) for sent_bytes, seconds in state["tiny"])
+        except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise LocalError(f"saved uplink state does not check out: {err!r}") from err
         return meter
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import paho.mqtt.client as paho
 import pytest
 
-from edge_agent.uplink import UplinkMeter, packet_bytes
+from edge_agent.uplink import UplinkMeter, interval_95, packet_bytes
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Publish
 from tests.broker_server.scenarios import Rig
@@ -32,7 +32,7 @@ def feed(meter: UplinkMeter, at_s: float, chunks: list[int], bps: float, latency
 def test_never_measured_is_none() -> None:
     meter = UplinkMeter()
     assert meter.estimate_bps is None
-    assert meter.mean_bps is None
+    assert meter.interval_bps is None
     meter.add(200, 0.0, 0.05)  # a heartbeat tells the latency, not the rate
     meter.finish()
     assert meter.estimate_bps is None
@@ -59,31 +59,76 @@ def test_a_slower_link_is_believed_after_two_seconds() -> None:
     for bps in (4e6, 400e3):
         for _ in range(12):
             at_s = feed(meter, at_s + 1, [int(bps / 8 * 0.2)], bps, 0.0)
-        assert meter.estimate_bps == pytest.approx(bps, rel=1e-3)
+        assert meter.estimate_bps == pytest.approx(bps, rel=2e-3)
 
 
-def test_a_long_transfer_loses_its_first_second() -> None:
-    """A second of start-up at a tenth of the rate; ten seconds follow."""
+def test_an_acknowledgement_at_a_time_is_enough() -> None:
+    """One long transfer: the estimate follows inside it, and its slow first second is one outlier among ten."""
     meter = UplinkMeter()
     meter.add(2_500, 0.0, 1.0)
-    at_s = 1.0
-    for _ in range(10):
-        meter.add(25_000, at_s, at_s + 1.0)
-        at_s += 1.0 - 1e-3
-    assert meter.estimate_bps == pytest.approx(200e3, rel=2e-3)
-    short = UplinkMeter()
-    short.add(2_500, 0.0, 1.0)
-    short.add(25_000, 0.999, 2.0)
-    assert short.estimate_bps == pytest.approx(27_500 * 8 / 2)
+    for second in range(1, 11):
+        meter.add(25_000, second - 1e-3, second + 1.0)
+    assert meter.estimate_bps == pytest.approx(200e3)
+    low, high = meter.interval_bps or (0.0, 0.0)
+    assert low <= 200e3 <= high
 
 
-def test_raw_samples_are_a_bounded_queue_and_its_mean() -> None:
-    meter, at_s = UplinkMeter(kept=3), 0.0
-    for rate in (1e6, 2e6, 3e6, 4e6, 5e6):
+def test_the_samples_are_a_bounded_queue_and_one_outage_among_them_changes_nothing() -> None:
+    meter, at_s = UplinkMeter(kept=5), 0.0
+    for rate in (1.00e6, 1.02e6, 0.98e6, 1.04e6, 0.05e6, 1.01e6):
         at_s = feed(meter, at_s + 1, [int(rate / 8 * 2.5)], rate, 0.0)
-        meter.finish()
-    assert list(meter.samples) == pytest.approx([3e6, 4e6, 5e6])
-    assert meter.mean_bps == pytest.approx(4e6)
+    assert list(meter.samples) == pytest.approx([1.02e6, 0.98e6, 1.04e6, 0.05e6, 1.01e6])
+    assert meter.estimate_bps == pytest.approx((1.02e6 + 0.98e6 + 1.01e6) / 3)
+    assert meter.drifts == 0
+
+
+def test_the_interval_holds_the_mean_nineteen_times_of_twenty() -> None:
+    """Of 400 links with normal noise of 10 %; also with an outlier among the ten samples."""
+    rng = random.Random(1)
+    for outlier in (False, True):
+        held = 0
+        for _ in range(400):
+            samples = [rng.gauss(1e6, 1e5) for _ in range(10)]
+            if outlier:
+                samples[3] = 1e3
+            low, high = interval_95(samples) or (0.0, 0.0)
+            held += low <= 1e6 <= high
+        assert 0.9 <= held / 400 <= 0.99
+    assert interval_95([1e6]) is None
+
+
+def test_a_changed_link_is_told_once() -> None:
+    meter, at_s = UplinkMeter(), 0.0
+    for rate in (1e6, 1e6, 1e6, 1.1e6, 0.95e6, 1e6, 3e6, 3e6, 3e6, 3e6):
+        at_s = feed(meter, at_s + 1, [int(rate / 8 * 1.5)], rate, 0.0)
+    assert (meter.drifts, list(meter.samples)) == (1, pytest.approx([3e6] * 3))
+
+
+def test_until_a_late_acknowledgement_comes_tcp_tells_of_the_slower_link() -> None:
+    """20 Mbit/s, 256 KiB chunks two deep, become 250 kbit/s half a chunk after an acknowledgement: the next is due after 4.2 s."""
+    meter, chunk = UplinkMeter(), 256 * 1024
+    for number in range(100):
+        meter.add(chunk, number * 0.1 - 1e-3, number * 0.1 + 0.1)
+    assert meter.estimate_bps == pytest.approx(chunk * 80, rel=2e-3)
+    changed_s, half = 10.0, chunk // 2
+    for second in range(1, 5):
+        meter.progress(half + int(second * 250e3 / 8), changed_s + second)
+    assert meter.estimate_bps == pytest.approx(250e3, rel=2e-3)
+    meter.add(chunk, 9.9, changed_s + half * 8 / 250e3)  # half of it had passed quickly: no sample
+    assert meter.estimate_bps == pytest.approx(250e3, rel=2e-3)
+    meter.add(chunk, 10.0, changed_s + (half + chunk) * 8 / 250e3)
+    assert meter.estimate_bps == pytest.approx(250e3, rel=2e-3)
+    assert meter.drifts == 1
+
+
+def test_tcp_never_makes_the_estimate_larger_and_a_stall_is_no_rate() -> None:
+    meter = UplinkMeter()
+    for second in range(5):
+        meter.add(25_000, second - 1e-3, second + 1.0)
+    for delivered, second in ((0, 5.0), (500_000, 6.0), (1_000_000, 7.0), (1_000_000, 8.0), (1_000_100, 9.0), (500, 10.0), (None, 11.0)):
+        meter.progress(delivered, second)
+    assert meter.estimate_bps == pytest.approx(200e3, rel=2e-3)
+    assert meter.taken == 5
 
 
 def test_the_state_survives_as_json() -> None:
@@ -103,10 +148,12 @@ def test_the_state_survives_as_json() -> None:
         {"kept": None},
         {"samples_bps": [-1]},
         {"samples_bps": [float("nan")]},
-        {"transfers": [[1, 2]]},
-        {"transfers": [["a", 1, True]]},
+        {"pool": [1, 2]},
+        {"pool": ["a", 1, 1]},
+        {"pool": [1, -1, 1]},
+        {"pool": [1, 1, float("inf")]},
         {"tiny": [1]},
-        {"tiny": [True, 1]},
+        {"tiny": [[True, 1]]},
     ],
 )
 def test_a_state_that_does_not_check_out_is_refused(change: dict[str, object]) -> None:
