@@ -136,7 +136,7 @@ class Writer:
 
 
 class Companion(Protocol):
-    """A machine beside the coordinator's, on the same link: it hears every event; its effects are carried out like the others."""
+    """A machine beside the coordinator's, on the same link: it hears every event, and None about twice a second for the time alone."""
 
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> Sequence[Effect]:
         """leads: this process may speak for the task."""
@@ -177,6 +177,7 @@ class Gateway:
         self._writer = Writer(store, coordinator.ledger.task.store, self._events.put, self._vitals.store)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
         self._evaluate, self._companions, self._sealing = evaluate, companions, sealing
+        self._standing: dict[int, Standing] = {}
         self._evaluating: threading.Thread | None = None
         self._outage = Outage()
         self._timer_s = float("inf")
@@ -235,9 +236,19 @@ class Gateway:
     def _take(self, event: Event) -> None:
         self._tell_of_outages(event)
         self._perform(self.coordinator.step(event, time.monotonic()))
-        for companion in self._companions:
-            self._perform(companion.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING))
+        self._accompany(event)
         self._snapshot_if_due()
+
+    def _accompany(self, event: Event | None) -> None:
+        for number, companion in enumerate(self._companions):
+            for effect in companion.step(event, time.monotonic(), leads=self.coordinator.phase is Phase.LEADING):
+                self._perform((self._resting(number, effect) if isinstance(effect, Standing) else effect,))
+
+    def _resting(self, number: int, standing: Standing) -> Standing:
+        """Who rests for any of the companions."""
+        self._standing[number] = standing
+        every = self._standing.values()
+        return Standing(frozenset().union(*(one.paused for one in every)), frozenset().union(*(one.draining for one in every)))
 
     def _tell_of_outages(self, event: Event) -> None:
         said = ""
@@ -258,6 +269,7 @@ class Gateway:
                     log.warning("%s", said)
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(now))
+                self._accompany(None)
                 self._look_at_vitals(now)
             if self._timer_s <= now and self._events.empty():
                 self._timer_s = float("inf")

@@ -1,6 +1,6 @@
-"""What devices have observed of themselves, kept in one SQLite file of the gateway, and a machine beside the coordinator's that takes it in.
+"""What devices have observed of themselves, in one SQLite file of the gateway, and a machine beside the coordinator's that takes it in.
 
-A thread of its own decodes and writes, so the coordinator never waits for this disk: whatever waits goes into one transaction, and a batch is
+A thread of its own decodes and writes, so the coordinator never waits for this disk: what waits goes into one transaction, and a batch is
 receipted only after that is durable. A batch counts once, for the file remembers (device, journal, number). What a device may fill is
 bounded: in all, by rows a day, and by what the disk must leave to the runs. When the disk fails, the gateway goes on training and tries
 again. One process at a time records; any number may read. Schema: docs/store.md.
@@ -120,7 +120,7 @@ def _open_to_read(file: Path) -> sqlite3.Connection:
 
 
 def annotate(home: Path, text: str, at_s: float) -> None:
-    """Keep what a person says of a moment (unix seconds, the gateway's clock); durable when this returns, with or without a running gateway.
+    """Keep what a person says of a moment (unix seconds, the gateway's clock); durable when this returns, whether a gateway runs or not.
 
     Raises:
         LocalError: it is empty or too long, or cannot be written.
@@ -305,7 +305,8 @@ class _Writer:
             )
         free = shutil.disk_usage(self._home).free
         if free < self._reserve_bytes:
-            return f"{free / 1e6:.0f} MB are free for {self._home}: observations are not taken, {self._reserve_bytes / 1e6:.0f} MB are left to the runs"
+            left = f"{self._reserve_bytes / 1e6:.0f} MB are left to the runs"
+            return f"{free / 1e6:.0f} MB are free for {self._home}: observations are not taken, {left}"
         return ""
 
     def _weigh_clock(self, db: sqlite3.Connection, item: _Came, sent_s: float) -> None:

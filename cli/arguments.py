@@ -145,6 +145,14 @@ def memory_mb(text: str) -> float:
     return value
 
 
+def journal_mb(text: str) -> float:
+    """Megabytes (10^6 bytes) of a disk for observations."""
+    value = positive(text)
+    if not 1 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1e9")
+    return value
+
+
 def _number(text: str) -> float:
     """What float() makes of it; NaN where it makes nothing."""
     try:

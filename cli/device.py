@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import secrets
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from edge_agent.data.sources import open_source
 from edge_agent.enrolment import enrol_until_done
 from edge_agent.identity import Identity, verify
 from edge_agent.identity_folder import adopt, can_speak, has_certificate, in_use, is_news, is_wiping, read_about, settle, wipe
+from edge_agent.observer import Observer
 from edge_agent.scan import scan_program
 from edge_agent.sealing import FOLDER as HEARD
 from edge_agent.sealing import Sealing
@@ -33,6 +35,7 @@ from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer
 from regrow.errors import LocalError, UsageError
 from regrow.local_training import Training
+from regrow.message import DIGEST_BYTES
 from regrow.watchdog import Watchdog
 
 SOFTWARE = "regrow"
@@ -71,6 +74,18 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
             companions.append(_releases(options.updates, bundle.device, folder.path, lambda: not running.device.needs_link))
+        observer = None
+        if not options.no_observations:
+            observer = Observer(
+                bundle.device,
+                folder,
+                secrets.token_bytes(DIGEST_BYTES),
+                time.time,
+                quiet=lambda: not running.device.needs_link,
+                uplink_bps=lambda: running.device.uplink_bps,
+                journal_bytes=int(options.journal_mb * 1e6),
+                software=version(),
+            )
         running = Agent(
             bundle,
             folder,
@@ -87,6 +102,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             member=member,
             sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
             companions=companions,
+            observer=observer,
             vitals=Vitals(folder.path, version(), watchdog),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"

@@ -38,6 +38,7 @@ from regrow.observations import Field
 from testbed.machine import machine
 
 SAY_S = 15.0  # between two lines of progress
+EARLY_S = 1.0  # the coordinator begins before the run, so that it leads when the devices may work
 GOODBYE_S = 10.0  # for the end to reach the devices
 
 # ---- plan ----------------------------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ class _Conductor:
         start_s = time.time() + plan.lead_s
         times = {"start_s": start_s, "end_s": start_s + plan.run_s}
         absent = self._announce(Field(number=1, name=plan.name, phase="run", sample_hz=plan.sample_hz, **times), plan.lead_s)
-        self._listen(lambda: time.time() >= start_s or self._stopped.is_set())
+        self._listen(lambda: time.time() >= start_s - EARLY_S or self._stopped.is_set())
         if not self._stopped.is_set():
             self._serve(repetition, name, start_s, tuple(absent))
 

@@ -6,10 +6,9 @@ import argparse
 import os
 import secrets
 import shutil
-import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +16,12 @@ import numpy as np
 
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
+from broker_server.field_herald import FieldHerald
 from broker_server.fleet.sealing import Sealing
 from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
 from broker_server.inquiry import inquirer_of
+from broker_server.observations import recorder_of
 from broker_server.promotions import Promotions
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, load_task, newest_unfinished, read_task, recover
@@ -46,6 +47,7 @@ from regrow.ledger import Ledger
 from regrow.levels import unit_densities_of
 from regrow.local_training import statistics_from
 from regrow.machine import Evaluate, Evaluated, Note
+from regrow.scoring import score_name
 from regrow.task import Training
 from regrow.topics import check_name
 
@@ -268,7 +270,8 @@ def serve_run(options: argparse.Namespace, path: Path, link: Link, on_note: Call
     """Serve one run until it is finished or stopped; on_note: what hears of it, in the place of the table or of lines."""
     folder = load_task(path / "task")
     promotions = Promotions(path.parent, folder.task.name)
-    with Store.open(path) as store, herald_of(promotions) as herald, inquirer_of(path.parent / GATEWAY_HOME) as inquirer:
+    home = path.parent / GATEWAY_HOME
+    with Store.open(path) as store, herald_of(promotions) as herald, inquirer_of(home) as inquirer, _recording(options, home) as recording:
         if herald is None:
             print(
                 f"another process publishes the promoted models of {folder.task.name}; when it has ended, start this one again", flush=True
@@ -278,7 +281,7 @@ def serve_run(options: argparse.Namespace, path: Path, link: Link, on_note: Call
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
-        companions = [*link.companions, *(companion for companion in (herald, inquirer) if companion is not None)]
+        companions = [*link.companions, *(companion for companion in (herald, inquirer, *recording) if companion is not None)]
         gateway = Gateway(
             coordinator,
             store,
@@ -301,6 +304,20 @@ def serve_run(options: argparse.Namespace, path: Path, link: Link, on_note: Call
             f"nothing was aggregated, so model.onnx is the untrained model: {joined}; `regrow serve --plain` says who is declined, and why"
         )
     return 0
+
+
+@contextmanager
+def _recording(options: argparse.Namespace, home: Path) -> Iterator[tuple[Companion, ...]]:
+    """What stores devices' observations and tells them of field runs; of several processes of one home the first."""
+    if options.no_observations:
+        yield ()
+        return
+    with recorder_of(home, int(options.observations_mb * 1e6)) as recorder:
+        if recorder is None:
+            print("another process stores the observations of devices; when it has ended, start this one again", flush=True)
+            yield (FieldHerald(home, lambda _: None, speaks=False),)
+        else:
+            yield recorder, FieldHerald(home, recorder.note_clock)
 
 
 def evaluator(folder: TaskFolder) -> Callable[[Evaluate], Evaluated]:
@@ -373,7 +390,8 @@ def finish(store: Store, path: Path, folder: TaskFolder, ledger: Ledger) -> None
     """Leave the model, the metrics and the picture in the run's folder."""
     write_deployable(folder, ledger, path / "model.onnx")
     rows = write_metrics(store, path)
-    plot(rows, path / "plot.png", title=f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices")
+    title = f"{path.name}: {folder.task.method.name}, {len(ledger.devices)} devices"
+    plot(rows, path / "plot.png", title=title, score=score_name(folder.task.training))
 
 
 def check_run(path: Path) -> None:

@@ -176,7 +176,7 @@ def _known_devices(run: Path, home: Path) -> set[str]:
     """Who has taken part in the run and may still connect, as far as this gateway knows who may."""
     joined = joined_devices(run)
     allowed = Credentials(home).devices() if (home / "credentials.json").exists() else ()
-    return joined & set(allowed) if allowed else joined
+    return set(joined & set(allowed) if allowed else joined)
 
 
 class _Watch:

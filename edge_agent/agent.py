@@ -22,6 +22,7 @@ from edge_agent.identity import Identity as Member
 from edge_agent.identity import fleet_context
 from edge_agent.memory import spare_bytes
 from edge_agent.models import Models
+from edge_agent.observer import Observer
 from edge_agent.promotion import Settled
 from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
@@ -102,6 +103,7 @@ class Agent:
         make: what trains.
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
         companions: what else this process does for the device over the same link.
+        observer: keeps what is observed here and sends it; closed here.
         member: of a fleet, with this identity instead of a password; it then heeds what the fleet tells it.
         sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
         vitals: what looks whether it gets anywhere.
@@ -124,6 +126,7 @@ class Agent:
         make: MakeTrainer = Trainer,
         tune: bool = False,
         companions: Sequence[Companion] = (),
+        observer: Observer | None = None,
         member: Member | None = None,
         sealing: Sealing | None = None,
         vitals: Vitals | None = None,
@@ -131,7 +134,11 @@ class Agent:
     ) -> None:
         self._vitals = vitals or Vitals(folder.path)
         self._sealing = sealing
-        self._companions = [*companions, *(() if member is None else (Control(member, self, self._fleet_s),))]
+        self._observer = observer
+        self._companions: list[Companion] = [*companions, *(() if observer is None else (observer,))]
+        if member is not None:
+            self._companions.append(Control(member, self, self._fleet_s))
+        self._told: dict[int, str] = {}
         self._clearing = self._cleared = False
         self._folder, self._bundle, self._source = folder, bundle, source
         self._anew_s = 0.0
@@ -246,6 +253,8 @@ class Agent:
                 self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive)
         finally:
             self._vitals.stopping()
+            if self._observer is not None:
+                self._observer.close()
             self._worker.close()
             self._link.close()
             if not self._clearing:
@@ -272,8 +281,14 @@ class Agent:
         self._accompany(event)
 
     def _accompany(self, event: Event | None) -> None:
-        for companion in self._companions:
-            self._perform(companion.step(event, time.monotonic()))
+        for number, companion in enumerate(self._companions):
+            for effect in companion.step(event, time.monotonic()):
+                self._perform((self._strictest(number, effect) if isinstance(effect, Told) else effect,))
+
+    def _strictest(self, number: int, told: Told) -> Told:
+        """What holds of all that the companions say of work: one that lets it go on does not end another's pause."""
+        self._told[number] = told.action
+        return Told(next((action for action in ("pause", "drain") if action in self._told.values()), told.action))
 
     # ---- what the fleet may ask of it (edge_agent.control.Body) -------------------------------------------------------------------
 
@@ -287,6 +302,8 @@ class Agent:
 
     def clear(self) -> None:
         self._clearing = True
+        if self._observer is not None:
+            self._observer.abandon()
         self._worker.abandon()
         self._worker.put(self._clear)  # in the thread that might still write
 

@@ -1,16 +1,16 @@
 """A device's observations on its own disk until the gateway has them: bounded, and whole after any crash.
 
-Strategy: one file is one batch, so that a batch keeps its number and its rows however often it is sent, also by a later life. Files are only
-appended to, and a file that was handed out never again; the oldest goes when its receipt comes. Every life draws a new journal nonce for
-its own files, so that no number is used twice whatever a power cut took. A file is
+Strategy: one file is one batch, so that a batch keeps its number and its rows however often it is sent, also by a later life. Files are
+only appended to, and a file that was handed out never again; it goes when its receipt comes. Every life draws a new journal nonce for its
+own files, so that no number is used twice whatever a power cut took. A file is
 
     MAGIC, journal nonce (16), number (u64), CRC-32 of these (u32), then for each row: bytes (u32), CRC-32 (u32), the row in msgpack
 
 What a power cut may lose: the rows since the last `sync`. Kind to SD cards: rows go to the kernel once a call, and to the card when a
 file is full, about to be sent, or `sync` is called. A tail that does not check out is set aside; the rows before it stay.
 
-When the journal is full the oldest files go, but for the very first, which may be on its way and count at the gateway; how many rows that
-were, and of which stretch, is a `Missing` row at the end. It is on the card before they go: a crash between says too much, never too little.
+When the journal is full the oldest files go, but for the very first, which may be on its way and count at the gateway. How many rows went,
+and of which stretch, is a `Missing` row at the end, on the card before they go: a crash between says too much, never too little.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class FieldJournal:
         self._lost = _Lost()
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """Of all its files."""
         return self._bytes
 
@@ -253,7 +253,7 @@ class FieldJournal:
     # ---- sending -------------------------------------------------------------------------------------------------------------------
 
     def oldest(self) -> Batch | None:
-        """The batch that is to be sent next, or None: durable, and the same at every call until `receipted` or a full journal lets it go."""
+        """The batch to be sent next, or None: durable, and the same at every call until it is `receipted`."""
         while self._files:
             file = self._files[0]
             try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 from edge_agent.state import StateFolder
 from regrow import topics, wire
@@ -71,26 +72,27 @@ class FieldOrders:
             self._connected = False
         elif isinstance(event, Received) and event.payload and event.topic == topics.field_run(self._device):
             try:
-                self._hear(wire.decode(event.payload, wire.Field)[0], now)
+                effects += self._hear(wire.decode(event.payload, wire.Field)[0], now)
             except PeerError as error:
                 log.warning("refused: %s", error)
         return [*effects, *self._go_on(now)]
 
-    def _hear(self, field: Field, now: float) -> None:
-        if field.number < self._heard:
-            return
+    def _hear(self, field: Field, now: float) -> list[Effect]:
+        if field.number < self._heard:  # the past, or a gateway that has lost count: it is told from where to go on
+            return [self._report(self._heard, "")]
         if field.sent_s:
             self._ahead.append(field.sent_s - now)
         before, self._field = self._field, field
         self._heard, self._heard_s, self._said = field.number, self._clock(), None
         if before is not None and _content(before) == _content(field):
-            return
+            return []
         log.info("field run %s", f"{field.name}: {field.phase or 'waits'}" if field.name else "over")
         self.on_rate(field.sample_hz)
         try:
             self._folder.put(HEARD, str(field.number).encode())
         except LocalError as error:  # it would only be heard once more
             log.warning("%s", error)
+        return []
 
     def _go_on(self, now: float) -> list[Effect]:
         """Do what is due, and say so."""
@@ -110,16 +112,15 @@ class FieldOrders:
                 self.on_pulse()
         if self._connected and phase != self._said:
             self._said = phase
-            report = FieldReport(
-                number=field.number,
-                phase=phase,
-                heard_s=self._heard_s,
-                said_s=self._clock(),
-                meter=self.meter()[:1000],
-                software=self.software,
-            )
-            effects.append(Publish(topics.field_report(self._device), wire.encode(report)))
+            effects.append(self._report(field.number, phase))
         return effects
+
+    def _report(self, number: int, phase: Literal["", "baseline", "run"]) -> Publish:
+        said_s = max(self._clock(), 0.0)
+        heard_s = self._heard_s or said_s
+        meter, software = self.meter()[:1000], self.software[:1000]
+        report = FieldReport(number=number, phase=phase, heard_s=heard_s, said_s=said_s, meter=meter, software=software)
+        return Publish(topics.field_report(self._device), wire.encode(report))
 
 
 def _content(field: Field) -> tuple[object, ...]:

@@ -2,7 +2,8 @@
 
 A companion of the device's machine. Whoever observes calls `add`, from any thread. Rows go into the journal, and leave in batches, one at a
 time and oldest first, each again until the gateway's receipt covers it; not while training needs the link, nor in a baseline, which
-sending would disturb. A batch is small enough for the link to be free again after about LINK_S. What is not answered is tried more and more rarely.
+sending would disturb. A batch is small enough for the link to be free again after about LINK_S. What nobody answers is sent more and
+more rarely.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Observer:
         quiet: whether training leaves the link alone now.
         uplink_bps: what the link carries up, None where that is not known.
         journal_bytes: that the journal may have.
+        software: this agent's version.
 
     Attributes:
         clock: as given.
@@ -64,10 +66,12 @@ class Observer:
         quiet: Callable[[], bool] = lambda: True,
         uplink_bps: Callable[[], float | None] = lambda: None,
         journal_bytes: int = int(JOURNAL_MB * 1e6),
+        software: str = "",
     ) -> None:
         self._device, self.clock, self._quiet, self._uplink_bps = device, clock, quiet, uplink_bps
         self._journal = FieldJournal(folder.path / FOLDER, journal_bytes, nonce)
         self.orders = FieldOrders(device, folder, clock, self.add)
+        self.orders.software = software
         self._rows: deque[Row] = deque()
         self._refused: set[type] = set()
         self._connected = self._ended = False

@@ -233,9 +233,12 @@ class Device:
 
     def _hear_told(self, told: Told) -> None:
         """An update that is ready still leaves; of a job that is given up nothing is kept, and its result is not looked at."""
-        self.told = told.action
+        rested, self.told = self.told != "work", told.action
         if told.action != "work":
             self._next = None
+        elif rested and self.connected:
+            self._presence.rested()
+            self._hello()
         if told.action == "pause" and self.phase in (Phase.FETCHING, Phase.TRAINING):
             self._give_up("paused")
 

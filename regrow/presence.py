@@ -68,6 +68,10 @@ class Presence:
         self._wait_anew(now)
         self.beaten(now)
 
+    def rested(self) -> None:
+        """It may work again: hellos come soon again, for the coordinator may learn of it later than the device."""
+        self._hello_wait_s = HELLO_FIRST_S
+
     def disconnect(self) -> None:
         self.beat_s = self.hello_s = float("inf")
 

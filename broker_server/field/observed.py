@@ -130,7 +130,7 @@ def observe(db: sqlite3.Connection, device: str, start_s: float, end_s: float) -
     rows: dict[str, list[dict[str, Any]]] = {}
     for table in TABLES:
         first, last = start_s + offset.seconds - LONGEST_S, end_s + offset.seconds + LONGEST_S
-        found = db.execute(f"SELECT * FROM {table} WHERE device = ? AND at_s BETWEEN ? AND ? ORDER BY at_s", (device, first, last))  # noqa: S608 - a name of ours
+        found = db.execute(f"SELECT * FROM {table} WHERE device = ? AND at_s BETWEEN ? AND ? ORDER BY at_s", (device, first, last))
         columns = [column[0] for column in found.description]
         moved = (_moved(dict(zip(columns, values, strict=True)), offset.seconds) for values in found)
         rows[table] = [row for row in moved if _within(table, row, start_s, end_s)]

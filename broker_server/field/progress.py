@@ -27,8 +27,8 @@ FIELDS = ".fields"
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One thing that happened.
 
-    kind: "began", a process took the plan up, with what it and its broker are in `facts`; "heard", what devices answered to an announcement;
-    "baseline" and "run", a phase that is over; "interrupted", a run that was stopped before its end and does not count.
+    kind: "began", a process took the plan up, with what it and its broker are in `facts`; "heard", what devices answered to an
+    announcement; "baseline" and "run", a phase that is over; "interrupted", a run that was stopped before its end and does not count.
     number, run: of the repetition. start_s, end_s: unix seconds of the gateway. reason: why it ended. absent: planned devices that had
     not answered before it.
     """

@@ -109,8 +109,8 @@ def _notes(record: FieldRecord) -> list[str]:
         if observed
         else "Bytes are MQTT payload, up and down, as devices meter it from their first word in the run on: not every device observed its "
         "transfers in every run.",
-        "Joules are those of the devices' phases. `estimated`: the meter leaves parts of the board out; `modelled`: computed by a model that "
-        "was fitted to other units, with its 95 % interval (intervals of sums are added up, as if all erred together); "
+        "Joules are those of the devices' phases. `estimated`: the meter leaves parts of the board out; `modelled`: computed by a model "
+        "that was fitted to other units, with its 95 % interval (intervals of sums are added up, as if all erred together); "
         "`unmeasured`: nobody knows, and no number stands for it. A sum over devices is given only where all of them know theirs.",
         "Times of devices are moved by their clocks' offsets, which are below with their errors.",
         "Intervals in which nothing is known of a device are missing in every sum, and hatched in the pictures.",

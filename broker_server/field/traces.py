@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from broker_server.field.observed import Observed, length_of
 from broker_server.field.record import Recorded
@@ -69,7 +70,7 @@ def steps_of(run: Recorded, device: str, local_steps: int, work: Mapping[float, 
     """Seconds of a full step, one for each job: as observed by phase "train" where steps were counted there, else from the updates."""
     course = run.course.devices[device]
     density = course.densities[-1][1] if course.densities else 1.0
-    phases: Sequence[dict[str, float]] = run.observed[device].rows["phases"] if device in run.observed else []
+    phases: Sequence[dict[str, Any]] = run.observed[device].rows["phases"] if device in run.observed else []
     seen = [
         (row["seconds"] / row["steps"], row["density"] or density)
         for row in phases
