@@ -18,6 +18,7 @@ import psutil
 from edge_agent.bundle import Bundle
 from edge_agent.control import Control
 from edge_agent.data.source import DataSource
+from edge_agent.energy.account import Energy
 from edge_agent.identity import Identity as Member
 from edge_agent.identity import fleet_context
 from edge_agent.memory import spare_bytes
@@ -106,6 +107,7 @@ class Agent:
         member: of a fleet, with this identity instead of a password; it then heeds what the fleet tells it.
         sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
         vitals: what looks whether it gets anywhere.
+        energy: what measures the power that it draws; begun and closed here.
     """
 
     def __init__(
@@ -127,10 +129,13 @@ class Agent:
         member: Member | None = None,
         sealing: Sealing | None = None,
         vitals: Vitals | None = None,
+        energy: Energy | None = None,
     ) -> None:
+        self._energy = energy
         self._vitals = vitals or Vitals(folder.path)
         self._sealing = sealing
         self._companions = [*companions, *(() if member is None else (Control(member, self, self._fleet_s),))]
+        self._companions += [] if energy is None else [energy]
         self._clearing = self._cleared = False
         self._folder, self._bundle, self._source = folder, bundle, source
         self._anew_s = 0.0
@@ -169,6 +174,7 @@ class Agent:
             tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
             tuned=lambda data: self._trained(Tuned(data)),
             progress=self._vitals.work,
+            marked=lambda: "" if energy is None else energy.marked,
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
@@ -229,6 +235,8 @@ class Agent:
             LocalError: the disk failed or the state folder is gone; nothing is promised any more, a restart goes on from what is there.
         """
         self._on_note = on_note
+        if self._energy is not None:
+            self._energy.start()
         try:
             while not self._stopping:
                 self._folder.check()  # an agent that waits for work writes nothing, and would not notice
@@ -243,6 +251,7 @@ class Agent:
                     self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
                     self._start_anew(time.monotonic())
                 self._accompany(None)
+                self._account()
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(time.monotonic()))
                     if self._sealing.must_say_again():
@@ -254,6 +263,8 @@ class Agent:
                 self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive)
         finally:
             self._vitals.stopping()
+            if self._energy is not None:
+                self._energy.close()
             self._worker.close()
             self._link.close()
             if self._sealing is not None and not self._clearing:
@@ -273,6 +284,11 @@ class Agent:
     def _accompany(self, event: Event | None) -> None:
         for companion in self._companions:
             self._perform(companion.step(event, time.monotonic()))
+
+    def _account(self) -> None:
+        """Whose joules they are from now on."""
+        if self._energy is not None:
+            self._energy.follow(self.device, training=not self._vitals.work.idle)
 
     # ---- what the fleet may ask of it (edge_agent.control.Body) -------------------------------------------------------------------
 
@@ -335,6 +351,7 @@ class Agent:
         meters.disk_bytes = self._folder.bytes_written
         meters.step_s, meters.full_step_s = self._worker.step_s, self._worker.full_step_s
         self._perform(self.device.step(event, time.monotonic()))
+        self._account()
         if self.device.phase not in (Phase.PROBING, Phase.SENDING):
             self._meter.finish()
 
@@ -348,6 +365,8 @@ class Agent:
                 self._keep(effect)
             elif isinstance(effect, Train):
                 self._tried = self._source.appended
+                if self._energy is not None:
+                    self._energy.trains(effect)
                 self._worker.put(effect)
             elif isinstance(effect, SetTimer):
                 self._timer_s = effect.at_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cli.arguments import Commands, add_command, config_option, memory_mb, positive, threads_of
+from cli.commands.measure_power import meter_options
 
 
 def add_parser(commands: Commands) -> None:
@@ -44,3 +45,6 @@ def add_parser(commands: Commands) -> None:
     agent.add_argument("--local-head", action="store_true", help=head)
     updates = "fetch releases for the updater of this device, whose settings these are (/etc/regrow/update.json)"
     agent.add_argument("--updates", type=Path, metavar="FILE", help=updates)
+    meter_options(agent)
+    model = "power model of this board type (`regrow measure fit`): joules, marked as modelled, where no meter tells them"
+    agent.add_argument("--power-model", type=Path, metavar="FILE", help=model)
