@@ -113,6 +113,14 @@ def positive(text: str) -> float:
     return value
 
 
+def rate_hz(text: str) -> float:
+    """Samples a second: above 0, at most 100."""
+    value = positive(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 100, more often than a meter has anything new")
+    return value
+
+
 def not_negative(text: str) -> float:
     """A finite number, 0 or above."""
     value = _number(text)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from cli.doctor import examined_by_agent, subject_of
+from cli.energy import energy_of
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, Companion
@@ -104,6 +105,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             companions=companions,
             observer=observer,
             vitals=Vitals(folder.path, version(), watchdog),
+            energy=energy_of(options, lambda _: None),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"

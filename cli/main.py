@@ -24,6 +24,7 @@ COMMANDS = {
     "join": "cli.commands.join",
     "agent": "cli.commands.agent",
     "board": "cli.commands.board",
+    "measure": "cli.commands.measure",
     "image": "cli.commands.image",
     "doctor": "cli.commands.doctor",
     "measure": "cli.commands.measure",

@@ -18,6 +18,7 @@ import psutil
 from edge_agent.bundle import Bundle
 from edge_agent.control import Control
 from edge_agent.data.source import DataSource
+from edge_agent.energy.account import Energy
 from edge_agent.identity import Identity as Member
 from edge_agent.identity import fleet_context
 from edge_agent.memory import spare_bytes
@@ -108,6 +109,7 @@ class Agent:
         sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
         vitals: what looks whether it gets anywhere.
         observe: takes rows of what the link carried.
+        energy: what measures the power that it draws; begun and closed here.
     """
 
     def __init__(
@@ -131,13 +133,14 @@ class Agent:
         sealing: Sealing | None = None,
         vitals: Vitals | None = None,
         observe: Callable[[Row], None] = lambda _: None,
+        energy: Energy | None = None,
     ) -> None:
+        self._energy = energy
         self._vitals = vitals or Vitals(folder.path)
         self._sealing = sealing
         self._observer = observer
-        self._companions: list[Companion] = [*companions, *(() if observer is None else (observer,))]
-        if member is not None:
-            self._companions.append(Control(member, self, self._fleet_s))
+        beside = (None if member is None else Control(member, self, self._fleet_s), observer, energy)
+        self._companions: list[Companion] = [*companions, *(companion for companion in beside if companion is not None)]
         self._told: dict[int, str] = {}
         self._clearing = self._cleared = False
         self._folder, self._bundle, self._source = folder, bundle, source
@@ -176,6 +179,7 @@ class Agent:
             tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
             tuned=lambda data: self._trained(Tuned(data)),
             progress=self._vitals.work,
+            marked=lambda: "" if energy is None else energy.marked,
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
@@ -227,6 +231,8 @@ class Agent:
             LocalError: the disk failed or the state folder is gone; nothing is promised any more, a restart goes on from what is there.
         """
         self._on_note = on_note
+        if self._energy is not None:
+            self._energy.start()
         try:
             while not self._stopping:
                 self._folder.check()  # an agent that waits for work writes nothing, and would not notice
@@ -242,6 +248,7 @@ class Agent:
                     self._start_anew(time.monotonic())
                 self._look_at_link(time.monotonic())
                 self._accompany(None)
+                self._account()
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(time.monotonic()))
                     if self._sealing.must_say_again():
@@ -255,6 +262,8 @@ class Agent:
             self._vitals.stopping()
             if self._observer is not None:
                 self._observer.close()
+            if self._energy is not None:
+                self._energy.close()
             self._worker.close()
             self._link.close()
             if not self._clearing:
@@ -289,6 +298,11 @@ class Agent:
         """What holds of all that the companions say of work: one that lets it go on does not end another's pause."""
         self._told[number] = told.action
         return Told(next((action for action in ("pause", "drain") if action in self._told.values()), told.action))
+
+    def _account(self) -> None:
+        """Whose joules they are from now on."""
+        if self._energy is not None:
+            self._energy.follow(self.device, training=not self._vitals.work.idle)
 
     # ---- what the fleet may ask of it (edge_agent.control.Body) -------------------------------------------------------------------
 
@@ -353,6 +367,7 @@ class Agent:
         meters.disk_bytes = self._folder.bytes_written
         meters.step_s, meters.full_step_s = self._worker.step_s, self._worker.full_step_s
         self._perform(self.device.step(event, time.monotonic()))
+        self._account()
         if self.device.phase not in (Phase.PROBING, Phase.SENDING):
             self.traffic.meter.finish()
 
@@ -368,6 +383,8 @@ class Agent:
                 self._keep(effect)
             elif isinstance(effect, Train):
                 self._tried = self._source.appended
+                if self._energy is not None:
+                    self._energy.trains(effect)
                 self._worker.put(effect)
             elif isinstance(effect, SetTimer):
                 self._timer_s = effect.at_s

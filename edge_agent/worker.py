@@ -43,6 +43,7 @@ class Worker:
         tuning: what finds out, between jobs, how to train fastest; None: always the default way, to the bit.
         tuned: called from this thread with what to save of it.
         progress: what this thread tells of its advance.
+        marked: what slows the board at this moment, nothing where it runs at its own pace; steps that it slowed are not timed.
 
     Attributes:
         step_s: seconds of a step of the last job; full_step_s: of the last that trained the full model. None until these programs did.
@@ -58,12 +59,14 @@ class Worker:
         tuning: Tuning | None = None,
         tuned: Callable[[bytes], None] = lambda _: None,
         progress: Progress | None = None,
+        marked: Callable[[], str] = lambda: "",
     ) -> None:
         self.step_s: float | None = None
         self.full_step_s: float | None = None
         self._source, self._done, self._threads, self._make = source, done, threads, make
         self._tuning, self._tuned = tuning, tuned
         self._progress = progress or Progress("training")
+        self._marked = marked
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
         self._put = self._given_up = 0  # numbers of jobs
         self._key: tuple[bytes, ...] = ()
@@ -82,10 +85,12 @@ class Worker:
         """Give up every job of training that was put until now, the one at hand at its next step."""
         self._given_up = self._put
 
-    def _go_on(self, job: Train) -> None:
+    def _go_on(self, job: Train, pace: Pace) -> None:
         if job.number <= self._given_up:
             raise LocalError("given up")
-        self._progress.step(time.monotonic())
+        now = time.monotonic()
+        self._progress.step(now)
+        pace.step(now)
 
     def close(self) -> None:
         """Let the job at hand go: what it would give is repeated after the next start."""
@@ -116,7 +121,7 @@ class Worker:
             self._done(TrainingFailed(job.number, str(error), declined=isinstance(error, LocalError)))
             return
         self._done(trained)
-        if self._tuning is not None and self._jobs.empty():  # while the update travels
+        if self._tuning is not None and self._jobs.empty() and not self._marked():  # while the update travels
             self._progress.begin("trying another setting", self._progress.patience.first_s, time.monotonic())
             self._tune(self._tuning, job, trained)
 
@@ -126,10 +131,13 @@ class Worker:
         if self._source.appended > self._fitting:
             place = trainers.place(job, job.level, job.length)
             self._fitting = self._source.check(place.trainer.examples(masked=place.mask(job.kept) is not None), self._fitting)
-        trained = train_job(trainers, self._source, job, time.monotonic, lambda: self._go_on(job))
-        self.step_s = trained.seconds / max(job.steps, 1)
-        if trainers.is_full(job.level) and not job.widths:
-            self.full_step_s = self.step_s
+        pace = Pace(self._marked)
+        trained = train_job(trainers, self._source, job, time.monotonic, lambda: self._go_on(job, pace))
+        step_s = pace.step_s(trained.seconds, job.steps, time.monotonic())
+        if step_s is not None:
+            self.step_s = step_s
+            if trainers.is_full(job.level) and not job.widths:
+                self.full_step_s = step_s
         return trained
 
     def _trainers_of(self, programs: Mapping[str, bytes]) -> LevelTrainers:
@@ -162,6 +170,38 @@ class Worker:
         vector, mask = place.vector(values), place.mask(job.kept)
         batch = next(iter(self._source.batches(np.random.default_rng(job.seed), job.batch, 1)))
         return lambda count: place.trainer.train(vector, mask, [batch] * count, job.learning_rate)
+
+
+class Pace:
+    """How long a step of one job takes while nothing slows the board.
+
+    Args:
+        marked: as for the worker.
+    """
+
+    def __init__(self, marked: Callable[[], str]) -> None:
+        self._marked = marked
+        self._last: tuple[float, bool] | None = None  # when the step at hand began, and whether the board was slowed then
+        self._good_s, self._good, self._bad = 0.0, 0, 0
+
+    def step(self, now: float) -> None:
+        """A step begins at monotonic `now`: the one before it is over."""
+        slowed = bool(self._marked())
+        if self._last is not None:
+            began_s, was_slowed = self._last
+            if slowed or was_slowed:
+                self._bad += 1
+            else:
+                self._good += 1
+                self._good_s += now - began_s
+        self._last = (now, slowed)
+
+    def step_s(self, seconds: float, steps: int, now: float) -> float | None:
+        """The mean step of a job that took these seconds and is over at `now`; None where every step was slowed."""
+        self.step(now)
+        if not self._bad:
+            return seconds / max(steps, 1)
+        return self._good_s / self._good if self._good else None
 
 
 def train_job(

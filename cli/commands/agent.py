@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cli.arguments import Commands, add_command, config_option, journal_mb, memory_mb, positive, threads_of
+from cli.commands.measure_power import meter_options
 
 
 def add_parser(commands: Commands) -> None:
@@ -47,3 +48,6 @@ def add_parser(commands: Commands) -> None:
     journal = "10^6 bytes of the disk for observations (transfers, power, phases) that the gateway has not got yet; at least 1"
     agent.add_argument("--journal-mb", type=journal_mb, default=32.0, metavar="N", help=journal)
     agent.add_argument("--no-observations", action="store_true", help="keep and send no observations, and take no part in field runs")
+    meter_options(agent)
+    model = "power model of this board type (`regrow measure fit`): joules, marked as modelled, where no meter tells them"
+    agent.add_argument("--power-model", type=Path, metavar="FILE", help=model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cli.arguments import Commands, add_command, positive
+from cli.commands import measure_power
 
 
 def add_parser(commands: Commands) -> None:
@@ -29,3 +30,4 @@ def add_parser(commands: Commands) -> None:
     uplink.add_argument("--max-uplink-bps", type=positive, metavar="N", help="send at most this many bits a second, as the agent's")
     uplink.add_argument("--max-downlink-bps", type=positive, metavar="N", help="take at most this many bits a second")
     uplink.add_argument("--json", action="store_true", help="one object at the end: intervals and a summary for each direction")
+    measure_power.declare(kinds)

@@ -9,13 +9,14 @@ import ctypes
 import os
 import re
 import stat
-import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from edge_agent.doctor.checks import Check, Tell
+from edge_agent.firmware import said_by
+from edge_agent.heat import PI_FLAGS, Zones, pi_flags
 from edge_agent.memory import spare_bytes
 from regrow.findings import Finding
 
@@ -28,7 +29,6 @@ SLOW_WRITE_S = 2.0
 _TIME_ERROR = 5  # of adjtimex: the clock is not synchronised
 _SKEW_WARN_S, _SKEW_FAIL_S = 60.0, 86_400.0
 _CARD_TROUBLE = re.compile(r"mmcblk\d.*(error|timed? ?out)|I/O error|EXT4-fs error|remounting filesystem read-only", re.IGNORECASE)
-_PI_FLAGS = ((0, "under-voltage"), (1, "frequency capped"), (2, "throttled"), (3, "at the soft temperature limit"))
 _POWER_CHIPS = ("ina3221", "ina219", "ina226", "ina260", "ina2xx")
 _SD_CURE = "copy the state folder away and replace the card"
 
@@ -231,11 +231,8 @@ def memory(root: Path, tell: Tell) -> None:
 
 def temperature(root: Path) -> Finding:
     """The hottest of the thermal zones."""
-    found = {}
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        value = _number(zone / "temp")
-        if value is not None and -40_000 < value < 150_000 and value != 0:
-            found[(_text(zone / "type") or zone.name).strip()] = value / 1000
+    with closing(Zones(root)) as zones:
+        found = zones.celsius()
     if not found:
         return Finding("temperature", "unknown", "no thermal zone can be read")
     where = max(found, key=lambda zone: found[zone])
@@ -247,10 +244,10 @@ def temperature(root: Path) -> Finding:
 
 def throttling(root: Path) -> Finding:
     """Whether the board runs slower than it could, for want of current or for heat."""
-    flags = _pi_flags(root)
+    flags = pi_flags(root)
     if flags is not None:
-        now = [word for bit, word in _PI_FLAGS if flags >> bit & 1]
-        before = [word for bit, word in _PI_FLAGS if flags >> (16 + bit) & 1 and word not in now]
+        now = [word for bit, word in PI_FLAGS if flags >> bit & 1]
+        before = [word for bit, word in PI_FLAGS if flags >> (16 + bit) & 1 and word not in now]
         cure = "use the board's own power supply and a short cable; cool it"
         if now:
             return Finding("throttling", "fail" if flags & 0b101 else "warn", f"now: {', '.join(now)}", cure)
@@ -268,18 +265,6 @@ def throttling(root: Path) -> Finding:
     if any(_number(policy / "scaling_max_freq") for policy in policies):
         return Finding("throttling", "ok", "no core's frequency is capped")
     return Finding("throttling", "unknown", "this machine does not tell")
-
-
-def _pi_flags(root: Path) -> int | None:
-    """The Raspberry Pi firmware's flags; None on other boards."""
-    for file in sorted((root / "sys/devices/platform").glob("soc*/soc*:firmware/get_throttled")):
-        with suppress(ValueError):
-            return int((_text(file) or "").strip(), 16)
-    if root == Path("/"):
-        said = said_by("vcgencmd", "get_throttled")
-        with suppress(ValueError):
-            return int(said.partition("=")[2].strip(), 16)
-    return None
 
 
 def power_sensor(root: Path) -> Finding:
@@ -316,14 +301,6 @@ def _number(file: Path, base: int = 10) -> float | None:
         return float(int((_text(file) or "").strip(), base))
     except ValueError:
         return None
-
-
-def said_by(*command: str) -> str:
-    """What a board's own tool prints; nothing where there is none, or it fails."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3.0, check=False, stdin=subprocess.DEVNULL)
-        return done.stdout if done.returncode == 0 else ""
-    return ""
 
 
 def _size(count: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edge_agent.doctor.checks import Check, Tell
-from edge_agent.doctor.host import said_by
+from edge_agent.firmware import said_by
 from regrow.findings import Finding
 
 RESTARTS_MANY = 5
