@@ -18,7 +18,7 @@ from cli.doctor import examined_by_agent, subject_of
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, Companion
-from edge_agent.budgets import BUDGET, Budgets, InBackground, Sensors, budget_of
+from edge_agent.budgets import BUDGET, Budgets, InBackground, RoundJoules, Sensors, budget_of
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.checkup import Checkup
 from edge_agent.data.sources import open_source
@@ -80,8 +80,8 @@ def _budget(options: argparse.Namespace) -> Budget:
     )
 
 
-def _budgets(options: argparse.Namespace, broker: str, folder: StateFolder) -> Budgets | None:
-    """The owner's limits at work, or None without any.
+def _budgets(options: argparse.Namespace, broker: str, folder: StateFolder, joules: RoundJoules | None = None) -> Budgets | None:
+    """The owner's limits at work, or None without any. joules: None where nothing measures or models them.
 
     Raises:
         LocalError: one cannot be judged here.
@@ -93,7 +93,7 @@ def _budgets(options: argparse.Namespace, broker: str, folder: StateFolder) -> B
     named = None if options.metered is None else frozenset(name.strip() for name in options.metered.split(",")) - {"none", ""}
     sensors = Sensors(budget, broker, named)
     sensors.check()
-    return Budgets(budget, folder, InBackground(sensors.read))
+    return Budgets(budget, folder, InBackground(sensors.read), joules=joules)
 
 
 def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member: Identity | None, watchdog: Watchdog) -> int:

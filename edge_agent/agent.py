@@ -402,7 +402,7 @@ class Agent:
         if note.kind not in ("accepted", "rejected") or self._budgets is None or self._round is None or self.device.names is None:
             return
         (number, share), self._round = self._round, None
-        self._budgets.round_done(self.device.names.root, number, share)
+        self._budgets.round_done(self.device.names.root, number, share, time.monotonic())
 
     def _keep(self, effect: Save | Drop) -> None:
         if isinstance(effect, Drop):

@@ -7,6 +7,7 @@ cut it is too high by that at most and never too low; an orderly end writes it a
 from __future__ import annotations
 
 import logging
+import math
 import re
 import socket
 import threading
@@ -20,12 +21,13 @@ from typing import Annotated
 import msgspec
 import psutil
 
-from edge_agent.doctor.host import EARLIEST_YEAR, hottest, said_by, text_of
+from edge_agent.doctor.host import EARLIEST_YEAR, hottest, said_by
 from edge_agent.state import StateFolder, content_of
 from regrow.broker_url import parse_broker_url
 from regrow.budget import JOULES, Allowed, Budget, Hours, Seen, Used, judge
 from regrow.errors import LocalError, UsageError
 from regrow.findings import Finding
+from regrow.observations import PhaseSeen, Row
 
 log = logging.getLogger(__name__)
 BUDGET = "budget"
@@ -34,10 +36,10 @@ SENSORS_S = 5.0
 STALE_S = 60.0  # a sensor that has said nothing for so long is unknown
 LEAST_AHEAD_BYTES = 16 * 1024
 NOTICED_S = 5.0  # a time that moves by less is the same
+SETTLE_S = 5.0  # after its receipt, what a round took is still being added up
+ROUNDS_KEPT = 16
 _MANAGER = "org.freedesktop.NetworkManager"
 _METERED = {"1": True, "2": False, "3": True, "4": False}  # NMMetered: yes, no, and the same guessed
-JoulesOf = Callable[[int], float | None]
-"""Joules of the round of an assignment's number, measured or modelled; None where nobody knows them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,18 @@ def battery_percent(root: Path = Path("/")) -> float | None:
     """Charge of the emptiest battery that feeds this machine, percent; None without one, or where none says it."""
     found = []
     for supply in sorted((root / "sys/class/power_supply").glob("*")):
-        kind, scope, charge = ((text_of(supply / name) or "").strip() for name in ("type", "scope", "capacity"))
+        kind, scope, charge = (_word(supply / name) for name in ("type", "scope", "capacity"))
         if kind == "Battery" and scope != "Device" and re.fullmatch(r"[0-9]{1,3}", charge, re.ASCII) and int(charge) <= 100:
             found.append(float(charge))
     return min(found, default=None)
+
+
+def _word(file: Path) -> str:
+    """The text of a small file; "" where there is none, or it cannot be read now."""
+    try:
+        return file.read_bytes()[:64].decode("ascii", "replace").strip()
+    except OSError:
+        return ""
 
 
 def is_metered(broker: str, interfaces: frozenset[str] | None, ask: Callable[..., str] = said_by) -> bool | None:
@@ -107,7 +117,7 @@ def interface_to(broker: str) -> str | None:
                 own = probe.getsockname()[0]
             for name, addresses in psutil.net_if_addrs().items():
                 if own in {each.address.partition("%")[0] for each in addresses}:
-                    return name
+                    return str(name)
     return None
 
 
@@ -178,6 +188,29 @@ class InBackground:
             self._latest = (time.monotonic(), reading)
 
 
+class RoundJoules:
+    """Joules of whole rounds, by the number of their assignment: the sum of their phases, measured or modelled. From any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sums: dict[int, float | None] = {}
+
+    def add(self, row: Row) -> None:
+        """A row of what the device observes of itself; of a phase without joules the whole round's are unknown."""
+        if not isinstance(row, PhaseSeen) or row.number == 0:
+            return
+        with self._lock:
+            before = self._sums.pop(row.number, 0.0)
+            self._sums[row.number] = None if before is None or row.joules is None else before + row.joules
+            for number in list(self._sums)[:-ROUNDS_KEPT]:
+                del self._sums[number]
+
+    def of(self, number: int) -> float | None:
+        """What the round took so far; None where nobody knows."""
+        with self._lock:
+            return self._sums.get(number)
+
+
 # ---- the limits --------------------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +256,7 @@ class Budgets:
         budget: what is set.
         folder: where the count is kept; the agent's.
         read: the sensors, quickly.
-        joules_of: what knows the joules of a round; None: nothing does.
+        joules: of this device's rounds; None: nothing measures or models them.
         clock: unix seconds.
 
     Raises:
@@ -236,10 +269,10 @@ class Budgets:
         folder: StateFolder,
         read: Callable[[], Reading],
         *,
-        joules_of: JoulesOf | None = None,
+        joules: RoundJoules | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if budget.joules_per_round is not None and joules_of is None:
+        if budget.joules_per_round is not None and joules is None:
             raise LocalError(
                 "--max-joules-per-round: nothing here measures energy, and no model of this board is known; "
                 "attach a meter (`regrow doctor` says what was found), or leave the option out"
@@ -247,10 +280,11 @@ class Budgets:
         self.budget = budget
         self.allowed = Allowed()
         self.used = self._load(folder)
-        self._folder, self._read, self._joules_of, self._clock = folder, read, joules_of, clock
+        self._folder, self._read, self._joules, self._clock = folder, read, joules, clock
         limit = budget.bytes_per_day
         self._ahead_bytes = None if limit is None else max(limit // 100, LEAST_AHEAD_BYTES)
-        self._written_bytes = 0  # of the day, what the folder says was used
+        self._written_bytes = self.used.sent_received_bytes  # of the day, what the folder says was used
+        self._rounds: list[tuple[float, str, int, float]] = []  # (when it was over, run, number, share) of those to be added up
         self._total_bytes = 0
         self._looked_s: float | None = None
 
@@ -279,35 +313,49 @@ class Budgets:
         first, passed_s = self._looked_s is None, 0.0 if self._looked_s is None else now - self._looked_s
         self._looked_s = now
         self._count(passed_s, total_bytes)
+        self._add_rounds(now - SETTLE_S)
         allowed = judge(self.budget, self._seen(), self.used, self.allowed, now)
         before, self.allowed = self.allowed, allowed
         if allowed.names != before.names or first:
-            self._write(self._ahead())
+            self._keep()
         return allowed if first or not _same(before, allowed) else None
 
-    def round_done(self, run: str, number: int, share: float) -> None:
-        """The round of assignment `number` of this run is over, and trained this share of the model."""
-        if self.budget.joules_per_round is None or self._joules_of is None:
-            return
-        joules = self._joules_of(number)
-        self.used = self.used.round_done(run, share, joules)
-        if joules is None:
-            log.warning("%s: the round of assignment %d was not measured", JOULES, number)
-        self._write(self._ahead())
+    def round_done(self, run: str, number: int, share: float, now: float) -> None:
+        """The round of assignment `number` of this run is over at monotonic `now`, and trained this share of the model."""
+        self._rounds.append((now, run, number, share))
+
+    def _add_rounds(self, over_s: float) -> None:
+        """Look at what the rounds took that were over by then."""
+        while self._rounds and self._rounds[0][0] <= over_s:
+            _, run, number, share = self._rounds.pop(0)
+            if self.budget.joules_per_round is None or self._joules is None:
+                continue
+            joules = self._joules.of(number)
+            self.used = self.used.round_done(run, share, joules)
+            if joules is None:
+                log.warning("%s: nobody knows what the round of assignment %d took", JOULES, number)
+            self._keep()
 
     def close(self) -> None:
         """Write what was used as it is."""
-        self._write(self.used.sent_received_bytes)
+        self._add_rounds(math.inf)
+        self._written_bytes = self.used.sent_received_bytes
+        self._write()
 
     def _count(self, passed_s: float, total_bytes: int) -> None:
         more, self._total_bytes = total_bytes - self._total_bytes, total_bytes
         day = self.used.day
         self.used = self.used.at(_day(self._clock()), passed_s, more)
-        if self._ahead_bytes is not None and (self.used.day != day or self.used.sent_received_bytes > self._written_bytes):
-            self._write(self._ahead())
+        if self.used.day != day:
+            self._written_bytes = -1
+        if self._ahead_bytes is not None and self.used.sent_received_bytes > self._written_bytes:
+            self._keep()
 
-    def _ahead(self) -> int:
-        return self.used.sent_received_bytes + (self._ahead_bytes or 0)
+    def _keep(self) -> None:
+        """Write ahead, unless what was written is still more than what was used."""
+        if self.used.sent_received_bytes > self._written_bytes:
+            self._written_bytes = self.used.sent_received_bytes + (self._ahead_bytes or 0)
+        self._write()
 
     def _seen(self) -> Seen:
         now_s, reading = self._clock(), self._read()
@@ -317,12 +365,11 @@ class Budgets:
         tomorrow_s = time.mktime((local.tm_year, local.tm_mon, local.tm_mday + 1, 0, 0, 0, 0, 0, -1))
         return Seen(minute if is_set else None, max(tomorrow_s - now_s, 0.0), reading.battery, reading.temperature_c, reading.metered)
 
-    def _write(self, used_bytes: int) -> None:
+    def _write(self) -> None:
         used = self.used
         joules = {str(share): joules for share, joules in (used.joules or {}).items()}
         said = (in_words(self.budget), self.allowed.said)
-        self._folder.put(BUDGET, msgspec.json.encode(Saved(used.day, used.counted_s, used_bytes, used.run, joules, *said)))
-        self._written_bytes = used_bytes
+        self._folder.put(BUDGET, msgspec.json.encode(Saved(used.day, used.counted_s, self._written_bytes, used.run, joules, *said)))
 
 
 def limits_in(folder: Path) -> Finding:

@@ -69,7 +69,7 @@ class Device:
         self.density, self.uncut_density = density, max(density, self.uncut_density) if cut else density
 
     def cut_to_ceiling(self) -> None:
-        """Another start may have other memory, and limits change. Where memory holds no level the density stays: there is no work for it."""
+        """Another start may have other memory, and limits change. Memory that holds no level leaves the density: it gets no work."""
         if self.memory_density > 0.0:
             self.density = min(self.uncut_density, self.ceiling)
         self.bound_by = "memory" if self.memory_density < self.uncut_density else self.uncut_by

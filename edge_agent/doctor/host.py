@@ -207,7 +207,7 @@ def _next_record(descriptor: int) -> bytes:
 
 def memory(root: Path, tell: Tell) -> None:
     """What a training job could take now, and whether the kernel had to end processes."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text_of(root / "proc/meminfo") or "", re.MULTILINE))
+    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _text(root / "proc/meminfo") or "", re.MULTILINE))
     if "MemAvailable" not in fields or "MemTotal" not in fields:
         tell(Finding("memory.free", "unknown", "/proc/meminfo does not say"))
     else:
@@ -216,7 +216,7 @@ def memory(root: Path, tell: Tell) -> None:
         short = spare < MEMORY_WARN_BYTES
         state = "fail" if spare < MEMORY_FAIL_BYTES else "warn" if short else "ok"
         tell(Finding("memory.free", state, said, "end other programs, or raise MemoryMax= of the unit" if short else ""))  # type: ignore[arg-type]
-    killed = re.search(r"^oom_kill (\d+)$", text_of(root / "proc/vmstat") or "", re.MULTILINE)
+    killed = re.search(r"^oom_kill (\d+)$", _text(root / "proc/vmstat") or "", re.MULTILINE)
     if killed is None:
         tell(Finding("memory.killed", "unknown", "/proc/vmstat does not say"))
     elif int(killed[1]):
@@ -235,7 +235,7 @@ def hottest(root: Path) -> tuple[str, float] | None:
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         value = _number(zone / "temp")
         if value is not None and -40_000 < value < 150_000 and value != 0:
-            found[(text_of(zone / "type") or zone.name).strip()] = value / 1000
+            found[(_text(zone / "type") or zone.name).strip()] = value / 1000
     return max(found.items(), key=lambda zone: zone[1], default=None)
 
 
@@ -280,7 +280,7 @@ def _pi_flags(root: Path) -> int | None:
     """The Raspberry Pi firmware's flags; None on other boards."""
     for file in sorted((root / "sys/devices/platform").glob("soc*/soc*:firmware/get_throttled")):
         with suppress(ValueError):
-            return int((text_of(file) or "").strip(), 16)
+            return int((_text(file) or "").strip(), 16)
     if root == Path("/"):
         said = said_by("vcgencmd", "get_throttled")
         with suppress(ValueError):
@@ -292,9 +292,9 @@ def power_sensor(root: Path) -> Finding:
     """What measures the board's power, if anything does."""
     found = []
     for hwmon in sorted((root / "sys/class/hwmon").glob("hwmon*")):
-        chip = (text_of(hwmon / "name") or "").strip()
+        chip = (_text(hwmon / "name") or "").strip()
         if chip in _POWER_CHIPS:
-            labels = [(text_of(label) or "").strip() for label in sorted(hwmon.glob("in*_label"))]
+            labels = [(_text(label) or "").strip() for label in sorted(hwmon.glob("in*_label"))]
             found.append(f"{chip} ({', '.join(labels)})" if labels else chip)
     found += ["intel-rapl (the package, not the wall)"] if list((root / "sys/class/powercap").glob("intel-rapl:*/energy_uj")) else []
     if not found and root == Path("/") and "_A current" in said_by("vcgencmd", "pmic_read_adc"):
@@ -307,8 +307,7 @@ def power_sensor(root: Path) -> Finding:
 # ---- reading -----------------------------------------------------------------------------------------------------------------------
 
 
-def text_of(file: Path) -> str | None:
-    """What a file of sysfs or procfs says; None where it cannot be read now."""
+def _text(file: Path) -> str | None:
     try:
         if stat.S_ISREG(file.stat().st_mode):
             return file.read_text(errors="replace")
@@ -320,7 +319,7 @@ def text_of(file: Path) -> str | None:
 def _number(file: Path, base: int = 10) -> float | None:
     """The whole number in a file of sysfs; None when there is none."""
     try:
-        return float(int((text_of(file) or "").strip(), base))
+        return float(int((_text(file) or "").strip(), base))
     except ValueError:
         return None
 

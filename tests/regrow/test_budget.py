@@ -118,7 +118,7 @@ def test_each_limit_holds_alone_and_says_why_and_how_long(name: str) -> None:
 def test_what_cannot_be_known_holds() -> None:
     allowed = judge(EVERYTHING, Seen(), Used(), Allowed(), 0.0)
     assert allowed.names == {HOURS, BATTERY, HEAT, UNMETERED}
-    assert not (allowed.train or allowed.cool or allowed.link)
+    assert (allowed.train, allowed.cool, allowed.link) == (False, False, False)
     for said in ("the clock is not set", "the battery cannot be read", "no temperature can be read", "nobody says whether"):
         assert said in allowed.said
     assert allowed.until_s is None
