@@ -29,6 +29,8 @@ class _Row:
     declined: str = ""
     """What for, nothing once it has work again."""
     heard_s: float = 0.0
+    resting: bool = False
+    """By its owner's limits."""
 
 
 class FleetView:
@@ -59,6 +61,8 @@ class FleetView:
                     row.declined = "memory" if "needs_bytes" in note.fields else "data"
                 elif note.kind in HAS_WORK:
                     row.declined = ""
+                if note.kind in ("limited", "free again"):
+                    row.resting = note.kind == "limited" and note.fields["most"] is None
                 if note.kind in PHASE_AFTER:
                     row.fields["phase"] = PHASE_AFTER[note.kind]
             if note.kind == "aggregated":
@@ -97,7 +101,9 @@ class FleetView:
             known = row.fields
             density = float(known.get("density", 0.0))
             silent = time.monotonic() - row.heard_s > SILENT_S
-            bad = BAD.get(row.declined) or ("silent" if silent else "cannot train" if known.get("failed") else "")
+            bad = BAD.get(row.declined) or (
+                "limited" if row.resting else "silent" if silent else "cannot train" if known.get("failed") else ""
+            )
             table.add_row(
                 who,
                 f"{known.get('uplink_bps', 0) / 1000:.0f} kbit/s",
@@ -150,6 +156,9 @@ def _in_words(note: Note) -> str:
         "released": "{device}: assignment ended, {reason}",
         "refreshed": "order epoch {epoch} ({bytes} bytes of index sets)",
         "seal refused": "{peer}: refused {times} times ({kind}): {reason}",
+        "limited": "{device} {does}: {reason}",
+        "free again": "{device}: no limit of its owner holds any more",
+        "density limited": "{device} goes from density {density_from:g} to {density:g}, as its owner allows",
         "promotion": "{device}: model {promotion} {said}",
         "finished": "finished: {reason}",
     }

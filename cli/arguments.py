@@ -91,6 +91,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number above 0, which may be written as 100e6."""
+    value = positive(text)
+    if value != int(value) or value > 2**53:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(value)
+
+
 def threads_of(text: str) -> int:
     """A number of threads; for "auto" that of the cores that this process may use."""
     if text != "auto":

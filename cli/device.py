@@ -20,6 +20,7 @@ from cli.energy import energy_of
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, Companion
+from edge_agent.budgets import BUDGET, Budgets, InBackground, RoundJoules, Sensors, budget_of
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.checkup import Checkup
 from edge_agent.data.sources import open_source
@@ -34,6 +35,7 @@ from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
 from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer
+from regrow.budget import Budget
 from regrow.errors import LocalError, UsageError
 from regrow.local_training import Training
 from regrow.message import DIGEST_BYTES
@@ -66,6 +68,36 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--storage float16: the trainer {options.trainer} stores what torch does; use --trainer onnxruntime")
     if options.claim is not None and options.identity is None:
         raise UsageError("--claim begins an identity: say --identity DIR, where that shall be")
+    if options.metered is not None and not options.unmetered_only:
+        raise UsageError("--metered names what --unmetered-only keeps away from: say both")
+    _budget(options)
+
+
+def _budget(options: argparse.Namespace) -> Budget:
+    return budget_of(
+        max_bytes_per_day=options.max_bytes_per_day,
+        max_joules_per_round=options.max_joules_per_round,
+        battery_floor=options.battery_floor,
+        max_temperature=options.max_temperature,
+        hours=options.hours,
+        unmetered_only=options.unmetered_only,
+    )
+
+
+def _budgets(options: argparse.Namespace, broker: str, folder: StateFolder, joules: RoundJoules | None = None) -> Budgets | None:
+    """The owner's limits at work, or None without any. joules: None where nothing measures or models them.
+
+    Raises:
+        LocalError: one cannot be judged here.
+    """
+    budget = _budget(options)
+    if not budget:
+        folder.delete(BUDGET)
+        return None
+    named = None if options.metered is None else frozenset(name.strip() for name in options.metered.split(",")) - {"none", ""}
+    sensors = Sensors(budget, broker, named)
+    sensors.check()
+    return Budgets(budget, folder, InBackground(sensors.read), joules=joules)
 
 
 def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member: Identity | None, watchdog: Watchdog) -> int:
@@ -74,7 +106,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
         subject = subject_of(bundle, folder.path, member)
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
-            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: not running.device.needs_link))
+            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.link_is_free))
         observer = None
         if not options.no_observations:
             observer = Observer(
@@ -82,7 +114,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
                 folder,
                 secrets.token_bytes(DIGEST_BYTES),
                 time.time,
-                quiet=lambda: not running.device.needs_link,
+                quiet=lambda: running.link_is_free,
                 uplink_bps=lambda: running.device.uplink_bps,
                 journal_bytes=int(options.journal_mb * 1e6),
                 software=version(),
@@ -106,6 +138,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             observer=observer,
             vitals=Vitals(folder.path, version(), watchdog),
             energy=energy_of(options, lambda _: None),
+            budgets=_budgets(options, bundle.broker, folder),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import psutil
 
+from edge_agent.budgets import Budgets
 from edge_agent.bundle import Bundle
 from edge_agent.control import Control
 from edge_agent.data.source import DataSource
@@ -47,6 +48,7 @@ from regrow.machine import (
     Effect,
     Event,
     Finished,
+    Limited,
     Measured,
     Note,
     Persisted,
@@ -54,6 +56,7 @@ from regrow.machine import (
     Received,
     Save,
     SetTimer,
+    Steer,
     Subscribe,
     Told,
     Train,
@@ -72,7 +75,7 @@ IDENTITY = "identity"
 TUNING = "tuning"
 POLL_S = 1.0
 ANEW_S = 60.0  # a source that appends again and again is tried this often
-COMPLAINTS = ("declined", "gave up", "rejected", "refused", REFUSED, "set aside", "without work")
+COMPLAINTS = ("declined", "gave up", "rejected", "limited", "refused", REFUSED, "set aside", "without work")
 
 
 class Companion(Protocol):
@@ -110,6 +113,7 @@ class Agent:
         vitals: what looks whether it gets anywhere.
         observe: takes rows of what the link carried.
         energy: what measures the power that it draws; begun and closed here.
+        budgets: the owner's limits, if there are any.
     """
 
     def __init__(
@@ -134,14 +138,15 @@ class Agent:
         vitals: Vitals | None = None,
         observe: Callable[[Row], None] = lambda _: None,
         energy: Energy | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
         self._energy = energy
         self._vitals = vitals or Vitals(folder.path)
-        self._sealing = sealing
-        self._observer = observer
+        self._sealing, self._budgets, self._observer = sealing, budgets, observer
         beside = (None if member is None else Control(member, self, self._fleet_s), observer, energy)
         self._companions: list[Companion] = [*companions, *(companion for companion in beside if companion is not None)]
         self._told: dict[int, str] = {}
+        self._round: tuple[int, float] | None = None  # number and share of the job that was last begun
         self._clearing = self._cleared = False
         self._folder, self._bundle, self._source = folder, bundle, source
         self._anew_s = 0.0
@@ -236,6 +241,7 @@ class Agent:
         try:
             while not self._stopping:
                 self._folder.check()  # an agent that waits for work writes nothing, and would not notice
+                self._look_at_limits()
                 wait_s = min(max(self._timer_s - time.monotonic(), 0.0), POLL_S)
                 for event in self._link.poll(wait_s):
                     heard = event if self._sealing is None else self._sealing.open(event, time.monotonic())
@@ -244,7 +250,7 @@ class Agent:
                 while not self._results.empty():
                     self._take_result(self._results.get())
                 if not self._clearing:
-                    self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
+                    self._perform(self._models.go_on(time.monotonic(), quiet=self.link_is_free))
                     self._start_anew(time.monotonic())
                 self._look_at_link(time.monotonic())
                 self._accompany(None)
@@ -271,6 +277,20 @@ class Agent:
                     self.traffic.save()
             if self._sealing is not None and not self._clearing:
                 self._sealing.close(time.monotonic())
+            if self._budgets is not None and not self._clearing:
+                self._budgets.close()
+
+    @property
+    def link_is_free(self) -> bool:
+        """Whether what is no training may use the link now."""
+        return not self.device.needs_link and self.device.may_use_link
+
+    def _look_at_limits(self) -> None:
+        if self._budgets is None or self._clearing:
+            return
+        allowed = self._budgets.look(time.monotonic(), self._link.bytes_up + self._link.bytes_down)
+        if allowed is not None:
+            self._step(Limited(allowed))
 
     def _take(self, event: Event) -> None:
         now = time.monotonic()
@@ -286,7 +306,7 @@ class Agent:
         self._tell_of_outages(event)
         if not self._clearing:
             self._step(event)
-            self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
+            self._perform(self._models.step(event, time.monotonic(), quiet=self.link_is_free))
         self._accompany(event)
 
     def _accompany(self, event: Event | None) -> None:
@@ -382,10 +402,9 @@ class Agent:
             elif isinstance(effect, (Save, Drop)):
                 self._keep(effect)
             elif isinstance(effect, Train):
-                self._tried = self._source.appended
-                if self._energy is not None:
-                    self._energy.trains(effect)
-                self._worker.put(effect)
+                self._begin(effect)
+            elif isinstance(effect, Steer):
+                self._steer(effect)
             elif isinstance(effect, SetTimer):
                 self._timer_s = effect.at_s
             elif isinstance(effect, Note):
@@ -393,11 +412,33 @@ class Agent:
                 log.log(level, "%s %s", effect.kind, effect.fields)
                 self._on_note(effect)
                 self._vitals.note(effect, time.monotonic())
+                self._count_round(effect)
             elif isinstance(effect, Told):
                 self._heed(effect)
             elif isinstance(effect, Finished):
                 log.warning("%s", effect.reason)
                 self._stopping = True
+
+    def _begin(self, job: Train) -> None:
+        self._tried = self._source.appended
+        if self.device.assignment is not None and self.device.share is not None:
+            self._round = (self.device.assignment.number, self.device.share)
+        if self._energy is not None:
+            self._energy.trains(job)
+        self._worker.put(job)
+
+    def _steer(self, steer: Steer) -> None:
+        if steer.action == "give up":
+            self._worker.abandon()
+        else:
+            self._worker.hold(steer.action == "stand still")
+
+    def _count_round(self, note: Note) -> None:
+        """With its receipt a round is over, and what it took is known."""
+        if note.kind not in ("accepted", "rejected") or self._budgets is None or self._round is None or self.device.names is None:
+            return
+        (number, share), self._round = self._round, None
+        self._budgets.round_done(self.device.names.root, number, share, time.monotonic())
 
     def _keep(self, effect: Save | Drop) -> None:
         if isinstance(effect, Drop):

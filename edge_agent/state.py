@@ -123,10 +123,9 @@ class StateFolder:
         if not content.startswith(MAGIC):
             self._set_aside(file, "does not begin as a state file of this version")
             return None
-        data = content[len(MAGIC) + _DIGEST_BYTES :]
-        if hashlib.sha256(data).digest() != content[len(MAGIC) : len(MAGIC) + _DIGEST_BYTES]:
-            self._set_aside(file, f"digest differs: torn or changed ({len(data)} bytes of data)")
-            return None
+        data = content_of(content)
+        if data is None:
+            self._set_aside(file, f"digest differs: torn or changed ({len(content) - len(MAGIC) - _DIGEST_BYTES} bytes of data)")
         return data
 
     def delete(self, name: str, durable: bool = True) -> None:
@@ -177,6 +176,13 @@ class StateFolder:
         with suppress(OSError):
             file.rename(f"{file}.rejected")
             sync_folder(self.path)
+
+
+def content_of(file: bytes) -> bytes | None:
+    """The data of a state file's bytes; None where they do not check out."""
+    data = file[len(MAGIC) + _DIGEST_BYTES :]
+    whole = file.startswith(MAGIC) and hashlib.sha256(data).digest() == file[len(MAGIC) : len(MAGIC) + _DIGEST_BYTES]
+    return data if whole else None
 
 
 def sync_folder(folder: Path) -> None:

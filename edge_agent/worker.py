@@ -27,6 +27,7 @@ from regrow.watchdog import Progress
 
 log = logging.getLogger(__name__)
 NICE = 5
+HOLD_LOOK_S = 1.0
 
 MakeTrainer = Callable[[Mapping[str, bytes], int], Training]
 """(programs of one model, threads) -> its trainer; raises PeerError, LocalError as edge_agent.trainer.Trainer."""
@@ -69,6 +70,9 @@ class Worker:
         self._marked = marked
         self._jobs: queue.SimpleQueue[Train | Callable[[], None] | None] = queue.SimpleQueue()
         self._put = self._given_up = 0  # numbers of jobs
+        self._moving = threading.Event()
+        self._moving.set()
+        self._held_s = 0.0
         self._key: tuple[bytes, ...] = ()
         self._trainers: LevelTrainers | None = None
         self._fitting = 0  # samples before this number fit these programs
@@ -85,12 +89,30 @@ class Worker:
         """Give up every job of training that was put until now, the one at hand at its next step."""
         self._given_up = self._put
 
+    def hold(self, still: bool) -> None:
+        """Let the job at hand, and any that comes, stand still at its next step; or go on."""
+        if still:
+            self._moving.clear()
+        else:
+            self._moving.set()
+
+    def _moved_s(self) -> float:
+        """Monotonic seconds, without those that it stood still."""
+        return time.monotonic() - self._held_s
+
     def _go_on(self, job: Train, pace: Pace) -> None:
+        self._stand_still(job)
+        self._progress.step(time.monotonic())
+        pace.step(self._moved_s())
+
+    def _stand_still(self, job: Train) -> None:
+        """Wait while the job may not go on; that is neither time of a step nor a hang."""
+        began_s = time.monotonic()
+        while not self._moving.wait(HOLD_LOOK_S) and job.number > self._given_up:
+            self._progress.begin(f"standing still in job {job.number}", self._progress.patience.first_s, time.monotonic())
+        self._held_s += time.monotonic() - began_s
         if job.number <= self._given_up:
             raise LocalError("given up")
-        now = time.monotonic()
-        self._progress.step(now)
-        pace.step(now)
 
     def close(self) -> None:
         """Let the job at hand go: what it would give is repeated after the next start."""
@@ -126,14 +148,15 @@ class Worker:
             self._tune(self._tuning, job, trained)
 
     def _train(self, job: Train) -> Trained:
+        self._stand_still(job)
         trainers = self._trainers_of(job.programs)
         trainers.keep({job.level, *job.widths, *job.evaluate}, whole=job.kept is not None)
         if self._source.appended > self._fitting:
             place = trainers.place(job, job.level, job.length)
             self._fitting = self._source.check(place.trainer.examples(masked=place.mask(job.kept) is not None), self._fitting)
         pace = Pace(self._marked)
-        trained = train_job(trainers, self._source, job, time.monotonic, lambda: self._go_on(job, pace))
-        step_s = pace.step_s(trained.seconds, job.steps, time.monotonic())
+        trained = train_job(trainers, self._source, job, self._moved_s, lambda: self._go_on(job, pace))
+        step_s = pace.step_s(trained.seconds, job.steps, self._moved_s())
         if step_s is not None:
             self.step_s = step_s
             if trainers.is_full(job.level) and not job.widths:

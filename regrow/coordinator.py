@@ -38,6 +38,7 @@ from regrow.programs import MEMORY
 from regrow.publication import version_of
 from regrow.receipts import missing_of, receipt
 from regrow.records import Entry, Joined, Led, Rejected, Released, to_record
+from regrow.reported import limit_note, telemetry_fields
 from regrow.roster import Roster
 from regrow.step_memory import memory_of, needs_bytes
 from regrow.trigger import due_s, has_quorum
@@ -222,6 +223,7 @@ class Coordinator:
         self.telemetry[who] = telemetry
         if telemetry.step_s:
             self.step_s[who] = telemetry.step_s
+        self._take_limit(who, telemetry)
         if known is None or known.install != telemetry.install.hex():
             return
         self.emit(Note("telemetry", telemetry_fields(who, telemetry)))
@@ -235,6 +237,18 @@ class Coordinator:
         if telemetry.pending is not None:
             self._answer_pending(who, telemetry.install, telemetry.pending)
         self._advance()
+
+    def _take_limit(self, who: str, telemetry: wire.Telemetry) -> None:
+        """Work that a device's owner does not allow now, and that it does not have at hand, is not for it."""
+        news = limit_note(who, self.roster.limits.get(who), telemetry.limit)
+        self.roster.limit(who, telemetry.limit)
+        if news is not None:
+            self.emit(news)
+        known, limit = self.ledger.devices.get(who), telemetry.limit
+        if known is None or known.install != telemetry.install.hex() or known.lease is None or limit is None:
+            return
+        if limit.density is None and telemetry.assignment == 0 and telemetry.phase == "waiting":
+            self.release_lease(who, f"limit: {limit.said}")
 
     def release_lease(self, who: str, reason: str, *, blame: bool = False, declined: bool = False) -> None:
         lease = self.ledger.devices[who].lease
@@ -372,21 +386,6 @@ class Coordinator:
         if self.ledger.finished:
             self.broadcast.clear_everything()
             self.emit(Finished(self.ledger.finished))
-
-
-def telemetry_fields(who: str, telemetry: wire.Telemetry) -> dict[str, Any]:
-    """The part of a telemetry message that people look at."""
-    return {
-        "device": who,
-        "phase": telemetry.phase,
-        "uplink_bps": telemetry.uplink_bps,
-        "bytes_up": telemetry.bytes_up,
-        "bytes_down": telemetry.bytes_down,
-        "disk_bytes": telemetry.disk_bytes,
-        "memory_bytes": telemetry.memory_bytes,
-        "step_s": telemetry.step_s,
-        "failed": telemetry.failed,
-    }
 
 
 _MESSAGES: Mapping[str, type[wire.Message]] = {

@@ -6,7 +6,7 @@ goes on with what it has, and everything that the other side must know is said a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -21,6 +21,7 @@ from regrow.machine import (
     Disconnected,
     Effect,
     Event,
+    Limited,
     Measured,
     Note,
     Persisted,
@@ -28,6 +29,7 @@ from regrow.machine import (
     Received,
     Save,
     SetTimer,
+    Steer,
     Subscribe,
     Told,
     Trained,
@@ -36,7 +38,8 @@ from regrow.machine import (
     Woken,
 )
 from regrow.presence import HELLO_AGAIN_S, TRY_AGAIN, Identity, Presence
-from regrow.sending import Sending
+from regrow.restraint import MESSAGE_BYTES, Restraint, essence
+from regrow.sending import PROBE_MAX_BYTES, Sending
 from regrow.wire import DECLINED
 
 OUTGOING = "outgoing"
@@ -79,6 +82,7 @@ class Device:
         self._fetching = Fetching()
         self._fetched: Fetched | None = None
         self._sending = Sending()
+        self._restraint = Restraint()
         self._save_id = 0
         self._job = 0
         self._effects = self._fetching.load(saved)
@@ -111,6 +115,17 @@ class Device:
         """Whether parts or chunks are on their way; waiting for a receipt leaves the link to others."""
         return self.phase in (Phase.PROBING, Phase.FETCHING) or bool(self._sending.in_flight)
 
+    @property
+    def may_use_link(self) -> bool:
+        """Whether its owner's limits let it send and fetch more than what it says of itself."""
+        return self._restraint.allowed.link
+
+    @property
+    def share(self) -> float | None:
+        """The share of the model that the job at hand trains, None without one."""
+        manifest = None if self._fetched is None else self._fetched.wanted.manifest
+        return None if manifest is None or self.assignment is None else manifest.lengths[self.assignment.level] / manifest.lengths[-1]
+
     # ---- connection ----------------------------------------------------------------------------------------------------------------
 
     def _connect(self, _: Connected) -> None:
@@ -118,7 +133,8 @@ class Device:
         self._presence.connect(self.now)
         self._emit(Subscribe((topics.tasks(self.identity.name),)))
         if self.names is not None:
-            self._emit(Subscribe(own_topics(self.names, self.identity.name)))
+            self._emit(Subscribe(self._own_topics(self.names)))
+        self._tell_limit()
         self._hello()
         if self.phase is Phase.PROBING:
             self._begin_probe()
@@ -134,6 +150,14 @@ class Device:
         self._sending.stop()
         self._fetching.subscribed.clear()
 
+    def _own_topics(self, names: topics.Run) -> tuple[str, ...]:
+        return own_topics(names, self.identity.name, quiet=self._presence.quiet)
+
+    def _tell_limit(self) -> None:
+        """Said before hello, lest a limited device gets work that it may not do."""
+        if self._restraint.limit(self.now) is not None:
+            self._telemetry()
+
     def _hello(self) -> None:
         self._emit(self._presence.hello(self.uplink_bps, self.now, again=self.phase in (Phase.IDLE, Phase.WAITING)))
 
@@ -141,7 +165,8 @@ class Device:
         if self.names is None or not self.connected:
             return
         phase = phase or self.phase.value
-        self._emit(self._presence.telemetry(self.names, self.now, phase, self.assignment, self.uplink_bps, failed, pending))
+        limit = self._restraint.limit(self.now)
+        self._emit(self._presence.telemetry(self.names, self.now, phase, self.assignment, self.uplink_bps, failed, pending, limit))
 
     def _wake(self, _: Woken) -> None:
         if not self.connected:
@@ -182,7 +207,7 @@ class Device:
             return
         self._leave_task()
         self.names, self.term = names, first.term
-        self._emit(Subscribe(own_topics(names, self.identity.name)))
+        self._emit(Subscribe(self._own_topics(names)))
         last = self._last()
         self._done = 0 if last is None else last.head.assignment
         self.phase = Phase.WAITING
@@ -192,16 +217,18 @@ class Device:
         elif last is None and self.uplink_bps is None:
             self.phase = Phase.PROBING
             self._begin_probe()
+        self._tell_limit()
         self._presence.hello_soon(self.now)
 
     def _leave_task(self) -> None:
         if self.names is not None and self.connected:
-            self._emit(Unsubscribe((*own_topics(self.names, self.identity.name), *sorted(self._fetching.subscribed))))
+            self._emit(Unsubscribe((*self._own_topics(self.names), *sorted(self._fetching.subscribed))))
         self.names, self.term, self._done = None, 0, 0
         self.assignment = self._next = self._fetching.wanted = self._fetching.known = self._fetched = None
         self._fetching.subscribed.clear()
         self._sending.stop()
         self._presence.trouble = ""
+        self._restraint.costs, self._restraint.waiting_bytes = (), 0
         self.phase = Phase.IDLE
         self._presence.hello_soon(self.now)
 
@@ -217,6 +244,7 @@ class Device:
         """A higher term is a coordinator that may not know us; lower ones are the past."""
         if term > self.term:
             self.term = term
+            self._tell_limit()
             self._hello()
             if self.phase is Phase.SENDING:
                 self._ask_receipt()
@@ -242,9 +270,52 @@ class Device:
         if told.action == "pause" and self.phase in (Phase.FETCHING, Phase.TRAINING):
             self._give_up("paused")
 
+    # ---- the owner's limits --------------------------------------------------------------------------------------------------------
+
+    def _hear_limited(self, limited: Limited) -> None:
+        """Give back what may not go on, stand still where it is too hot, go on with what may; say what is news to the coordinator."""
+        before, told = self._restraint.allowed, essence(self._restraint.limit(self.now))
+        self._restraint.allowed = allowed = limited.allowed
+        if allowed.link != before.link:
+            self._turn_quiet(not allowed.link)
+        if allowed.cool != before.cool:
+            self._emit(Steer("go on" if allowed.cool else "stand still"))
+        if self.phase is Phase.TRAINING and not allowed.train:
+            self._emit(Steer("give up"))
+            self._give_up(f"limit: {allowed.said}")
+        elif self.phase is Phase.FETCHING and not (allowed.train and allowed.link):
+            self._give_up(f"limit: {allowed.said}")
+        elif self.phase in (Phase.PROBING, Phase.SENDING) and not allowed.link:
+            self._sending.stop()
+        elif not before.link or self._restraint.waiting_bytes:
+            self._send_what_waited()
+        now_told = self._restraint.limit(self.now)
+        if essence(now_told) != told:
+            self._emit(Note("limited", {"reason": now_told.said}) if now_told is not None else Note("free again"))
+            self._telemetry()
+
+    def _send_what_waited(self) -> None:
+        if self.phase is Phase.PROBING and self.connected and not self._sending.in_flight:
+            self._begin_probe()
+        elif self.phase is Phase.SENDING and self._restraint.may_send(self._restraint.waiting_bytes):
+            self._ask_receipt()
+
+    def _turn_quiet(self, quiet: bool) -> None:
+        """Where the link is not to be used, a claim every two seconds is too much, and so is a heartbeat."""
+        self._presence.quiet = quiet
+        if not self.connected:
+            return
+        if self.names is not None:
+            claim = (topics.claim(self.names.task),)
+            self._emit(Unsubscribe(claim) if quiet else Subscribe(claim))
+        self._presence.hello_in(HELLO_AGAIN_S, self.now)
+        self._presence.beaten(self.now)
+
     # ---- probing -------------------------------------------------------------------------------------------------------------------
 
     def _begin_probe(self) -> None:
+        if not self._restraint.may_send(PROBE_MAX_BYTES):
+            return
         self._sending.begin_probe(self.now)
         self._probe_on()
 
@@ -268,6 +339,9 @@ class Device:
     def _begin_fetch(self, assignment: wire.Assignment) -> None:
         self._effects += self._fetching.begin(self.connected, self.now)
         self.assignment, self._next = assignment, None
+        if self._restraint.refuses:
+            self._give_up(self._restraint.refuses)
+            return
         self.phase = Phase.FETCHING
         if self.connected:
             self._presence.at_work(self.now)
@@ -287,7 +361,12 @@ class Device:
         if self.names is None or self.assignment is None or manifest.term < self.term or self._fetching.wanted is not None:
             return
         self._effects += self._fetching.plan(self.assignment, manifest, self.names, self.now, self.identity)
-        self._fetch_on()
+        wanted = self._fetching.wanted
+        refused = "" if wanted is None else self._restraint.weigh(wanted, self._fetching.parts, self.names, self.identity)
+        if refused:
+            self._give_up(refused)
+        else:
+            self._fetch_on()
 
     def _hear_part(self, event: Received) -> None:
         self._presence.at_work(self.now)  # on a slow link claims wait behind the parts
@@ -311,7 +390,10 @@ class Device:
         self.assignment = self._fetching.wanted = self._fetched = None
         self.phase = Phase.WAITING
         self._sending.stop()
-        self._presence.hello_s = self.now + HELLO_AGAIN_S if self.connected else float("inf")
+        self._restraint.waiting_bytes = 0
+        self._presence.hello_s = float("inf")
+        if self.connected:
+            self._presence.hello_in(HELLO_AGAIN_S, self.now)
         if self._next is not None and self._next.number > self._done:
             self._begin_fetch(self._next)
 
@@ -360,8 +442,17 @@ class Device:
             return
         self.phase = Phase.SENDING
         self._emit(Note("sending", {"sequence": self.outgoing.sequence, "chunks": self.outgoing.count}))
-        self._sending.start(range(self.outgoing.count))
-        self._send_on()
+        self._begin_sending(range(self.outgoing.count), self.outgoing)
+
+    def _begin_sending(self, chunks: Iterable[int], update: outgoing.Outgoing) -> None:
+        """Send these chunks; what today's bytes do not hold waits until they do."""
+        wanted = list(chunks)
+        if self._restraint.may_send(len(wanted) * min(update.chunk_bytes, len(update.payload)) + MESSAGE_BYTES * len(wanted)):
+            self._sending.start(wanted)
+            self._send_on()
+        else:
+            self._sending.stop()
+            self._telemetry()
 
     def _send_on(self) -> None:
         if not self.connected or self.names is None or self.outgoing is None:
@@ -375,7 +466,7 @@ class Device:
             self._send_on()
 
     def _ask_receipt(self) -> None:
-        if self.outgoing is not None and self.connected:
+        if self.outgoing is not None and self.connected and self._restraint.allowed.link:
             self._telemetry(pending=wire.Pending(self.outgoing.sequence, self.outgoing.count))
             self._sending.asked(self.now)
 
@@ -384,8 +475,7 @@ class Device:
         if current is None or not current.is_meant_by(receipt, self.identity.install) or receipt.term < self.term:
             return
         if receipt.outcome == "missing":
-            self._sending.start(current.missing(receipt))
-            self._send_on()
+            self._begin_sending(current.missing(receipt), current)
             return
         if receipt.outcome == "rejected":
             self._emit(Note("rejected", {"reason": receipt.reason}))
@@ -409,6 +499,7 @@ _ANY: Mapping[Any, Callable[[Device, Any], None]] = {
     DataChanged: Device._start_anew,
     Woken: Device._wake,
     Told: Device._hear_told,
+    Limited: Device._hear_limited,
     "tasks": Device._hear_tasks,
     "claim": Device._hear_claim,
     "assignment": Device._hear_assignment,

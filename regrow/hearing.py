@@ -9,9 +9,10 @@ from regrow import topics, wire
 from regrow.machine import Event, Received
 
 
-def own_topics(names: topics.Run, device: str) -> tuple[str, ...]:
-    """What a device hears of its run, whatever it is doing."""
-    return topics.claim(names.task), names.assignment(device), names.receipt(device)
+def own_topics(names: topics.Run, device: str, *, quiet: bool = False) -> tuple[str, ...]:
+    """What a device hears of its run, whatever it is doing; quiet: without the claim, which comes every two seconds."""
+    own = (names.assignment(device), names.receipt(device))
+    return own if quiet else (topics.claim(names.task), *own)
 
 
 def recognise(

@@ -186,10 +186,16 @@ def _joined(ledger: Ledger, entry: records.Joined, _: Payload) -> None:
         return
     known.uplink_bps, known.boot = entry.uplink_bps, entry.boot
     known.step_s, known.memory_density = entry.step_s, entry.memory_density
-    known.cut_to_memory()
+    known.cut_to_ceiling()
     known.rejections, known.declined = 0, False
     if known.install != entry.install:
         known.install, known.last_sequence = entry.install, -1
+
+
+def _limited(ledger: Ledger, entry: records.Limited, _: Payload) -> None:
+    device = ledger.devices[entry.device]
+    device.limit_density = entry.density
+    device.cut_to_ceiling()
 
 
 def _assigned(ledger: Ledger, entry: records.Assigned, _: Payload) -> None:
@@ -371,6 +377,7 @@ def _rolled_back(ledger: Ledger, entry: records.RolledBack, payload: Payload) ->
 _APPLY: Mapping[type[records.Entry], Callable[[Ledger, Any, Payload], None]] = {
     records.Led: _led,
     records.Joined: _joined,
+    records.Limited: _limited,
     records.Assigned: _assigned,
     records.Accepted: _accepted,
     records.Rejected: _rejected,

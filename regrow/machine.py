@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from regrow.budget import Allowed
 
 Payload = bytes | bytearray | memoryview
 
@@ -121,6 +123,13 @@ class Evaluate:
 
 
 @dataclass(frozen=True, slots=True)
+class Steer:
+    """How the job of training at hand, and any that comes, shall go on: as usual, not before it is cooler, or not at all (this one)."""
+
+    action: Literal["go on", "stand still", "give up"]
+
+
+@dataclass(frozen=True, slots=True)
 class SetTimer:
     """Send `Woken` at this monotonic time; a newer SetTimer replaces an older one."""
 
@@ -223,6 +232,13 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class Limited:
+    """What the owner's limits allow the device has changed; heard before the first connection where there are any."""
+
+    allowed: Allowed
+
+
+@dataclass(frozen=True, slots=True)
 class Woken:
     pass
 
@@ -245,7 +261,7 @@ class Told:
     action: str
 
 
-Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | Evaluate | SetTimer | Note | Finished | Standing | Told
+Effect = Publish | Subscribe | Unsubscribe | Persist | Save | Drop | Train | Steer | Evaluate | SetTimer | Note | Finished | Standing | Told
 Event = (
     Connected
     | Disconnected
@@ -256,6 +272,7 @@ Event = (
     | Trained
     | TrainingFailed
     | DataChanged
+    | Limited
     | Evaluated
     | Woken
     | Standing

@@ -27,7 +27,7 @@ class Device:
     """What is known of one device, see records.Joined. `last_*` answer a repeated update.
 
     Rejections in a row lead to exclusion, and so does `declined`, until another boot. `uncut_density` is the density that it would have
-    with any memory: another start may find more of it.
+    with any memory and without limits of its owner (`limit_density`): another start may find more memory, and limits come and go.
     """
 
     install: str
@@ -47,6 +47,7 @@ class Device:
     first_density: float = 0.0
     step_s: float | None = None
     memory_density: float = 1.0
+    limit_density: float = 1.0
     bound_by: Bound = "link"
     uncut_density: float = 0.0
     uncut_by: Bound = "link"
@@ -57,13 +58,18 @@ class Device:
     def __post_init__(self) -> None:
         self.uncut_density = self.uncut_density or self.density  # logs and snapshots of before do not know it
 
+    @property
+    def ceiling(self) -> float:
+        """The largest density that memory and owner allow."""
+        return min(self.memory_density, self.limit_density)
+
     def set_density(self, density: float) -> None:
-        """It was raised, or round times have decided; what the memory has cut off is still to come."""
-        cut = density >= self.memory_density
+        """It was raised, or round times have decided; what memory and limits have cut off is still to come."""
+        cut = density >= self.ceiling
         self.density, self.uncut_density = density, max(density, self.uncut_density) if cut else density
 
-    def cut_to_memory(self) -> None:
-        """Another start may have other memory. Where it holds no level at all the density stays: there is no work for it."""
+    def cut_to_ceiling(self) -> None:
+        """Another start may have other memory, and limits change. Memory that holds no level leaves the density: it gets no work."""
         if self.memory_density > 0.0:
-            self.density = min(self.uncut_density, self.memory_density)
+            self.density = min(self.uncut_density, self.ceiling)
         self.bound_by = "memory" if self.memory_density < self.uncut_density else self.uncut_by

@@ -187,7 +187,7 @@ class Planner:
             progress,
             elapsed_s=elapsed_s - ledger.began_s,
             full_round_s={who: round_s for who, round_s in rounds if round_s is not None},
-            limits={who: limit for who in before if (limit := ledger.devices[who].memory_density) < 1.0},
+            limits={who: limit for who in before if (limit := ledger.devices[who].ceiling) < 1.0},
         )
         changed = {who: value for who, value in after.items() if value != before[who]}
         self._coordinator.commit(
@@ -318,11 +318,12 @@ class Planner:
     def _assign(self, who: str, version: int) -> None:
         ledger = self._ledger
         device, order = ledger.devices[who], ledger.published[version].order
+        self._keep_to_limit(who, device)
         level = ledger.level_of(self._density_now(who, device))
         every = ledger.task.restoration.full_model_every
         top = len(order.lengths) - 1
         dtype = self._dtype_now(device, ledger.density_of(level))
-        asks_full = bool(every) and level < top and device.memory_density >= 1.0 and device.rounds_since_full + 1 >= every
+        asks_full = bool(every) and level < top and device.ceiling >= 1.0 and device.rounds_since_full + 1 >= every
         deadline_s = max(ledger.task.fleet.min_deadline_s, 3 * self._predicted_round_s(who, version, level, dtype))
         self._coordinator.commit(
             records.Assigned(
@@ -341,6 +342,14 @@ class Planner:
             self._coordinator.broadcast.assignment(who, lease)
             self._coordinator.emit(Note("assigned", {"device": who, "version": version_of(version), "density": ledger.density_of(level)}))
 
+    def _keep_to_limit(self, who: str, device: Device) -> None:
+        """What its owner allows becomes a fact with the next assignment. A device that said nothing yet of its limits has the last ones."""
+        allowed = self._coordinator.roster.allowed(who)
+        if who in self._coordinator.telemetry and allowed != device.limit_density:
+            before = device.density
+            self._coordinator.commit(records.Limited(device=who, density=allowed))
+            self._coordinator.emit(Note("density limited", {"device": who, "density_from": before, "density": device.density}))
+
     def _density_now(self, who: str, device: Device) -> float:
         """FedGMR: what restoration has come to. PR-FL: the rule on normalised round times, never below restoration's floor."""
         if self._ledger.task.method.density != "relative":
@@ -351,7 +360,7 @@ class Planner:
         state = self._ledger.restoration
         raised = state.rho_min if state.rho_min > self._ledger.task.method.ladder[0] else 0.0
         wanted = density.relative_density(fastest_s, mean_s, max(state.minimum.get(who, 0.0), raised))
-        return min(wanted, device.memory_density)
+        return min(wanted, device.ceiling)
 
     def _dtype_now(self, device: Device, trains: float) -> WireDtype:
         """What the task says; by `auto`, more bits when the link has no more coordinates to carry. Rounds are measured with the fewest."""

@@ -12,6 +12,7 @@ HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
 COMPLAINT_S = 300.0  # a device that could not do its last work and got no other, or has none at all, says so this often
 TRY_AGAIN = "repair the data or the settings and start the agent again; only data that a source appends meanwhile are tried without"
+QUIET_S = 900.0  # a device that may not use its link speaks this often
 LEADER_SILENT_S = 60.0  # a leader beats every two seconds; after this long it may be gone, and another may not know of us
 
 
@@ -36,7 +37,7 @@ class Identity:
 class Meters:
     """What the runtime last measured, for telemetry and hello; the machine itself decides nothing by these.
 
-    step_s: of whatever was trained last; full_step_s: of the full model.
+    step_s: of whatever was trained last; full_step_s: of the full model. link, power: None while nobody measures it.
     """
 
     bytes_up: int = 0
@@ -45,13 +46,15 @@ class Meters:
     memory_bytes: int = 0
     step_s: float | None = None
     full_step_s: float | None = None
+    link: wire.LinkState | None = None
+    power: wire.PowerState | None = None
 
 
 @dataclass(slots=True)
 class Presence:
     """When the next hello and the next heartbeat are due (monotonic seconds, infinite: none is), and what they say.
 
-    `trouble` is why the last assignment could not be done, nothing once one could.
+    `trouble` is why the last assignment could not be done, nothing once one could. `quiet`: its link is not to be used.
     """
 
     identity: Identity
@@ -60,6 +63,7 @@ class Presence:
     hello_s: float = float("inf")
     beat_s: float = float("inf")
     trouble: str = ""
+    quiet: bool = False
     _complaint_s: float = 0.0
     _hello_wait_s: float = HELLO_FIRST_S
 
@@ -76,12 +80,19 @@ class Presence:
         self.beat_s = self.hello_s = float("inf")
 
     def beaten(self, now: float) -> None:
-        self.beat_s = now + self.heartbeat_s
+        self.beat_s = now + self._at_least(self.heartbeat_s)
+
+    def _at_least(self, wait_s: float) -> float:
+        return max(wait_s, QUIET_S) if self.quiet else wait_s
+
+    def hello_in(self, wait_s: float, now: float) -> None:
+        """Say hello again after so many seconds, unless the link is not to be used."""
+        self.hello_s = now + self._at_least(wait_s)
 
     def hear_heartbeat(self, heartbeat_s: float, now: float) -> None:
         """The coordinator says how often it wants to hear something."""
         self.heartbeat_s = heartbeat_s
-        self.beat_s = min(self.beat_s, now + heartbeat_s)
+        self.beat_s = min(self.beat_s, now + self._at_least(heartbeat_s))
 
     def at_work(self, now: float) -> None:
         """The device works for a coordinator that is heard of: no need for another hello unless that one falls silent."""
@@ -114,7 +125,7 @@ class Presence:
     def hello_soon(self, now: float) -> None:
         """There is another task, or none any more."""
         self._wait_anew(now)
-        self.hello_s = min(self.hello_s, now + HELLO_AGAIN_S)
+        self.hello_s = min(self.hello_s, now + self._at_least(HELLO_AGAIN_S))
 
     def hello(self, uplink_bps: float | None, now: float, *, again: bool) -> Publish:
         """again: repeat it, later and later, until there is something to do."""
@@ -130,7 +141,7 @@ class Presence:
             memory_bytes=me.memory_bytes,
             storage=me.storage,
         )
-        self.hello_s = now + (self._hello_wait_s if again else LEADER_SILENT_S)
+        self.hello_in(self._hello_wait_s if again else LEADER_SILENT_S, now)
         self._hello_wait_s = min(2 * self._hello_wait_s, HELLO_AGAIN_S)
         return Publish(topics.hello(me.name), wire.encode(message))
 
@@ -143,6 +154,7 @@ class Presence:
         uplink_bps: float | None,
         failed: str,
         pending: wire.Pending | None,
+        limit: wire.Limit | None,
     ) -> Publish:
         """failed: why the assignment is given up, or nothing; pending: the update whose receipt is asked for.
 
@@ -160,6 +172,9 @@ class Presence:
             step_s=self.meters.step_s,
             failed=(failed if assignment is not None else self.trouble)[:900],
             pending=pending,
+            link=self.meters.link,
+            power=self.meters.power,
+            limit=limit,
         )
         self.beaten(now)
         return Publish(names.telemetry(self.identity.name), wire.encode(message))

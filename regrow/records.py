@@ -65,6 +65,13 @@ class Assigned(Entry, frozen=True, kw_only=True):
     dtype: WireDtype | None = None
 
 
+class Limited(Entry, frozen=True, kw_only=True):
+    """The largest density that a device's owner allows now, which its next assignments keep to; 1.0: any. What it cuts off comes back."""
+
+    device: str
+    density: float
+
+
 class Accepted(Entry, frozen=True, kw_only=True):
     """An update that counts; the payload is the bytes that travelled."""
 
@@ -158,12 +165,13 @@ class RolledBack(Entry, frozen=True, kw_only=True):
 
 
 AnyEntry = Union[  # noqa: UP007 (3.10 evaluates it)
-    Led, Joined, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished, RolledBack
+    Led, Joined, Limited, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished, RolledBack
 ]
 KINDS: dict[str, type[Entry]] = {
     entry.__name__.lower(): entry
     for entry in (
-        Led, Joined, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished, RolledBack,
+        Led, Joined, Limited, Assigned, Accepted, Rejected, Released, Aggregated, Refreshed, Restored, Published, Retired, Finished,
+        RolledBack,
     )
 }  # fmt: skip
 

@@ -13,13 +13,13 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from regrow import density, records
+from regrow import density, records, wire
 from regrow.ledger import Ledger
 from regrow.member import Device
 from regrow.scoreboard import Scoreboard
 
 HEARTBEATS = 3
-_ABOUT_ONE = (records.Joined, records.Assigned, records.Accepted, records.Rejected, records.Released)
+_ABOUT_ONE = (records.Joined, records.Limited, records.Assigned, records.Accepted, records.Rejected, records.Released)
 
 
 class Tally:
@@ -122,6 +122,7 @@ class Roster:
         rounds: mean normalised round times, seconds, where densities follow from them (PR-FL).
         scores: what devices reported of the levels.
         resting: who gets no new work by order, and is not waited for.
+        limits: what devices last said of their owners' limits; one that leaves no level means rest as well.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -132,6 +133,7 @@ class Roster:
         self.outstanding: set[str] = set()
         self.overdue: set[str] = set()
         self.resting: frozenset[str] = frozenset()
+        self.limits: dict[str, wire.Limit] = {}
         self.deadlines, self.uplinks, self.transfers, self.live_transfers, self.rounds = Least(), Least(), Least(), Least(), Least()
         self.classes, self.densities, self.eligible, self.unready, self.leases = Tally(), Tally(), Tally(), Tally(), Tally()
         self._live_links, self._live_speeds = Ranked(), Ranked()
@@ -152,7 +154,7 @@ class Roster:
             elif isinstance(entry, records.Accepted):
                 self._arrived.append(entry.device)
             moved = isinstance(entry, records.Assigned) and self._ledger.task.method.density == "relative"
-            if moved or isinstance(entry, (records.Joined, records.Accepted)):
+            if moved or isinstance(entry, (records.Joined, records.Limited, records.Accepted)):
                 self.scores.look(entry.device)
         elif isinstance(entry, records.Aggregated):
             arrived, self._arrived = self._arrived, []
@@ -185,6 +187,24 @@ class Roster:
         """These get no new work from now on, and all others do."""
         before, self.resting = self.resting, resting
         self._look_at(sorted(before ^ resting))
+
+    def limit(self, who: str, limit: wire.Limit | None) -> None:
+        """A device has said what its owner allows, None: everything."""
+        if limit != self.limits.get(who):
+            if limit is None:
+                del self.limits[who]
+            else:
+                self.limits[who] = limit
+            self.look(who)
+
+    def allowed(self, who: str) -> float:
+        """The largest density whose share of the model the device's owner allows, 0.0 for none."""
+        limit = self.limits.get(who)
+        if limit is None:
+            return 1.0
+        order, most = self._ledger.order, (limit.density or 0.0) * (1 + 1e-6)
+        within = [level for level, length in enumerate(order.lengths) if length <= most * order.size]
+        return self._ledger.density_of(within[-1]) if within else 0.0
 
     def pass_time(self, now: float) -> None:
         """It is `now`: who was not heard of within three heartbeats is no longer live."""
@@ -224,10 +244,11 @@ class Roster:
             return
         live = who in self._heard_s
         eligible = not self.excluded(device)
-        working = live and eligible and who not in self.resting
+        resting = who in self.resting or (who in self.limits and self.allowed(who) == 0.0)
+        working = live and eligible and not resting
         method, lease = self._ledger.task.method, device.lease
         _member(self.idle, who, working and lease is None and who not in self._ledger.arrived)
-        _member(self.outstanding, who, live and lease is not None and who not in self.overdue and who not in self.resting)
+        _member(self.outstanding, who, live and lease is not None and who not in self.overdue and not resting)
         if lease is None:
             self.deadlines.put(who, None)
         self.leases.put(who, None if lease is None else lease.version)

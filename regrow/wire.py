@@ -215,7 +215,8 @@ class PowerState(msgspec.Struct, frozen=True, array_like=True):
 class Limit(msgspec.Struct, frozen=True, array_like=True):
     """A limit of the device's owner that makes it do less than it could, or nothing; in words.
 
-    seconds: until it may work again, None where it works, or does not know. density: the largest that its limits allow now, None: none.
+    density: the largest share of the model that it may train now; None: it rests. seconds: until it may work again, None where it works, or
+    nobody knows.
     """
 
     said: Text

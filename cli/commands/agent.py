@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, config_option, journal_mb, memory_mb, positive, threads_of
+from cli.arguments import Commands, add_command, config_option, journal_mb, memory_mb, not_negative, percent, positive, threads_of, whole
 from cli.commands.measure_power import meter_options
 
 
@@ -31,6 +32,7 @@ def add_parser(commands: Commands) -> None:
     agent.add_argument("--gap", type=int, default=0, metavar="N", help="samples between training and validation used for neither")
     agent.add_argument("--max-uplink-bps", type=positive, metavar="N", help="send at most this many bits a second")
     agent.add_argument("--max-downlink-bps", type=positive, metavar="N", help="take at most this many bits a second")
+    _limits(agent)
     threads = 'for training, at most; "auto": one for each core'
     agent.add_argument("--threads", type=threads_of, default=1, metavar="N", help=threads)
     tuning = "train in the default way always, and repeat to the bit; otherwise the fastest way on this board is found out between jobs"
@@ -51,3 +53,17 @@ def add_parser(commands: Commands) -> None:
     meter_options(agent)
     model = "power model of this board type (`regrow measure fit`): joules, marked as modelled, where no meter tells them"
     agent.add_argument("--power-model", type=Path, metavar="FILE", help=model)
+
+
+def _limits(agent: argparse.ArgumentParser) -> None:
+    """What the owner allows the device; docs/budgets.md."""
+    limits = agent.add_argument_group("limits of its owner")
+    limits.add_argument("--max-bytes-per-day", type=whole, metavar="N", help="send and receive at most this many bytes on a local day")
+    joules = "train no part of the model whose round takes more energy than this"
+    limits.add_argument("--max-joules-per-round", type=positive, metavar="J", help=joules)
+    limits.add_argument("--battery-floor", type=percent, metavar="PERCENT", help="begin nothing while the battery is below this")
+    limits.add_argument("--max-temperature", type=not_negative, metavar="C", help="let training stand still at this temperature and above")
+    limits.add_argument("--hours", metavar="FROM-UNTIL", help="work at these hours of the local day only: 22:00-06:00")
+    limits.add_argument("--unmetered-only", action="store_true", help="fetch and send over unmetered networks only")
+    metered = "interfaces that count as metered, and no others: wwan0,ppp0, or none (default: what NetworkManager says)"
+    limits.add_argument("--metered", metavar="NAMES", help=metered)

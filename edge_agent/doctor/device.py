@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.budgets import limits_in
 from edge_agent.doctor import training
 from edge_agent.doctor.certificates import certificate_check
 from edge_agent.doctor.checks import Check, Tell
@@ -99,6 +100,7 @@ def _common(subject: Subject, reference: Callable[[], float | None]) -> list[Che
         checks.append(certificate_check("tls.own", subject.identity / "device.crt", renewal))
         checks.append(certificate_check("tls.authority", subject.identity / "ca.crt", "the fleet needs another CA: docs/fleet.md"))
     checks.append(Check(("state.folder",), lambda tell: tell(state_folder(subject.state)), 10.0))
+    checks.append(Check(("limits",), lambda tell: tell(limits_in(subject.state))))
     return [*checks, *service_checks(UNIT, subject.root)]
 
 

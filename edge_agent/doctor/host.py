@@ -229,17 +229,22 @@ def memory(root: Path, tell: Tell) -> None:
 # ---- heat and power ----------------------------------------------------------------------------------------------------------------
 
 
-def temperature(root: Path) -> Finding:
-    """The hottest of the thermal zones."""
+def hottest(root: Path) -> tuple[str, float] | None:
+    """(name, degrees Celsius) of the hottest of the thermal zones; None where none can be read."""
     with closing(Zones(root)) as zones:
-        found = zones.celsius()
-    if not found:
+        return max(zones.celsius().items(), key=lambda zone: zone[1], default=None)
+
+
+def temperature(root: Path) -> Finding:
+    """Whether the hottest of the thermal zones is too hot."""
+    found = hottest(root)
+    if found is None:
         return Finding("temperature", "unknown", "no thermal zone can be read")
-    where = max(found, key=lambda zone: found[zone])
-    said = f"{found[where]:.0f} C at {where}"
-    if found[where] < HOT_C:
+    where, celsius = found
+    said = f"{celsius:.0f} C at {where}"
+    if celsius < HOT_C:
         return Finding("temperature", "ok", said)
-    return Finding("temperature", "fail" if found[where] >= TOO_HOT_C else "warn", said, "a heat sink, a fan, shade, or fewer --threads")
+    return Finding("temperature", "fail" if celsius >= TOO_HOT_C else "warn", said, "a heat sink, a fan, shade, or fewer --threads")
 
 
 def throttling(root: Path) -> Finding:

@@ -11,6 +11,7 @@ import pytest
 
 from regrow import device as module
 from regrow import topics, values, wire
+from regrow.budget import Allowed
 from regrow.device import TRANSITIONS, Device, Phase
 from regrow.machine import (
     Acknowledged,
@@ -18,6 +19,7 @@ from regrow.machine import (
     DataChanged,
     Disconnected,
     Event,
+    Limited,
     Measured,
     Note,
     Persisted,
@@ -77,6 +79,7 @@ def events_for(world: Tape, name: str) -> dict[Any, Event]:
         Acknowledged(token, 0.0, 0.0, 1),
         Persisted(device._save_id),
         Told("pause"),
+        Limited(Allowed(train=False, said="hours: not now")),
     ]
     plain += [Trained(-1, np.zeros(1, np.float32), 1, 0.0, 0.0, ()), TrainingFailed(-1, "x")]
     return {

@@ -1,0 +1,404 @@
+"""The limits of this device's owner at work: reads the sensors, keeps count of what was used, and says when what is allowed changes.
+
+The count outlives every restart. While the agent runs it is written ahead, a hundredth of the day's bytes at a time, so that after a power
+cut it is too high by that at most and never too low; an orderly end writes it as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import psutil
+
+from edge_agent.doctor.host import EARLIEST_YEAR, hottest, said_by
+from edge_agent.state import StateFolder, content_of
+from regrow.broker_url import parse_broker_url
+from regrow.budget import JOULES, Allowed, Budget, Hours, Seen, Used, judge
+from regrow.errors import LocalError, UsageError
+from regrow.findings import Finding
+from regrow.observations import PhaseSeen, Row
+
+log = logging.getLogger(__name__)
+BUDGET = "budget"
+LOOK_S = 1.0
+SENSORS_S = 5.0
+STALE_S = 60.0  # a sensor that has said nothing for so long is unknown
+LEAST_AHEAD_BYTES = 16 * 1024
+NOTICED_S = 5.0  # a time that moves by less is the same
+SETTLE_S = 5.0  # after its receipt, what a round took is still being added up
+ROUNDS_KEPT = 16
+_MANAGER = "org.freedesktop.NetworkManager"
+_METERED = {"1": True, "2": False, "3": True, "4": False}  # NMMetered: yes, no, and the same guessed
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the sensors said: percent, degrees Celsius, whether the network is metered. None is unknown."""
+
+    battery: float | None = None
+    temperature_c: float | None = None
+    metered: bool | None = None
+
+
+class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The state file: JSON. `limits`, `said`: for people, what is set and what holds."""
+
+    day: Annotated[str, msgspec.Meta(pattern=r"^([0-9]{4}-[0-9]{2}-[0-9]{2})?\Z")]
+    counted_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+    sent_received_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**60)]
+    run: str
+    joules: dict[str, Annotated[float, msgspec.Meta(ge=0, le=1e15)]]
+    limits: str
+    said: str
+
+
+# ---- sensors -----------------------------------------------------------------------------------------------------------------------
+
+
+def battery_percent(root: Path = Path("/")) -> float | None:
+    """Charge of the emptiest battery that feeds this machine, percent; None without one, or where none says it."""
+    found = []
+    for supply in sorted((root / "sys/class/power_supply").glob("*")):
+        kind, scope, charge = (_word(supply / name) for name in ("type", "scope", "capacity"))
+        if kind == "Battery" and scope != "Device" and re.fullmatch(r"[0-9]{1,3}", charge, re.ASCII) and int(charge) <= 100:
+            found.append(float(charge))
+    return min(found, default=None)
+
+
+def _word(file: Path) -> str:
+    """The text of a small file; "" where there is none, or it cannot be read now."""
+    try:
+        return file.read_bytes()[:64].decode("ascii", "replace").strip()
+    except OSError:
+        return ""
+
+
+def is_metered(broker: str, interfaces: frozenset[str] | None, ask: Callable[..., str] = said_by) -> bool | None:
+    """Whether the network that leads to the broker is paid by the byte; None where nobody says so.
+
+    Args:
+        interfaces: those that the owner counts as metered, and no other; None: NetworkManager is asked.
+        ask: runs a command and returns what it prints.
+    """
+    interface = interface_to(broker)
+    if interface is None:
+        return None
+    if interfaces is not None:
+        return interface in interfaces
+    if interface == "lo":
+        return False
+    manager = "/" + _MANAGER.replace(".", "/")
+    device = re.fullmatch(
+        r'o "(/[A-Za-z0-9_/]+)"', ask("busctl", "call", _MANAGER, manager, _MANAGER, "GetDeviceByIpIface", "s", interface).strip()
+    )
+    if device is None:
+        return None
+    return _METERED.get(ask("busctl", "get-property", _MANAGER, device[1], f"{_MANAGER}.Device", "Metered").strip().removeprefix("u "))
+
+
+def interface_to(broker: str) -> str | None:
+    """The interface that packets to this broker leave by; None without a route, or a name without an address."""
+    address = parse_broker_url(broker, of_device=True)
+    with suppress(OSError):
+        for family, kind, protocol, _, place in socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(place)  # sends nothing
+                own = probe.getsockname()[0]
+            for name, addresses in psutil.net_if_addrs().items():
+                if own in {each.address.partition("%")[0] for each in addresses}:
+                    return str(name)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Sensors:
+    """What the limits of this device need to know, and no more.
+
+    Args:
+        broker: its URL.
+        metered: interfaces that the owner counts as metered; None: NetworkManager is asked.
+        root: below which sys lies.
+    """
+
+    budget: Budget
+    broker: str
+    metered: frozenset[str] | None = None
+    root: Path = Path("/")
+    ask: Callable[..., str] = said_by
+
+    def read(self) -> Reading:
+        """What they say now; may take seconds."""
+        hot = hottest(self.root) if self.budget.max_temperature_c is not None else None
+        return Reading(
+            battery_percent(self.root) if self.budget.battery_floor is not None else None,
+            None if hot is None else hot[1],
+            is_metered(self.broker, self.metered, self.ask) if self.budget.unmetered_only else None,
+        )
+
+    def check(self) -> None:
+        """See that every limit can be judged here.
+
+        Raises:
+            LocalError: one cannot.
+        """
+        budget = self.budget
+        if budget.battery_floor is not None and battery_percent(self.root) is None:
+            raise LocalError("--battery-floor: no battery can be read in /sys/class/power_supply; leave the option out here")
+        if budget.max_temperature_c is not None and hottest(self.root) is None:
+            raise LocalError("--max-temperature: no thermal zone can be read in /sys/class/thermal; leave the option out here")
+        asked = ("busctl", "get-property", _MANAGER, "/" + _MANAGER.replace(".", "/"), _MANAGER, "Version")
+        if budget.unmetered_only and self.metered is None and not self.ask(*asked).startswith("s "):
+            raise LocalError(
+                "--unmetered-only: NetworkManager does not answer here, so nobody says which network is metered; "
+                "name the interfaces that are, --metered wwan0, or --metered none"
+            )
+
+
+class InBackground:
+    """The latest reading of slow sensors, taken again and again by a thread that ends with the process.
+
+    Args:
+        read: takes one; the first is waited for.
+    """
+
+    def __init__(self, read: Callable[[], Reading]) -> None:
+        self._read = read
+        self._latest = (time.monotonic(), read())
+        threading.Thread(target=self._go_on, name="sensors", daemon=True).start()
+
+    def __call__(self) -> Reading:
+        at_s, reading = self._latest
+        return reading if time.monotonic() - at_s < STALE_S else Reading()
+
+    def _go_on(self) -> None:
+        while True:
+            time.sleep(SENSORS_S)
+            reading = self._read()
+            self._latest = (time.monotonic(), reading)
+
+
+class RoundJoules:
+    """Joules of whole rounds, by the number of their assignment: the sum of their phases, measured or modelled. From any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sums: dict[int, float | None] = {}
+
+    def add(self, row: Row) -> None:
+        """A row of what the device observes of itself; of a phase without joules the whole round's are unknown."""
+        if not isinstance(row, PhaseSeen) or row.number == 0:
+            return
+        with self._lock:
+            before = self._sums.pop(row.number, 0.0)
+            self._sums[row.number] = None if before is None or row.joules is None else before + row.joules
+            for number in list(self._sums)[:-ROUNDS_KEPT]:
+                del self._sums[number]
+
+    def of(self, number: int) -> float | None:
+        """What the round took so far; None where nobody knows."""
+        with self._lock:
+            return self._sums.get(number)
+
+
+# ---- the limits --------------------------------------------------------------------------------------------------------------------
+
+
+def budget_of(
+    *,
+    max_bytes_per_day: int | None,
+    max_joules_per_round: float | None,
+    battery_floor: float | None,
+    max_temperature: float | None,
+    hours: str | None,
+    unmetered_only: bool,
+) -> Budget:
+    """The limits that the agent's options say.
+
+    Raises:
+        UsageError: one is out of range.
+    """
+    try:
+        stretch = None if hours is None else Hours.parse(hours)
+        return Budget(max_bytes_per_day, max_joules_per_round, battery_floor, max_temperature, stretch, unmetered_only)
+    except LocalError as error:
+        said = str(error)
+        raise UsageError(said if said.startswith("--") else f"--hours {said.removeprefix('hours ')}") from error
+
+
+def in_words(budget: Budget) -> str:
+    """What is set, for people; "" where nothing is."""
+    said = {
+        "{} bytes a day": budget.bytes_per_day,
+        "{:g} J a round": budget.joules_per_round,
+        "battery from {:g} %": budget.battery_floor,
+        "below {:g} C": budget.max_temperature_c,
+        "from {}": budget.hours,
+        "unmetered networks only": budget.unmetered_only or None,
+    }
+    return ", ".join(words.format(value) for words, value in said.items() if value is not None)
+
+
+class Budgets:
+    """One agent's limits.
+
+    Args:
+        budget: what is set.
+        folder: where the count is kept; the agent's.
+        read: the sensors, quickly.
+        joules: of this device's rounds; None: nothing measures or models them.
+        clock: unix seconds.
+
+    Raises:
+        LocalError: there is a limit of joules, and nothing that knows them.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        folder: StateFolder,
+        read: Callable[[], Reading],
+        *,
+        joules: RoundJoules | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if budget.joules_per_round is not None and joules is None:
+            raise LocalError(
+                "--max-joules-per-round: nothing here measures energy, and no model of this board is known; "
+                "attach a meter (`regrow doctor` says what was found), or leave the option out"
+            )
+        self.budget = budget
+        self.allowed = Allowed()
+        self.used = self._load(folder)
+        self._folder, self._read, self._joules, self._clock = folder, read, joules, clock
+        limit = budget.bytes_per_day
+        self._ahead_bytes = None if limit is None else max(limit // 100, LEAST_AHEAD_BYTES)
+        self._written_bytes = self.used.sent_received_bytes  # of the day, what the folder says was used
+        self._rounds: list[tuple[float, str, int, float]] = []  # (when it was over, run, number, share) of those to be added up
+        self._total_bytes = 0
+        self._looked_s: float | None = None
+
+    @staticmethod
+    def _load(folder: StateFolder) -> Used:
+        data = folder.get(BUDGET)
+        if data is None:
+            return Used()
+        try:
+            saved = msgspec.json.decode(data, type=Saved)
+            joules = {float(share): value for share, value in saved.joules.items()}
+        except (msgspec.DecodeError, ValueError) as error:
+            log.warning("set aside what was used of the limits, which counts from 0: %s", error)
+            return Used()
+        return Used(saved.day, saved.counted_s, saved.sent_received_bytes, saved.run, joules)
+
+    def look(self, now: float, total_bytes: int) -> Allowed | None:
+        """What is allowed from now on, where that has changed; None where not, or when the last look was less than a second ago.
+
+        Args:
+            now: monotonic seconds.
+            total_bytes: sent and received since this process began.
+        """
+        if self._looked_s is not None and now - self._looked_s < LOOK_S:
+            return None
+        first, passed_s = self._looked_s is None, 0.0 if self._looked_s is None else now - self._looked_s
+        self._looked_s = now
+        self._count(passed_s, total_bytes)
+        self._add_rounds(now - SETTLE_S)
+        allowed = judge(self.budget, self._seen(), self.used, self.allowed, now)
+        before, self.allowed = self.allowed, allowed
+        if allowed.names != before.names or first:
+            self._keep()
+        return allowed if first or not _same(before, allowed) else None
+
+    def round_done(self, run: str, number: int, share: float, now: float) -> None:
+        """The round of assignment `number` of this run is over at monotonic `now`, and trained this share of the model."""
+        self._rounds.append((now, run, number, share))
+
+    def _add_rounds(self, over_s: float) -> None:
+        """Look at what the rounds took that were over by then."""
+        while self._rounds and self._rounds[0][0] <= over_s:
+            _, run, number, share = self._rounds.pop(0)
+            if self.budget.joules_per_round is None or self._joules is None:
+                continue
+            joules = self._joules.of(number)
+            self.used = self.used.round_done(run, share, joules)
+            if joules is None:
+                log.warning("%s: nobody knows what the round of assignment %d took", JOULES, number)
+            self._keep()
+
+    def close(self) -> None:
+        """Write what was used as it is."""
+        self._add_rounds(math.inf)
+        self._written_bytes = self.used.sent_received_bytes
+        self._write()
+
+    def _count(self, passed_s: float, total_bytes: int) -> None:
+        more, self._total_bytes = total_bytes - self._total_bytes, total_bytes
+        day = self.used.day
+        self.used = self.used.at(_day(self._clock()), passed_s, more)
+        if self.used.day != day:
+            self._written_bytes = -1
+        if self._ahead_bytes is not None and self.used.sent_received_bytes > self._written_bytes:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Write ahead, unless what was written is still more than what was used."""
+        if self.used.sent_received_bytes > self._written_bytes:
+            self._written_bytes = self.used.sent_received_bytes + (self._ahead_bytes or 0)
+        self._write()
+
+    def _seen(self) -> Seen:
+        now_s, reading = self._clock(), self._read()
+        local = time.localtime(now_s)
+        is_set = local.tm_year >= EARLIEST_YEAR
+        minute = local.tm_hour * 60 + local.tm_min + local.tm_sec / 60
+        tomorrow_s = time.mktime((local.tm_year, local.tm_mon, local.tm_mday + 1, 0, 0, 0, 0, 0, -1))
+        return Seen(minute if is_set else None, max(tomorrow_s - now_s, 0.0), reading.battery, reading.temperature_c, reading.metered)
+
+    def _write(self) -> None:
+        used = self.used
+        joules = {str(share): joules for share, joules in (used.joules or {}).items()}
+        said = (in_words(self.budget), self.allowed.said)
+        self._folder.put(BUDGET, msgspec.json.encode(Saved(used.day, used.counted_s, self._written_bytes, used.run, joules, *said)))
+
+
+def limits_in(folder: Path) -> Finding:
+    """What the owner's limits are and what holds now, as the agent with this state folder last wrote it."""
+    try:
+        data = content_of((folder / BUDGET).read_bytes())
+        saved = None if data is None else msgspec.json.decode(data, type=Saved)
+    except FileNotFoundError:
+        return Finding("limits", "ok", "none is set")
+    except OSError as error:
+        return Finding("limits", "unknown", f"{error.strerror}: {folder / BUDGET}", "ask as root, or as the user of the service")
+    except (msgspec.DecodeError, ValueError):
+        saved = None
+    if saved is None:
+        return Finding("limits", "warn", f"{folder / BUDGET} is damaged", "the agent counts from 0 at its next start")
+    used = f"; {saved.sent_received_bytes} bytes on {saved.day}" if saved.day else ""
+    if saved.said:
+        return Finding("limits", "warn", f"{saved.said} (set: {saved.limits}{used})", "it works again by itself; docs/budgets.md says when")
+    return Finding("limits", "ok", f"none holds (set: {saved.limits}{used})")
+
+
+def _day(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(unix_s))
+
+
+def _same(one: Allowed, other: Allowed) -> bool:
+    """Whether nobody need hear of the difference: the times of both are found anew with every look."""
+    moved = [
+        abs(a - b) > NOTICED_S if a is not None and b is not None and a != b else a != b
+        for a, b in ((one.until_s, other.until_s), (one.day_end_s, other.day_end_s))
+    ]
+    return not any(moved) and replace(one, until_s=None, day_end_s=0.0) == replace(other, until_s=None, day_end_s=0.0)
