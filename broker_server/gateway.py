@@ -48,6 +48,7 @@ from regrow.watchdog import Progress
 
 if TYPE_CHECKING:
     from broker_server.fleet.sealing import Sealing
+    from broker_server.instructions import Instructions
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -153,6 +154,7 @@ class Gateway:
         companions: what else this process says to devices, such as the herald of the task's promoted models.
         sealing: of a fleet with keys; without, messages travel bare. Closed here.
         vitals: what looks whether it gets anywhere.
+        instructions: what a person has told the run.
     """
 
     def __init__(
@@ -167,8 +169,10 @@ class Gateway:
         companions: Sequence[Companion] = (),
         sealing: Sealing | None = None,
         vitals: Vitals | None = None,
+        instructions: Instructions | None = None,
     ) -> None:
         self.coordinator, self.store = coordinator, store
+        self._instructions = instructions
         self._vitals = vitals or Vitals(store.path)
         self._on_note: Callable[[Note], None] = lambda _: None
         self._housekeeping: Callable[[], str | None] = lambda: None
@@ -194,9 +198,18 @@ class Gateway:
         """Whether the broker is there."""
         return self._bus.connected
 
+    @property
+    def paused(self) -> bool:
+        """Whether a person has told the run to give out no new work."""
+        return self._instructions is not None and self._instructions.told.paused
+
     def stop(self) -> None:
         """End `run` soon; from any thread or a signal handler."""
         self._events.put(None)
+
+    def nudge(self) -> None:
+        """Let the coordinator look now at what it has to do: new instructions have come; from any thread."""
+        self._events.put(Woken())
 
     def run(self, *, on_note: Callable[[Note], None] = lambda _: None, housekeeping: Callable[[], str | None] = lambda: None) -> str:
         """Serve. Returns why it ended; "" when it was stopped and the run can go on later.
@@ -235,7 +248,9 @@ class Gateway:
 
     def _take(self, event: Event) -> None:
         self._tell_of_outages(event)
-        self._perform(self.coordinator.step(event, time.monotonic()))
+        told = self._instructions
+        for heard in (event,) if told is None else told.before(event, self.coordinator.ledger.devices):
+            self._perform(self.coordinator.step(heard, time.monotonic()))
         self._accompany(event)
         self._snapshot_if_due()
 

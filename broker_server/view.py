@@ -67,7 +67,7 @@ class FleetView:
                     row.fields["phase"] = PHASE_AFTER[note.kind]
             if note.kind == "aggregated":
                 self._run.update(note.fields)
-            said = _in_words(note)
+            said = in_words(note)
             if said:
                 self._events = [*self._events, said][-4:]
 
@@ -142,7 +142,8 @@ def _bytes(count: float) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def _in_words(note: Note) -> str:
+def in_words(note: Note) -> str:
+    """What a note says to people; nothing for one that is not worth a line."""
     fields = note.fields
     words = {
         "restored": "{device} regrows from {density_from:g} to {density:g}",

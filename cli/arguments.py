@@ -84,6 +84,22 @@ def port(text: str) -> int:
     return int(text)
 
 
+def page_address(text: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT; 0 is a free port."""
+    host, colon, number = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or (":" in bare) != (bare != host):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, 127.0.0.1:8080 for example, nor off")
+    return bare, port(number)
+
+
+def page_place(text: str) -> str:
+    """HOST:PORT, or off."""
+    if text != "off":
+        page_address(text)
+    return text
+
+
 def count(text: str) -> int:
     """A whole number above 0."""
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 10**9):

@@ -21,8 +21,9 @@ from broker_server.fleet.sealing import Sealing
 from broker_server.gateway import Companion, Gateway
 from broker_server.herald import herald_of
 from broker_server.inquiry import inquirer_of
+from broker_server.instructions import Instructions, as_told
 from broker_server.observations import recorder_of
-from broker_server.promotions import Promotions
+from broker_server.promotions import Promotions, use_of
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, load_task, newest_unfinished, read_task, recover
 from broker_server.shelf import MappedShelf
@@ -35,6 +36,7 @@ from cli.access import password_in
 from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
 from cli.fleet_doors import Doors, OpenFleet, open_fleet
+from cli.page import instructions_of, page_of
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.inference import Inference
@@ -279,6 +281,8 @@ def serve_run(options: argparse.Namespace, path: Path, link: Link, on_note: Call
         ledger = recover(store, folder, MappedShelf(store.path, 4 * folder.layout.size))
         if ledger.finished:
             raise LocalError(f"{path} is finished ({ledger.finished}); serve the task folder for another, or return with `regrow rollback`")
+        instructions = instructions_of(options, path)
+        ledger.task = as_told(ledger.task, instructions.told)
         coordinator = Coordinator(ledger, path.name, folder.programs, secrets.randbits(31), takeover=options.takeover)
         evaluate = evaluator(folder) if folder.task.evaluation.data is not None else None
         companions = [*link.companions, *(companion for companion in (herald, inquirer, *recording) if companion is not None)]
@@ -292,8 +296,9 @@ def serve_run(options: argparse.Namespace, path: Path, link: Link, on_note: Call
             companions=companions,
             sealing=link.sealing(f"serve-{path.name}"),
             vitals=Vitals(path, version(), watchdog_of()),
+            instructions=instructions,
         )
-        reason = _serve(options, gateway, path, folder, link, on_note)
+        reason = _serve(options, gateway, path, folder, link, instructions, on_note)
         finish(store, path, folder, ledger)
         if reason and not ledger.finished:
             raise LocalError(reason)
@@ -359,12 +364,21 @@ def _keeper(broker: Broker, home: Path) -> Callable[[], str | None]:
 
 
 def _serve(
-    options: argparse.Namespace, gateway: Gateway, path: Path, folder: TaskFolder, link: Link, on_note: Callable[[Note], None] | None
+    options: argparse.Namespace,
+    gateway: Gateway,
+    path: Path,
+    folder: TaskFolder,
+    link: Link,
+    instructions: Instructions,
+    on_note: Callable[[Note], None] | None,
 ) -> str:
     stop_at_signals(gateway.stop, "stopping: writing the model and the metrics")
     print(f"run {path}", flush=True)
-    view = None if options.plain or on_note is not None else FleetView(path.name, folder.task.stop.seconds)
-    with _measured(options, gateway, link, on_note or (_print_note if view is None else view.note)) as (note, keep):
+    view = None if options.plain or on_note is not None else FleetView(path.name, gateway.coordinator.ledger.task.stop.seconds)
+    with (
+        _measured(options, gateway, link, on_note or (_print_note if view is None else view.note)) as callbacks,
+        page_of(options, gateway, callbacks, instructions, path, folder.task) as (note, keep),
+    ):
 
         def work() -> str:
             return gateway.run(on_note=note, housekeeping=keep)

@@ -18,6 +18,8 @@ COMMANDS = {
     "demo": "cli.commands.demo",
     "task": "cli.commands.task",
     "serve": "cli.commands.serve",
+    "page": "cli.commands.page",
+    "top": "cli.commands.top",
     "promote": "cli.commands.promote",
     "device": "cli.commands.device",
     "fleet": "cli.commands.fleet",

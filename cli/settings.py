@@ -62,6 +62,7 @@ def parse(top: argparse.ArgumentParser, name: str | None, words: Sequence[str], 
     if command is None or not _configurable(command) or {"-h", "--help"} & set(words):
         return top.parse_args(words)
     options, settings = gather(top, command, words, known)
+    options.in_force = [(setting.name, setting.text, setting.source) for setting in settings]  # for the gateway's page
     missing = [setting.name for setting in settings if setting.source == "needed"]
     if missing:
         alone = [group for group in command._mutually_exclusive_groups if missing[0] in {action.dest for action in group._group_actions}]

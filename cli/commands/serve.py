@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from cli.arguments import FOR_ONE_START, Commands, add_command, broker_options, config_option, journal_mb, port, runs_option
+from cli.arguments import FOR_ONE_START, Commands, add_command, broker_options, config_option, journal_mb, page_place, port, runs_option
 
 
 def add_parser(commands: Commands) -> None:
@@ -26,7 +27,11 @@ def add_parser(commands: Commands) -> None:
     serve.add_argument("--no-observations", action="store_true", help="store no observations of devices, and announce no field runs")
     most = "10^6 bytes that the observations of all devices may take (RUNS/.gateway/observations.sqlite)"
     serve.add_argument("--observations-mb", type=journal_mb, default=4000.0, metavar="N", help=most)
+    page = "where the page is shown, or off; another free port is taken when this one is in use. Beyond this machine it asks for its token"
+    serve.add_argument("--page", type=page_place, default="127.0.0.1:8080", metavar="HOST:PORT", help=f"{page} (default: %(default)s)")
     once = serve.add_argument_group(FOR_ONE_START)
     once.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
     once.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")
     once.add_argument("--takeover", action="store_true", help="lead even if another coordinator is alive")
+    once.add_argument("--no-page", dest="page", action="store_const", const="off", default=argparse.SUPPRESS, help="as --page off")
+    once.add_argument("--paused", action="store_true", help="give out no work until somebody presses Start on the page")
