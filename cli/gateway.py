@@ -37,7 +37,7 @@ from broker_server.vitals import Vitals
 from cli.access import password_in
 from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
-from cli.fleet_doors import Doors, OpenFleet, open_fleet
+from cli.fleet_doors import Doors, OpenFleet, check_ports, open_fleet
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.inference import Inference
@@ -211,6 +211,7 @@ class Link:
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     """The broker that the options name, or one of our own, started. resuming: what it is for waits for a broker that is away."""
     fleet = _fleet_of(options, own_fleet(home.parent))
+    check_ports(options, fleet)
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
         address = parse_broker_url(url)
