@@ -20,12 +20,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
 
-from broker_server.durable import sync_folder
+from broker_server.durable import disk_failed, sync_folder
 from regrow.errors import LocalError, UsageError
 
 FORMAT = 1
@@ -72,8 +72,7 @@ def write_backup(runs: Path, file: Path, fleet: Path | None = None) -> tuple[Hea
         raise UsageError(f"{file} is there already: choose another name")
     if file.resolve().is_relative_to(runs.resolve()):
         raise UsageError(f"{file} would be a part of itself: put it outside {runs}")
-    stage = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
-    try:
+    with _staging(file) as stage:
         _stage(runs, stage / RUNS)
         if fleet is not None and not fleet.resolve().is_relative_to(runs.resolve()):
             _stage(fleet, stage / RUNS / FLEET)
@@ -83,9 +82,21 @@ def write_backup(runs: Path, file: Path, fleet: Path | None = None) -> tuple[Hea
         contents = _pack(stage, packed, head)
         packed.rename(file)
         sync_folder(file.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return head, contents
+
+
+@contextmanager
+def _staging(file: Path) -> Iterator[Path]:
+    """A folder beside the file for what will be in it, gone when the block ends."""
+    stage = None
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
+        yield stage
+    except OSError as error:
+        raise disk_failed(f"{file} was not written, which takes twice its size meanwhile", error, file.parent) from error
+    finally:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _started(run: Path) -> int:
@@ -143,7 +154,7 @@ def _copy_database(database: Path, target: Path) -> None:
                 said = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
                 named = [row[0] for row in copy.execute("SELECT file FROM snapshots")] if database.name == "log.sqlite" else []
         except sqlite3.Error as error:
-            raise LocalError(f"{database} cannot be backed up: {error}") from error
+            raise LocalError(f"{database} cannot be backed up: {error}; is there space for a copy at {target.parents[1]}?") from error
         if said != "ok":
             raise LocalError(f"{database} is damaged ({said}): restore an older backup, or move the run away")
         target.chmod(stat.S_IMODE(database.stat().st_mode))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
+
+from regrow.errors import LocalError
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -17,10 +20,23 @@ def write_private(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except OSError:
+    except OSError as error:
         aside.unlink(missing_ok=True)
+        error.filename = str(path)  # a write that fails for want of space names nothing
         raise
     sync_folder(path.parent)
+
+
+def disk_failed(what: str, error: OSError, place: Path) -> LocalError:
+    """What to raise where a disk failed: the system names no file for a full one, and of a copy the source.
+
+    Args:
+        what: was to be done.
+        place: where it was written.
+    """
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cure = f"free space at {place}" if full else "check the path, its owner and the disk"
+    return LocalError(f"{what}: {error.strerror or error} ({place if full else error.filename or place}); {cure}")
 
 
 def sync_folder(folder: Path) -> None:

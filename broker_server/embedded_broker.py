@@ -131,7 +131,7 @@ class Broker(AmqttBroker):  # type: ignore[misc]  # amqtt is untyped
         super().__init__(BrokerConfig(listeners=listeners, plugins={}))
         self._registry = None if door is None else door[2]
         self._door_context: ssl.SSLContext | None = None
-        self._registry_stamp: tuple[int, int] | None = None
+        self._registry_stamp: tuple[int, ...] | None = None
         self._serials: dict[str, set[str]] = {}
         self._subscriptions = _Quiet()
         self._users = users

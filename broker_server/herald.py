@@ -15,7 +15,7 @@ from broker_server.promotions import Promotions, SignOff, in_words
 from broker_server.queueing import Queueing
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError
-from regrow.machine import Acknowledged, Connected, Disconnected, Effect, Event, Note, Received, Subscribe
+from regrow.machine import Connected, Effect, Event, Note, Received, Subscribe
 from regrow.publication import PIECE_BYTES
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ class Herald:
 
     def __init__(self, promotions: Promotions) -> None:
         self._promotions = promotions
-        self._connected = False
         self._number = -1  # of the decision that is published or being published on this connection
         self._current: dict[str, bytes] = {}
         self._queue = Queueing(_FIRST_TOKEN)
@@ -43,20 +42,16 @@ class Herald:
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:
         """Take an event in, or None for the time alone. leads: this process may speak for the task."""
         effects: list[Effect] = []
+        self._queue.heed(event)
         if isinstance(event, Connected):
-            self._connected, self._number, self._look_s = True, -1, now
+            self._number, self._look_s = -1, now
             effects.append(Subscribe((topics.promotion_report("+", self._promotions.task),)))
-        elif isinstance(event, Disconnected):
-            self._connected = False
-            self._queue.clear()
-        elif isinstance(event, Acknowledged):
-            self._queue.acknowledged(event.token)
         elif isinstance(event, Received):
             self._hear(event)
         if now >= self._look_s:
             self._look_s = now + LOOK_S
             effects += self._notes()
-            if self._connected and leads and self._promotions.newest_number() != max(self._number, 0):
+            if self._queue.connected and leads and self._promotions.newest_number() != max(self._number, 0):
                 self._begin()
         return [*effects, *self._queue.send()]
 

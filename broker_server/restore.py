@@ -28,7 +28,7 @@ from typing import BinaryIO
 import msgspec
 
 from broker_server.backup import FORMAT, HEAD, LIST, RUNS, Contents, Head
-from broker_server.durable import sync_folder
+from broker_server.durable import disk_failed, sync_folder
 from broker_server.run_files import take_lock
 from broker_server.store import Store
 from regrow import records
@@ -70,6 +70,8 @@ def restore_backup(file: Path, runs: Path, *, replace: bool = False) -> tuple[He
                 _leap(log.parent)
             _sync(stage / RUNS)
             return head, contents, _put_in_place(stage / RUNS, runs, there)
+        except OSError as error:
+            raise disk_failed(f"{file} was not restored, and nothing has changed", error, runs.parent) from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 GATEWAY_HOME = ".gateway"
+TRIAL_MOST_MINUTES = 10_080  # regrow.release.Manifest.trial_minutes
 MEMORY_MOST_BYTES = 2**53  # that a hello can say
 FOR_ONE_START = "for this start only"  # options that no file and no variable may say for ever (cli.settings)
 
@@ -17,7 +18,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults behind the options that have one worth telling."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default in (None, False)
+        plain = action.default in (None, False, "", [])
         return action.help if plain else super()._get_help_string(action)
 
 
@@ -58,7 +59,7 @@ def broker_options(command: argparse.ArgumentParser) -> None:
         "--host", metavar="ADDRESS", help="that our broker listens on (default: this machine's only; with a fleet, all, for its devices)"
     )
     command.add_argument("--port", type=port, default=1883, help="port of our broker; 0 picks a free one")
-    fleet_option(command, "made by `regrow fleet init` (default: RUNS/.gateway/fleet, where there is one)")
+    fleet_option(command, ", made by `regrow fleet init` (default: RUNS/.gateway/fleet, where there is one)")
     command.add_argument("--tls-port", type=port, metavar="N", help="port of our broker for the fleet's devices (default: the fleet's)")
     passwords = "with a fleet: TLS by its certificate, but devices with passwords, and nothing sealed; for the bench, on amqtt"
     command.add_argument("--passwords", action="store_true", help=passwords)
@@ -66,7 +67,7 @@ def broker_options(command: argparse.ArgumentParser) -> None:
 
 def fleet_option(command: argparse.ArgumentParser, text: str) -> None:
     """Add --fleet."""
-    command.add_argument("--fleet", type=Path, metavar="DIR", help=f"folder of the fleet, {text}")
+    command.add_argument("--fleet", type=Path, metavar="DIR", help=f"folder of the fleet{text}")
 
 
 def own_fleet(runs: Path) -> Path:
@@ -166,6 +167,22 @@ def percent(text: str) -> float:
     value = not_negative(text)
     if value > 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 100")
+    return value
+
+
+def days(text: str) -> float:
+    """A time in days, of ten years at most."""
+    value = positive(text)
+    if value > 3650:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days above 0 and up to 3650")
+    return value
+
+
+def trial_minutes(text: str) -> float:
+    """A time in minutes, of a week at most, as a release can say."""
+    value = positive(text)
+    if value > TRIAL_MOST_MINUTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0 and up to {TRIAL_MOST_MINUTES}")
     return value
 
 

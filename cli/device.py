@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,6 @@ from edge_agent.identity import Identity, verify
 from edge_agent.identity_folder import adopt, can_speak, has_certificate, in_use, is_news, is_wiping, read_about, settle, wipe
 from edge_agent.observer import Observer
 from edge_agent.scan import scan_program
-from edge_agent.sealing import FOLDER as HEARD
 from edge_agent.sealing import Sealing
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
@@ -52,9 +51,13 @@ def agent(options: argparse.Namespace) -> int:
     watchdog = watchdog_of()
     if options.identity is None:
         return _run(options, make, read_bundle(options.bundle), None, watchdog)
-    with StateFolder(options.identity / HEARD) if options.identity.exists() else nullcontext():  # before a claim is spent
+    with in_use(options.identity) as note_state:  # before a claim is spent
         member = _member(options.identity, options.claim, watchdog)
-    return 0 if member is None else _run(options, make, Bundle(member.device, member.broker, None), member, watchdog)
+        if member is None:
+            return 0
+        if ended := member.ended(time.time()):
+            logging.getLogger(__name__).warning("%s", ended)
+        return _run(options, make, Bundle(member.device, member.broker, None), member, watchdog, note_state)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -100,9 +103,17 @@ def _budgets(options: argparse.Namespace, broker: str, folder: StateFolder, joul
     return Budgets(budget, folder, InBackground(sensors.read), joules=joules)
 
 
-def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member: Identity | None, watchdog: Watchdog) -> int:
+def _run(
+    options: argparse.Namespace,
+    make: MakeTrainer,
+    bundle: Bundle,
+    member: Identity | None,
+    watchdog: Watchdog,
+    note_state: Callable[[Path], None] = lambda _: None,
+) -> int:
     source = open_source(options.data, options.capacity, validation_fraction=options.validation, gap=options.gap)
-    with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder, _used(member, folder):
+    with StateFolder(options.state or Path(f"regrow-state-{bundle.device}")) as folder:
+        note_state(folder.path)
         subject = subject_of(bundle, folder.path, member)
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
@@ -148,10 +159,6 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
     if member is not None and not can_speak(member.folder):
         print(WIPED.format(member.folder), flush=True)
     return 0
-
-
-def _used(member: Identity | None, state: StateFolder) -> AbstractContextManager[None]:
-    return nullcontext() if member is None else in_use(member.folder, state.path)
 
 
 def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:

@@ -11,25 +11,26 @@ from typing import Any
 
 import psutil
 
-from broker_server.fleet import members
+from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.authority import Authority, check_request
 from broker_server.fleet.registry import Device, Registry, now_s, read_seen
 from cli.arguments import own_fleet
 from edge_agent import identity
-from edge_agent.identity_folder import adopt
+from edge_agent.identity_folder import adopt, new_claim
 from regrow.errors import UsageError
 
 COLUMNS = ("device", "state", "doing", "heard of", "certificate until", "board")
 
 
-def _folder(options: argparse.Namespace) -> Path:
+def fleet_folder(options: argparse.Namespace) -> Path:
+    """The fleet that the options mean."""
     named: Path | None = options.fleet
     return own_fleet(options.runs) if named is None else named
 
 
 def init(options: argparse.Namespace) -> int:
     """Make a fleet."""
-    folder = _folder(options)
+    folder = fleet_folder(options)
     hosts = options.host or _own_hosts()
     fleet = members.init(folder, options.name, hosts, tls_port=options.tls_port, enrol_port=options.enrol_port)
     print(f"fleet {fleet.name} in {folder}: back it up, and let nobody read it")
@@ -50,14 +51,18 @@ def _own_hosts() -> list[str]:
 
 def add(options: argparse.Namespace) -> int:
     """Let a device join."""
-    registry = Registry(_folder(options))
+    registry = Registry(fleet_folder(options))
+    before = registry.devices().get(options.name)
     if options.offline:
         folder = _offline(registry, options)
         print(f"{folder}: a whole identity. Its keys were made here and travel with it: for the lab only; a device's own never leave it")
         return 0
     path = members.write_claim(registry, options.name, options.out, days=options.days, board=options.board)
-    until = _day(registry.device(options.name).claim.expires_s)  # type: ignore[union-attr]  # it has just been made
+    until = day(registry.device(options.name).claim.expires_s)  # type: ignore[union-attr]  # it has just been made
     print(f"{path}: for {options.name} alone, once, until {until}; on the device: regrow join {path.name} --identity DIR")
+    if before is not None and before.claim is not None and before.claim.key is None and before.claim.expires_s >= now_s():
+        old = f"the claim made before, until {day(before.claim.expires_s)}, no longer works"
+        print(f"{old}: use this file in its place, also on a card or in an image that was written with the old one")
     return 0
 
 
@@ -83,8 +88,9 @@ def _offline(registry: Registry, options: argparse.Namespace) -> Path:
 
 def list_devices(options: argparse.Namespace) -> int:
     """List the devices."""
-    registry = Registry(_folder(options))
+    registry = Registry(fleet_folder(options))
     devices, seen = registry.devices(), read_seen(registry.folder)
+    deaf = coordinator_key.missed(registry.fleet(), devices)
     if options.json:
         print(json.dumps({name: _facts(device, seen.get(name, {})) for name, device in devices.items()}, indent=2))
         return 0
@@ -94,12 +100,14 @@ def list_devices(options: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not devices:
         print("no devices yet: regrow fleet add NAME")
+    for name in deaf:
+        print(f"{name} missed the change of the coordinator's key and hears nothing any more: {new_claim(name)}")
     return 0
 
 
 def show(options: argparse.Namespace) -> int:
     """Show one device."""
-    registry = Registry(_folder(options))
+    registry = Registry(fleet_folder(options))
     facts = _facts(registry.device(options.name), read_seen(registry.folder).get(options.name, {}))
     if options.json:
         print(json.dumps({"device": options.name, **facts}, indent=2))
@@ -108,11 +116,9 @@ def show(options: argparse.Namespace) -> int:
     for name, value in facts.items():
         if name == "certificates":
             for number, certified in enumerate(value, 1):
-                state = "in use" if certified["used"] else "not yet used"
-                revoked = "" if certified["revoked_s"] is None else f", revoked {_day(certified['revoked_s'])}"
-                print(f"  certificate {number}: {certified['serial']}, until {_day(certified['not_after_s'])}, {state}{revoked}")
+                print(f"  certificate {number}: {certified['serial']}, {_state_of(certified)}")
         elif value not in (None, "", [], "claimed") and name != "state":
-            print(f"  {name}: {_day(value) if name.endswith('_s') else value}")
+            print(f"  {name}: {day(value) if name.endswith('_s') else value}")
     return 0
 
 
@@ -121,7 +127,6 @@ def _facts(device: Device, seen: dict[str, Any]) -> dict[str, Any]:
     return {
         "state": device.state,
         "board": device.board,
-        "percentile": device.percentile,
         "added_s": device.added_s,
         "claim_until_s": None if device.claim is None else device.claim.expires_s,
         "doing": _doing(device, seen),
@@ -134,11 +139,20 @@ def _facts(device: Device, seen: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _state_of(certified: dict[str, Any]) -> str:
+    """The one thing that matters of a certificate now."""
+    if certified["revoked_s"] is not None:
+        return f"revoked {day(certified['revoked_s'])}"
+    if certified["not_after_s"] < now_s():
+        return f"ended {day(certified['not_after_s'])}"
+    return f"{'in use' if certified['used'] else 'not yet used'}, until {day(certified['not_after_s'])}"
+
+
 def _row(name: str, device: Device, seen: dict[str, Any]) -> tuple[str, ...]:
     good = device.good
     heard = _ago(now_s() - seen["seen_s"]) if "seen_s" in seen else "-"
-    claimed = f"claim until {_day(device.claim.expires_s)}" if device.state == "claimed" and device.claim is not None else "-"
-    return name, device.state, _doing(device, seen) or "-", heard, _day(good[-1].not_after_s) if good else claimed, device.board or "-"
+    claimed = f"claim until {day(device.claim.expires_s)}" if device.state == "claimed" and device.claim is not None else "-"
+    return name, device.state, _doing(device, seen) or "-", heard, day(good[-1].not_after_s) if good else claimed, device.board or "-"
 
 
 def _doing(device: Device, seen: dict[str, Any]) -> str | None:
@@ -146,7 +160,8 @@ def _doing(device: Device, seen: dict[str, Any]) -> str | None:
     return None if device.state in ("claimed", "revoked") else seen.get("doing")
 
 
-def _day(unix_s: float) -> str:
+def day(unix_s: float) -> str:
+    """2026-11-21 20:59, in this machine's time."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
 
 
@@ -162,15 +177,8 @@ def _ago(seconds: float) -> str:
 
 def revoke(options: argparse.Namespace) -> int:
     """Put a device out."""
-    members.revoke(Registry(_folder(options)), options.name)
+    members.revoke(Registry(fleet_folder(options)), options.name)
     print(f"{options.name} is out: its certificate is revoked, and a running gateway ends its connection within seconds")
-    return 0
-
-
-def rotate(options: argparse.Namespace) -> int:
-    """Have a device make new keys."""
-    members.rotate(Registry(_folder(options)), options.name)
-    print(f"{options.name} shall make new keys; `regrow fleet show {options.name}` says when the old certificate is revoked")
     return 0
 
 
@@ -197,6 +205,6 @@ def wipe(options: argparse.Namespace) -> int:
 
 
 def _stand(options: argparse.Namespace, standing: members.Standing, said: str) -> int:
-    members.stand(Registry(_folder(options)), options.name, standing)
+    members.stand(Registry(fleet_folder(options)), options.name, standing)
     print(f"{options.name} {said}, as soon as it is connected; `regrow fleet list` says what it does")
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ from broker_server.broker import Broker, Door
 from broker_server.fleet.registry import Registry
 from broker_server.fleet.sealing import Sealing, sealing_of
 from broker_server.gateway import Companion
+from regrow.errors import UsageError
 
 if TYPE_CHECKING:
     from broker_server.fleet.authority import Authority
@@ -78,6 +81,31 @@ class OpenFleet:
     def sealing(self, role: str) -> Sealing:
         """What seals for a process of this role; no two at a time have the same."""
         return sealing_of(self.registry, self.authority, role)
+
+
+def check_ports(options: argparse.Namespace, fleet: OpenFleet | None) -> None:
+    """See that no two of what `serve` opens want one port.
+
+    Raises:
+        UsageError: two do; which options they are.
+    """
+    wanted = [("--metrics-port", getattr(options, "metrics_port", None))]
+    about = None if fleet is None else fleet.registry.fleet()
+    if not (options.broker or os.environ.get("REGROW_BROKER")):
+        wanted.append(("--port", options.port))
+        if about is not None and options.tls_port is None:
+            wanted.append(("the fleet's --tls-port", about.tls_port))
+        elif about is not None:
+            wanted.append(("--tls-port", options.tls_port))
+    if about is not None:
+        wanted.append(("the fleet's --enrol-port", about.enrol_port))
+    of: dict[int, str] = {}
+    for name, port in wanted:
+        if not port:  # none, or a free one
+            continue
+        if port in of:
+            raise UsageError(f"{of[port]} and {name} are both {port}: each needs a port of its own; say another {of[port].split()[-1]}")
+        of[port] = name
 
 
 def open_fleet(named: Path | None, own: Path) -> OpenFleet | None:

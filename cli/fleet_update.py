@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from broker_server.fleet.authority import Authority
-from broker_server.fleet.registry import Registry
+from broker_server.fleet.registry import MEMBERS, Device, Registry, read_seen
 from broker_server.fleet.releases import Releases, Staged, Wish, in_words, percentile, required_by
 from cli.arguments import own_fleet
 from regrow import wire
 from regrow.errors import UsageError
 
+NO_UPDATES = "its agent runs without --updates"
 COLUMNS = ("device", "stage", "offered", "runs", "board", "Python", "what became of it")
 
 
@@ -41,7 +42,7 @@ def update(options: argparse.Namespace) -> int:
         wants="contact" if options.contact_only else "round",
     )
     before, needs = releases.newest(), required_by(options.wheel)
-    staged, new = releases.stage(options.wheel, others, wish, Authority(folder).sign)
+    staged, new = releases.stage(options.wheel, others, wish, Authority(folder).sign_release)
     wider = before is None or staged.percent > before.percent
     _tell(releases, staged, "staged" if new else "widened" if wider else "staged before, and no wider now; `--halt` takes it back")
     lacking = [need for need in needs if need not in {wheel.distribution for wheel in staged.opened().files}]
@@ -66,13 +67,23 @@ def _status(releases: Releases, *, as_json: bool) -> int:
         print("no release was ever staged: regrow fleet update --wheel FILE")
         return 0
     manifest, offered = staged.opened(), set(releases.offered(staged))
-    rows = []
+    seen, rows, silent = read_seen(releases.registry.folder), [], False
     for name, device in releases.registry.devices().items():
         report = reports.get(name)
+        heard = name in seen
         here = ("", "", "") if report is None else (report.version, report.board, report.python)
         rows.append(
-            (name, percentile(manifest, name), name in offered, here[0], here[1] or device.board, here[2], _said(report, manifest.number))
+            (
+                name,
+                percentile(manifest, name),
+                name in offered,
+                here[0],
+                here[1] or device.board,
+                here[2],
+                _said(report, manifest.number, device, heard=heard),
+            )
         )
+        silent |= report is None and heard and device.state in MEMBERS
     if as_json:
         about = {"release": manifest.number, "version": manifest.version, "percent": staged.percent, "halted": staged.halted}
         print(json.dumps({**about, "devices": [dict(zip(COLUMNS, row, strict=True)) for row in rows]}, indent=1))
@@ -83,10 +94,14 @@ def _status(releases: Releases, *, as_json: bool) -> int:
     for name, stage, is_offered, *said in rows:
         table.add_row(name, f"{stage:.0f} %", "yes" if is_offered else "no", *(text or "-" for text in said))
     (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+    if silent:
+        print(f"{NO_UPDATES}: start it with --updates /etc/regrow/update.json there (docs/updates.md says what belongs into that file)")
     return 0
 
 
-def _said(report: wire.ReleaseReport | None, number: int) -> str:
+def _said(report: wire.ReleaseReport | None, number: int, device: Device, *, heard: bool) -> str:
+    if report is None and device.state not in MEMBERS:
+        return "has not joined yet" if device.state == "claimed" else device.state
     if report is None:
-        return "never heard of"
+        return NO_UPDATES if heard else "never heard of"
     return in_words(report) if report.number == number else f"release {report.number}: {in_words(report)}"

@@ -23,7 +23,7 @@ from broker_server.herald import herald_of
 from broker_server.inquiry import inquirer_of
 from broker_server.instructions import Instructions, as_told
 from broker_server.observations import recorder_of
-from broker_server.promotions import Promotions, use_of
+from broker_server.promotions import Promotions
 from broker_server.report import plot, write_metrics
 from broker_server.runs import TaskFolder, create_run, load_task, newest_unfinished, read_task, recover
 from broker_server.shelf import MappedShelf
@@ -35,7 +35,7 @@ from broker_server.vitals import Vitals
 from cli.access import password_in
 from cli.arguments import GATEWAY_HOME, own_fleet
 from cli.deployable import held_out, write_deployable
-from cli.fleet_doors import Doors, OpenFleet, open_fleet
+from cli.fleet_doors import Doors, OpenFleet, check_ports, open_fleet
 from cli.page import instructions_of, page_of
 from cli.systemd import watchdog_of
 from cli.version import version
@@ -211,6 +211,7 @@ class Link:
 def link_of(options: argparse.Namespace, home: Path, *, resuming: bool) -> Link:
     """The broker that the options name, or one of our own, started. resuming: what it is for waits for a broker that is away."""
     fleet = _fleet_of(options, own_fleet(home.parent))
+    check_ports(options, fleet)
     url = options.broker or os.environ.get("REGROW_BROKER")
     if url:
         address = parse_broker_url(url)

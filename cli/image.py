@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from broker_server.durable import disk_failed
 from broker_server.fleet import boards, images
 from broker_server.fleet.boards import PYTHONS, SYSTEMS, System, pythons
 from broker_server.fleet.gateway_image import GatewayImage, write_gateway
 from broker_server.fleet.jetson_image import base_of, write_jetson
 from regrow.errors import UsageError
 
+STAGE = ".regrow-image"
+BOOT_FILES = ("cmdline.txt", "config.txt", "user-data")
+
 
 def pi(options: argparse.Namespace) -> int:
     """Write what goes on a Pi's boot partition."""
     host = _host(options, options.device)
     image = _image(options, host)
-    _check_out(options.out)
-    _payload(options, image, options.out / "regrow", boards.BOARDS)
     left = ""
-    if host.system.form == "cloud-init":
-        images.write_cloud_init(host, image.claim, options.out)
-    else:
-        left = images.write_first_run(host, options.out)
+    with _whole(options.out) as out:
+        _payload(options, image, out / "regrow", boards.BOARDS)
+        if host.system.form == "cloud-init":
+            images.write_cloud_init(host, image.claim, out)
+        else:
+            left = images.write_first_run(host, out, options.out)
     print(f"{options.out}: the boot partition of {host.name}, for {host.system.title}, Python {host.system.python}; {_size(options.out)}")
     print(left or "put its contents on the boot partition of the flashed card, then power the board on")
     return 0
@@ -41,12 +48,11 @@ def gateway(options: argparse.Namespace) -> int:
     if options.access_point is not None:
         point = images.wifi_of(options.access_point, _passphrase(options.wifi_passphrase), options.country)
     image = GatewayImage(host, options.fleet_name, options.task, point, tuple(options.host), options.ssd)
-    _check_out(options.out)
-    folder = options.out / "regrow"
-    instance = write_gateway(image, folder, options.debs)
-    print("collecting the wheels", flush=True)
-    images.collect_wheels(host.system, folder / "wheels", options.wheels, options.wheel, boards.BOARDS, "gateway")
-    images.write_cloud_init(host, instance, options.out)
+    with _whole(options.out) as out:
+        instance = write_gateway(image, out / "regrow", options.debs)
+        print("collecting the wheels", flush=True)
+        images.collect_wheels(host.system, out / "regrow" / "wheels", options.wheels, options.wheel, boards.BOARDS, "gateway")
+        images.write_cloud_init(host, instance, out)
     print(f"{options.out}: the boot partition of the gateway {host.name}, for {host.system.title}; {_size(options.out)}")
     if options.debs is None:
         print("its first boot needs the internet for mosquitto and chrony; --debs DIR puts their .deb files into the image")
@@ -59,11 +65,10 @@ def generic(options: argparse.Namespace) -> int:
     if options.wheels is None and not system.python:
         raise UsageError(f"--python X.Y of the machines, one of {', '.join(PYTHONS)}, or --wheels DIR with their wheels")
     image = _image(options, images.Host(system, options.device))
-    _check_out(options.out)
-    payload = options.out / "regrow"
-    _payload(options, image, payload, options.architecture)
     path = options.out / f"install-{options.device}.sh"
-    images.write_script(payload, path)
+    with _whole(options.out) as out:
+        _payload(options, image, out / "regrow", options.architecture)
+        images.write_script(out / "regrow", out / path.name)
     print(f"{path}: copy it to {options.device} over a channel that you trust and run it there as root; {_size(path)}")
     return 0
 
@@ -71,11 +76,11 @@ def generic(options: argparse.Namespace) -> int:
 def jetson(options: argparse.Namespace) -> int:
     """Write a Jetson's container."""
     image = _image(options, images.Host(SYSTEMS["jetpack-6"], options.device))
-    _check_out(options.out)
-    data = Path(options.data)
-    write_jetson(image, options.base or base_of(options.jetpack), options.torch, options.out, data if data.is_file() else None)
-    print("collecting the wheels", flush=True)
-    images.collect_wheels(image.host.system, options.out / "wheels", options.wheels, options.wheel, boards.BOARDS)
+    data, base = Path(options.data), options.base or base_of(options.jetpack)
+    with _whole(options.out) as out:
+        write_jetson(image, base, options.torch, out, data if data.is_file() else None)
+        print("collecting the wheels", flush=True)
+        images.collect_wheels(image.host.system, out / "wheels", options.wheels, options.wheel, boards.BOARDS)
     print(f"{options.out}: copy it to the flashed Jetson and run `sudo sh install.sh` in it; {_size(options.out)}")
     return 0
 
@@ -92,8 +97,8 @@ def wifi(options: argparse.Namespace) -> int:
 
 def wheels(options: argparse.Namespace) -> int:
     """Download a wheelhouse."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    boards.download(options.python, options.out, options.architecture, options.role)
+    with _whole(options.out, any_folder=True) as out:
+        boards.download(options.python, out, options.architecture, options.role)
     found = len(list(options.out.glob("*.whl")))
     print(f"{options.out}: {found} wheels, Python {options.python}, {options.architecture}; {_size(options.out)}")
     return 0
@@ -154,12 +159,39 @@ def _payload(options: argparse.Namespace, image: images.Image, folder: Path, arc
     images.collect_wheels(image.host.system, folder / "wheels", options.wheels, options.wheel, architecture)
 
 
-def _check_out(out: Path) -> None:
-    """A folder with other things in it is taken only where it is a boot partition."""
-    out.mkdir(parents=True, exist_ok=True)
-    boot = any((out / name).exists() for name in ("cmdline.txt", "config.txt", "user-data"))
-    if any(out.iterdir()) and not boot:
-        raise UsageError(f"--out {out}: neither empty nor a boot partition; name a new folder")
+@contextmanager
+def _whole(out: Path, *, any_folder: bool = False) -> Iterator[Path]:
+    """A folder whose contents take their places in `out` when the block ends; when it fails nothing of it stays, and no folder made for it.
+
+    Raises:
+        LocalError: `out` has other things in it, and is no boot partition, or cannot be written.
+    """
+    stage = out / STAGE
+    made = next((folder for folder in reversed((out, *out.parents)) if not folder.exists()), stage)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _rid(stage)  # of a command that was killed
+        boot = any((out / name).exists() for name in BOOT_FILES)
+        if any(out.iterdir()) and not (boot or any_folder):
+            raise UsageError(f"--out {out}: neither empty nor a boot partition; name a new folder")
+        stage.mkdir()
+        yield stage
+        for entry in sorted(stage.iterdir()):
+            _rid(out / entry.name)
+            entry.replace(out / entry.name)
+        stage.rmdir()
+    except BaseException as error:
+        shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise disk_failed(f"--out {out} was not written", error, out) from error
+        raise
+
+
+def _rid(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _passphrase(path: Path | None) -> str:

@@ -29,7 +29,6 @@ COMMANDS = {
     "measure": "cli.commands.measure",
     "image": "cli.commands.image",
     "doctor": "cli.commands.doctor",
-    "measure": "cli.commands.measure",
     "update": "cli.commands.update",
     "predict": "cli.commands.predict",
     "config": "cli.commands.config",
@@ -115,6 +114,7 @@ def _run(words: Sequence[str]) -> int:
 
 def _told(error: Exception) -> int | None:
     """The status of what a command raised, after one line that explains it; None for what nobody meant to raise."""
+    import errno
     import logging
 
     from regrow.errors import RegrowError, UsageError
@@ -125,7 +125,9 @@ def _told(error: Exception) -> int | None:
         said = f"this command needs {error.name}: pip install 'regrow[server]' on the gateway"
     elif isinstance(error, OSError):
         logging.getLogger(__name__).debug("%r", error, exc_info=True)
-        said = f"{error.filename or 'this machine'}: {error.strerror or error}; check the path, its owner and the disk"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free space on that disk, and say it again" if full else "check the path, its owner and the disk"
+        said = f"{error.filename or 'this machine'}: {error.strerror or error}; {cure}"
     else:
         return None
     print(f"regrow: {said}", file=sys.stderr)

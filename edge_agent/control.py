@@ -70,7 +70,9 @@ class Control:
         device = self._identity.device
         if isinstance(event, Connected):
             self._connected, self._reported, self._ask_s = True, None, now
-            effects.append(Subscribe((topics.control(device), topics.certificate(device), topics.older(device))))
+            effects.append(
+                Subscribe((topics.control(device), topics.certificate(device), topics.coordinator_keys(device), topics.older(device)))
+            )
         elif isinstance(event, Disconnected):
             self._connected = False
         elif isinstance(event, Acknowledged) and event.token == _WIPED_TOKEN:
@@ -86,6 +88,8 @@ class Control:
         device = self._identity.device
         if event.topic == topics.control(device):
             return self._take(wire.decode(event.payload, wire.Control)[0])
+        if event.topic == topics.coordinator_keys(device) and not self._wiping:
+            self._believe(wire.decode(event.payload, wire.CoordinatorKeys)[0])
         if event.topic == topics.certificate(device) and not self._wiping:
             self._change(wire.decode(event.payload, wire.Certificate)[0])
         return []
@@ -109,7 +113,7 @@ class Control:
         if not self._connected:
             return []
         effects: list[Effect] = []
-        report = wire.ControlReport(number=self._heard, doing=self._doing(), serial=_serial(self._identity))
+        report = wire.ControlReport(number=self._heard, doing=self._doing(), serial=_serial(self._identity), keys=self._keys)
         if report != self._reported:
             self._reported = report
             effects.append(Publish(topics.control_report(self._identity.device), wire.encode(report)))
@@ -120,6 +124,10 @@ class Control:
             effects.append(Publish(topics.certificate_request(self._identity.device), wire.encode(message)))
         return effects
 
+    @property
+    def _keys(self) -> int:
+        return self._identity.about.keys_number
+
     def _doing(self) -> str:
         return _DOING.get(self._control.action) or ("finishing" if self._body.busy else "drained")
 
@@ -128,6 +136,11 @@ class Control:
     def _is_due(self) -> bool:
         asked = self._control.replace.hex().lstrip("0")
         return asked == self._identity.serial or self._wall() > self._identity.not_after_s - RENEW_S
+
+    def _believe(self, said: wire.CoordinatorKeys) -> None:
+        """Whoever may speak now says who may from now on; the seal was looked at where it came in (edge_agent.sealing)."""
+        if self._identity.believe(said.keys, said.number):
+            log.warning("the coordinator's keys are now %s", ", ".join(key.hex()[:16] for key in said.keys))
 
     def _change(self, answer: wire.Certificate) -> None:
         if not answer.certificate:
@@ -153,7 +166,7 @@ class Control:
                 log.error("%s", error)
             self._over = True
             return [Finished("wiped by its fleet")]
-        report = wire.ControlReport(number=max(self._heard, 1), doing="wiped", serial=_serial(self._identity))
+        report = wire.ControlReport(number=max(self._heard, 1), doing="wiped", serial=_serial(self._identity), keys=self._keys)
         if not self._connected or report == self._reported:
             return []
         self._reported = report

@@ -10,12 +10,25 @@ from __future__ import annotations
 import shutil
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_agent.identity_folder import CERTIFICATE, CURE, KEY, SIGNING_KEY, About, finish_change, opened, read, read_about, write
+from edge_agent.identity_folder import (
+    CERTIFICATE,
+    CURE,
+    KEY,
+    SIGNING_KEY,
+    About,
+    believe,
+    finish_change,
+    new_claim,
+    opened,
+    read,
+    read_about,
+    write,
+)
 from edge_agent.state import sync_folder
 from regrow.errors import LocalError, PeerError
 
@@ -130,9 +143,18 @@ class Identity:
         except PeerError as error:
             raise LocalError(f"{folder / CERTIFICATE} is damaged: {error}; {CURE}") from error
         for name in (KEY, SIGNING_KEY):
-            if (folder / name).exists() and (folder / name).stat().st_mode & 0o077:
+            if not (folder / name).exists():
+                raise LocalError(f"{folder / name} is missing; {new_claim_of(about, folder)}")
+            if (folder / name).stat().st_mode & 0o077:
                 raise LocalError(f"{folder / name} can be read by others: chmod 600 it, and `regrow fleet rotate` on the gateway")
         return cls(folder, about, certificate, _signing_key(folder / SIGNING_KEY))
+
+    def ended(self, clock_s: float) -> str:
+        """What to tell of a certificate that has ended by this clock (unix seconds), which may be wrong; else nothing."""
+        if clock_s <= self.not_after_s:
+            return ""
+        day = time.strftime("%Y-%m-%d", time.gmtime(self.not_after_s))
+        return f"by this clock the certificate of {self.device} ended on {day}; {new_claim_of(self.about, self.folder)}"
 
     def tls_context(self, now: Callable[[], float] = time.time) -> DatedContext:
         """A client that shows this device's certificate, and believes the fleet's CA only. now: the fleet's time, unix seconds.
@@ -150,6 +172,22 @@ class Identity:
     def sign(self, data: bytes) -> bytes:
         """This device's Ed25519 signature, 64 bytes."""
         return self._private.sign(data)
+
+    def believe(self, keys: Sequence[bytes], number: int) -> bool:
+        """Take these as the coordinator's keys from now on, durably; whether that is news.
+
+        Args:
+            keys: Ed25519 public keys, 32 bytes each.
+            number: of the announcement; one that is not above the last one is the past.
+
+        Raises:
+            LocalError: the folder cannot be written.
+        """
+        if number <= self.about.keys_number:
+            return False
+        self.about = believe(self.folder, keys, number)
+        self.coordinator_keys = self.about.coordinator_keys
+        return True
 
     def next_start(self, above: int = 0) -> int:
         """A number above that of every earlier start, durable before it is returned: the high half of the device's stamps.
@@ -288,6 +326,10 @@ def _signing_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise LocalError(f"{path}: not an Ed25519 key; {CURE}")
     return key
+
+
+def new_claim_of(about: About, folder: Path) -> str:
+    return f"let this device in anew: {new_claim(about.device, folder)}"
 
 
 def _needs_cryptography() -> None:

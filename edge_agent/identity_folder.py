@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,17 @@ from regrow.errors import LocalError, UsageError
 
 KEY, CERTIFICATE, SIGNING_KEY, AUTHORITY, WIPING = "device.key", "device.crt", "signing.key", "ca.crt", "wiping"
 RUNNING = "running"
-CURE = "ask for a new claim on the gateway with `regrow fleet add NAME`, then `regrow join`"
+
+
+def new_claim(device: str = "NAME", folder: Path | str = "DIR") -> str:
+    """The commands that let a device in again, whatever it has lost."""
+    return (
+        f"`regrow fleet revoke {device}` and `regrow fleet add {device}` on the gateway, "
+        f"then `regrow join {device}.claim.json --identity {folder}` on the device"
+    )
+
+
+CURE = f"let this device in anew: {new_claim()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +48,9 @@ class Claim:
 class About:
     """device.json: where the fleet is, and who speaks for it.
 
-    coordinator_keys: Ed25519 public keys, 32 bytes each; authority: the fleet's CA, PEM, of the claim or of ca.crt; since_s: unix
-    seconds at which the gateway wrote this: it is later now, whatever the clock says; claim: not yet used.
+    coordinator_keys: Ed25519 public keys, 32 bytes each; keys_number: of the announcement that they are from, 0: none; authority: the
+    fleet's CA, PEM, of the claim or of ca.crt; since_s: unix seconds at which the gateway wrote this: it is later now, whatever the
+    clock says; claim: not yet used.
     """
 
     device: str
@@ -50,6 +61,7 @@ class About:
     authority: str
     since_s: int
     claim: Claim | None = None
+    keys_number: int = 0
 
 
 def adopt(folder: Path, claim_file: Path) -> About:
@@ -76,6 +88,20 @@ def settle(folder: Path) -> None:
 def read_about(folder: Path) -> About:
     """What device.json says. Raises LocalError: there is none, or it does not check out."""
     return _about(folder / "device.json")
+
+
+def believe(folder: Path, keys: Sequence[bytes], number: int) -> About:
+    """Let these be the coordinator's keys from now on, durably, unless a later announcement is known; returns what is there then.
+
+    Raises:
+        LocalError: the folder cannot be written.
+    """
+    with opened(folder):
+        if number > read_about(folder).keys_number:
+            said = json.loads((folder / "device.json").read_text())
+            said |= {"coordinator_keys": [key.hex() for key in keys], "keys_number": number}
+            write(folder / "device.json", json.dumps(said, indent=2).encode() + b"\n")
+        return read_about(folder)
 
 
 def has_certificate(folder: Path) -> bool:
@@ -151,16 +177,25 @@ def opened(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def in_use(folder: Path, state: Path) -> Iterator[None]:
-    """An agent runs with this identity and this state folder, for as long as the block takes: two would throw each other out.
+def in_use(folder: Path) -> Iterator[Callable[[Path], None]]:
+    """An agent runs with this identity, for as long as the block takes: two would throw each other out.
+
+    Yields:
+        What notes the agent's state folder, for whoever examines the device meanwhile.
 
     Raises:
         LocalError: another one does, or the folder cannot be written.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.fdopen(os.open(folder / RUNNING, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
     except OSError as error:
-        raise LocalError(f"{folder / RUNNING}: {error.strerror}; check its owner and the disk") from error
+        raise LocalError(f"{error.filename or folder / RUNNING}: {error.strerror}; check its owner and the disk") from error
+
+    def note(state: Path) -> None:
+        file.write(os.fsencode(state.resolve()))
+        file.flush()
+
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,18 +203,17 @@ def in_use(folder: Path, state: Path) -> Iterator[None]:
             other = "stop it, or let this device in under a name of its own: `regrow fleet add NAME` on the gateway"
             raise LocalError(f"another agent runs with the identity in {folder}: {other}") from error
         file.truncate()
-        file.write(os.fsencode(state.resolve()))
-        file.flush()
-        yield
+        yield note
 
 
 def state_in_use(folder: Path) -> Path | None:
-    """The state folder of the agent that runs with this identity; None when none does."""
+    """The state folder of the agent that runs with this identity; None when none does, or it is still joining."""
     try:
         with (folder / RUNNING).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return Path(os.fsdecode((folder / RUNNING).read_bytes()))
+        noted = (folder / RUNNING).read_bytes()
+        return Path(os.fsdecode(noted)) if noted else None
     except OSError:
         return None
     return None
@@ -234,8 +268,9 @@ def _about(path: Path) -> About:
             enrol=_text(said, "enrol"),
             coordinator_keys=tuple(bytes.fromhex(key) for key in said["coordinator_keys"]),
             authority=_text(claim, "ca") if claim is not None else (path.parent / AUTHORITY).read_text(),
-            since_s=_seconds(said, "since_s"),
-            claim=None if claim is None else Claim(_text(claim, "token"), _seconds(claim, "expires_s")),
+            since_s=_whole(said, "since_s"),
+            claim=None if claim is None else Claim(_text(claim, "token"), _whole(claim, "expires_s")),
+            keys_number=_whole(said, "keys_number") if "keys_number" in said else 0,
         )
     except OSError as error:
         raise LocalError(f"{error.filename or path}: {error.strerror}; {CURE}") from error
@@ -256,7 +291,7 @@ def _text(said: Any, name: str) -> str:
     return value
 
 
-def _seconds(said: Any, name: str) -> int:
+def _whole(said: Any, name: str) -> int:
     value = said[name]
     if type(value) is not int or not 0 <= value < 2**53:
         raise TypeError(name)

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import random
 
+from edge_agent.identity_folder import new_claim
+
 FIRST_CEILING_S = 1.0
 WAIT_MAX_S = 15.0
 RIVAL_WAIT_MAX_S = 60.0
@@ -97,6 +99,6 @@ class Retry:
 def certificate_refused(device: str) -> str:
     """What to tell the user when `turned_away`: what it is; the cure."""
     return (
-        "the gateway refuses this device's certificate: revoked, or of another fleet; "
-        f"`regrow fleet show {device}` on the gateway says which, and a new claim lets it in again (`regrow fleet add {device}`)"
+        "the gateway refuses this device's certificate: revoked, expired, or of another fleet; "
+        f"`regrow fleet show {device}` on the gateway says which, and to let it in again: {new_claim(device)}"
     )

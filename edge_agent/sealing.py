@@ -14,6 +14,7 @@ from typing import Protocol
 
 import msgspec
 
+from edge_agent.identity_folder import new_claim
 from edge_agent.state import StateFolder
 from regrow import seal, topics, wire
 from regrow.errors import LocalError, PeerError
@@ -135,7 +136,15 @@ class Sealing:
         leapt = self.time.at_ms(now) - self._saved_ms > LEAP_MS  # the first word in a device's life, or after long
         if now >= self._save_s or leapt:
             self._save(now)
-        return self._guard.refusals.notes(now)
+        return [self._with_cure(note) for note in self._guard.refusals.notes(now)]
+
+    def _with_cure(self, note: Note) -> Note:
+        """A device that was off while the coordinator changed its key hears nothing any more, and nobody else can tell it why."""
+        if note.fields["kind"] != seal.UNKNOWN_KEY:
+            return note
+        me = self.identity
+        cure = f"if {me.device} was off while the fleet changed its coordinator's key: {new_claim(me.device, me.folder)}"
+        return replace(note, fields={**note.fields, "cure": cure})
 
     def now_s(self, now: float) -> float:
         """The fleet's time, unix seconds."""

@@ -23,6 +23,7 @@ KEY_BYTES = 32
 KEY_ID_BYTES = 8
 SIGNATURE_BYTES = 64
 MAX_TOPIC_BYTES = 65_535  # of MQTT
+UNKNOWN_KEY = "unknown key"
 _DOMAIN = b"regrow seal v1\0"  # nothing else that these keys sign begins so
 _TERMS = struct.Struct("<8sQQ")
 _ENVELOPE = struct.Struct("<2sB8sQQ64s")
@@ -98,7 +99,7 @@ def open_seal(topic: str, data: Payload, keys: Iterable[bytes], verify: Verify) 
         raise SealError("unknown version", f"{topic}: a seal of version {version}, this is version {VERSION}: update the older side")
     known = [key for key in keys if key_id(key) == name]
     if not known:
-        raise SealError("unknown key", f"{topic}: sealed by key {name.hex()}, which may not speak here")
+        raise SealError(UNKNOWN_KEY, f"{topic}: sealed by key {name.hex()}, which may not speak here")
     frame = bytes(data[SEAL_BYTES:])
     if len(topic.encode(errors="surrogatepass")) <= MAX_TOPIC_BYTES:
         signed = _signed(topic, _TERMS.pack(name, stamp, expires_s), frame)

@@ -56,6 +56,10 @@ def certificate(device: str) -> str:
     return f"{ROOT}/device/{device}/certificate"
 
 
+def coordinator_keys(device: str) -> str:
+    return f"{ROOT}/device/{device}/keys"
+
+
 def older(device: str) -> str:
     return f"{ROOT}/device/{device}/older"
 

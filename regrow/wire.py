@@ -297,11 +297,15 @@ class Control(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ControlReport(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """Device -> coordinator after every connect and every Control: the last one it heard, what it does, the certificate it uses."""
+    """Device -> coordinator after every connect and every Control: the last one it heard, what it does, the certificate it uses.
+
+    keys: number of the CoordinatorKeys that it believes, 0: those that it joined with.
+    """
 
     number: Count
     doing: Annotated[str, msgspec.Meta(pattern=r"^(working|finishing|paused|drained|wiped)\Z")]
     serial: Serial = b""
+    keys: Count = 0
 
 
 class CertificateRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -370,6 +374,16 @@ class Older(Message, frozen=True, kw_only=True, omit_defaults=True):
     stamp: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
+class CoordinatorKeys(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Coordinator -> device, retained: whose seals count from now on. A number that is not above the one known is the past.
+
+    keys: Ed25519 public keys, two while the coordinator changes its own.
+    """
+
+    number: Positive
+    keys: Annotated[list[Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]], msgspec.Meta(min_length=1, max_length=2)]
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Status,
@@ -395,6 +409,7 @@ KINDS: dict[int, type[Message]] = {
     22: ObservationsReceipt,
     23: Field,
     24: FieldReport,
+    25: CoordinatorKeys,
 }
 _KIND_OF = {message: kind for kind, message in KINDS.items()}
 _DECODERS = {message: msgspec.msgpack.Decoder(message) for message in KINDS.values()}
@@ -424,6 +439,7 @@ AnyMessage = Union[  # noqa: UP007 (3.10 evaluates it)
     ObservationsReceipt,
     Field,
     FieldReport,
+    CoordinatorKeys,
 ]
 M = TypeVar("M", bound=Message)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ BROKER_DAYS = DEVICE_DAYS = 365
 LIST_DAYS = 90
 RENEW_PART = 1 / 3  # of its life left, and a certificate is replaced
 MAX_REQUEST_BYTES = 4096
+SIGNING_KEY, NEXT_KEY, RELEASE_KEY = "signing.key", "signing.next.key", "release.key"
 PROOF_DOMAIN = b"regrow/v1 certificate request\x00"  # as in edge_agent.identity
 
 
@@ -67,8 +68,13 @@ def make(folder: Path, name: str, fleet_id: str) -> None:
         .sign(key, hashes.SHA256())
     )
     write_private(folder / "ca.key", _private_pem(key))
-    write_private(folder / "signing.key", _private_pem(ed25519.Ed25519PrivateKey.generate()))
+    make_signing_key(folder / SIGNING_KEY)
     write_private(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def make_signing_key(path: Path) -> None:
+    """Write a new Ed25519 key there."""
+    write_private(path, _private_pem(ed25519.Ed25519PrivateKey.generate()))
 
 
 def check_request(csr: bytes, signing_key: bytes, proof: bytes, device: str) -> Request:
@@ -119,7 +125,7 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key = _elliptic(folder / "ca.key")
-        self._signing_key = _edwards(folder / "signing.key")
+        self._signer_stamp, self._signer = _stamp(folder / SIGNING_KEY), _edwards(folder / SIGNING_KEY)
         self._certificate = read_certificate(folder / "ca.crt")
 
     @property
@@ -130,11 +136,37 @@ class Authority:
     @property
     def signing_key(self) -> bytes:
         """The coordinator's Ed25519 public key, 32 bytes."""
-        return self._signing_key.public_key().public_bytes_raw()
+        return self.signer()[0]
 
     def sign(self, data: bytes) -> bytes:
         """The coordinator's Ed25519 signature, 64 bytes."""
-        return self._signing_key.sign(data)
+        return self.signer()[1](data)
+
+    def signer(self) -> tuple[bytes, Callable[[bytes], bytes]]:
+        """(public key, what signs with it) of the coordinator as it is now, for the key may be changed while a gateway runs."""
+        path = self._folder / SIGNING_KEY
+        stamp = _stamp(path)
+        if stamp != self._signer_stamp:
+            self._signer, self._signer_stamp = _edwards(path), stamp
+        return self._signer.public_key().public_bytes_raw(), self._signer.sign
+
+    def next_key(self) -> bytes | None:
+        """The public key that shall follow the coordinator's, while a change of it is under way (coordinator_key.py)."""
+        path = self._folder / NEXT_KEY
+        return _edwards(path).public_key().public_bytes_raw() if path.exists() else None
+
+    def sign_release(self, data: bytes) -> bytes:
+        """The signature that the devices' updaters believe, which a change of the coordinator's key does not change."""
+        return self._releaser().sign(data)
+
+    @property
+    def release_key(self) -> bytes:
+        """The public key of `sign_release`."""
+        return self._releaser().public_key().public_bytes_raw()
+
+    def _releaser(self) -> ed25519.Ed25519PrivateKey:
+        path = self._folder / RELEASE_KEY
+        return _edwards(path if path.exists() else self._folder / SIGNING_KEY)
 
     def certify_device(self, request: Request) -> Issued:
         """A certificate for a device: its name is the common name, and it may only be a TLS client."""
@@ -299,6 +331,14 @@ def _load(path: Path) -> object:
         return serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
         raise LocalError(f"{path}: {error}; restore the fleet's folder from its backup") from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise LocalError(f"{path}: {error.strerror}; restore the fleet's folder from its backup") from error
+    return found.st_mtime_ns, found.st_ino
 
 
 def _read_list(path: Path) -> x509.CertificateRevocationList | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from broker_server.broker import Broker
-from broker_server.fleet import enrolment, members
+from broker_server.fleet import coordinator_key, enrolment, members
 from broker_server.fleet.authority import Authority
 from broker_server.fleet.registry import Device, Registry
 from regrow.errors import LocalError
@@ -26,7 +26,7 @@ class Gatekeeper:
 
     def __init__(self, registry: Registry, authority: Authority, broker: Broker | None, enrolling: enrolment.Enrolment) -> None:
         self._registry, self._authority, self._broker, self._enrolment = registry, authority, broker, enrolling
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
         self._devices: Mapping[str, Device] = registry.devices()
         self._revoked = _revoked(self._devices)
         self._ending: set[str] = set()
@@ -47,6 +47,9 @@ class Gatekeeper:
 
     def _look(self, now: float) -> str | None:
         said: list[str] = []
+        stamp = self._registry.stamp()
+        if now >= self._dates_s or stamp != self._stamp:
+            said += coordinator_key.finish_if_due(self._registry)
         if now >= self._dates_s:
             self._dates_s = now + DATES_S
             said += self._renew()

@@ -197,7 +197,8 @@ def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> 
     (folder / "device.env").write_text(shell_settings(settings))
     (folder / "agent.env").write_text(f"REGROW_DATA={image.data}\nREGROW_OPTIONS={' '.join(filter(None, (UPDATES, image.options)))}\n")
     (folder / "claim.json").write_bytes(image.claim)
-    keys: list[str] = json.loads(image.claim)["coordinator_keys"]  # public ones: what signs the fleet's releases
+    claim = json.loads(image.claim)
+    keys: list[str] = claim.get("release_keys", claim["coordinator_keys"])  # public ones: what signs the fleet's releases
     (folder / "update.json").write_text(json.dumps({"keys": keys}, indent=2) + "\n")
     (folder / "authorized_keys").write_text("".join(f"{key}\n" for key in host.ssh_keys))
     (folder / "units").mkdir(exist_ok=True)
@@ -257,18 +258,18 @@ def _network(wifi: Wifi | None) -> dict[str, Any]:
     return network
 
 
-def write_first_run(host: Host, out: Path) -> str:
-    """Write firstrun.sh and start it from cmdline.txt, where that is there; returns what is left to do by hand, or ""."""
+def write_first_run(host: Host, out: Path, boot: Path) -> str:
+    """Write firstrun.sh, and a cmdline.txt that starts it where `boot` has one; returns what is left to do by hand, or ""."""
     shutil.copyfile(deploy_folder() / "image" / "firstrun.sh", out / "firstrun.sh")
     if host.wifi is not None:
         write_wifi(host.wifi, out / "regrow" / "wifi")
     words = FIRST_RUN.format(boot=host.system.boot)
-    line = out / "cmdline.txt"
+    line = boot / "cmdline.txt"
     if not line.is_file():
         return f"append this to the one line of cmdline.txt on the boot partition: {words}"
     before = line.read_text().strip()
     if "systemd.run=" not in before:
-        line.write_text(f"{before} {words}\n")
+        (out / line.name).write_text(f"{before} {words}\n")
     return ""
 
 

@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import random
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from msgspec.structs import replace
 
 from broker_server.durable import write_private
 from broker_server.fleet import authority as certificates
+from broker_server.fleet import coordinator_key
 from broker_server.fleet.authority import Authority, Request
 from broker_server.fleet.registry import (
     MEMBERS,
@@ -88,9 +88,9 @@ def claim(registry: Registry, name: str, *, days: float = CLAIM_DAYS, board: str
             raise UsageError(f"{name} is in the fleet already; `regrow fleet revoke {name}` first, if its keys are lost")
         right = Claim(token=_digest(token), expires_s=expires_s)
         if known is None:
-            devices[name] = Device(state="claimed", added_s=now_s(), percentile=round(random.uniform(0, 100), 2), board=board, claim=right)
+            devices[name] = Device(state="claimed", added_s=now_s(), board=board, claim=right, keys=fleet.key_number)
         else:
-            devices[name] = replace(known, state="claimed", claim=right, replace=None, board=board or known.board)
+            devices[name] = replace(known, state="claimed", claim=right, replace=None, board=board or known.board, keys=fleet.key_number)
     return {**_about(fleet, authority, name), "claim": {"token": token, "expires_s": expires_s, "ca": authority.certificate_pem}}
 
 
@@ -245,9 +245,10 @@ def write_claim(registry: Registry, name: str, folder: Path, *, days: float = CL
 
 
 def _about(fleet: Fleet, authority: Authority, name: str) -> dict[str, Any]:
-    keys = [authority.signing_key.hex()]
+    keys = [key.hex() for key in coordinator_key.believed(fleet, authority)]
     where = {"device": name, "fleet": fleet.name, "broker": fleet.broker, "enrol": fleet.enrol}
-    return {**where, "coordinator_keys": keys, "since_s": now_s()}
+    releases = {"release_keys": [authority.release_key.hex()]}
+    return {**where, "coordinator_keys": keys, "keys_number": fleet.key_number, **releases, "since_s": now_s()}
 
 
 def _member(devices: Mapping[str, Device], name: str) -> Device:

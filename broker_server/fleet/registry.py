@@ -29,7 +29,11 @@ T = TypeVar("T")
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """fleet.json. hosts: names and addresses of the gateway, the first is what devices dial; created_s: unix seconds."""
+    """fleet.json. hosts: names and addresses of the gateway, the first is what devices dial; created_s: unix seconds.
+
+    key_number: of what was announced last of the coordinator's keys, 0 nothing ever; key_change_until_s: unix seconds at which the
+    change that is under way ends at the latest, None: there is none.
+    """
 
     name: str
     id: Hex
@@ -37,6 +41,8 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tls_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     enrol_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     created_s: Seconds
+    key_number: Annotated[int, msgspec.Meta(ge=0)] = 0
+    key_change_until_s: Seconds | None = None
 
     @property
     def broker(self) -> str:
@@ -74,18 +80,18 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What the fleet knows of a device.
 
     number: of the last thing it was told, raised with every change of what it shall do; replace: serial of the certificate that it shall
-    replace at once; percentile: 0 to 100, drawn once: a staged update reaches it when the stage is above; board: what an image or a
-    release must be for, where it was told.
+    replace at once; board: what an image or a release must be for, where it was told; keys: which announcement of the coordinator's
+    keys it believes.
     """
 
     state: State
     added_s: Seconds
     number: Annotated[int, msgspec.Meta(ge=1)] = 1
-    percentile: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
     board: str = ""
     claim: Claim | None = None
     certificates: list[Certified] = []
     replace: Hex | None = None
+    keys: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     @property
     def good(self) -> list[Certified]:
@@ -101,6 +107,13 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class _Devices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1]
     devices: dict[str, Device]
+
+
+class _Listed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The same, with fields in it that earlier versions wrote."""
+
+    version: Literal[1]
+    devices: dict[str, dict[str, Any]]
 
 
 class Registry:
@@ -123,19 +136,24 @@ class Registry:
 
     def devices(self) -> dict[str, Device]:
         """By name, sorted. Raises LocalError: devices.json does not check out."""
-        found = _read(self.folder / "devices.json", _Devices).devices
-        for name in found:
+        path = self.folder / "devices.json"
+        listed = _read(path, _Listed).devices
+        for name, fields in listed.items():
             check_device_name(name)
-        return dict(sorted(found.items()))
+            fields.pop("percentile", None)  # of earlier versions, which drew it and never read it
+        try:
+            return dict(sorted(msgspec.convert(listed, dict[str, Device]).items()))
+        except msgspec.ValidationError as error:
+            raise _damaged(path, error) from error
 
     def device(self, name: str) -> Device:
         """Raises LocalError: there is none of that name."""
         return one(self.devices(), name)
 
-    def stamp(self) -> tuple[int, int]:
-        """Another one whenever the devices have changed."""
-        found = (self.folder / "devices.json").stat()
-        return found.st_mtime_ns, found.st_ino
+    def stamp(self) -> tuple[int, ...]:
+        """Another one whenever the devices, or the fleet's own settings, have changed."""
+        found = [(self.folder / name).stat() for name in ("devices.json", "fleet.json")]
+        return tuple(number for file in found for number in (file.st_mtime_ns, file.st_ino))
 
     @contextmanager
     def change(self) -> Iterator[dict[str, Device]]:
@@ -193,7 +211,11 @@ def _read(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError, ValueError) as error:
-        raise LocalError(f"{path} does not check out: {error}; restore the fleet's folder from its backup") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> LocalError:
+    return LocalError(f"{path} does not check out: {error}; restore the fleet's folder from its backup")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from broker_server.fleet.releases import Releases, Staged, in_words
 from broker_server.queueing import Queueing
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError
-from regrow.machine import Acknowledged, Connected, Disconnected, Effect, Event, Note, Received, Subscribe
+from regrow.machine import Connected, Effect, Event, Note, Received, Subscribe
 from regrow.publication import PIECE_BYTES
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,7 @@ class ReleaseHerald:
 
     def __init__(self, releases: Releases) -> None:
         self._releases = releases
-        self._connected = False
-        self._stamp: tuple[tuple[int, int], tuple[int, int]] | None = None
+        self._stamp: tuple[tuple[int, int], tuple[int, ...]] | None = None
         self._pieces: dict[str, bytes] = {}  # topic -> b"" of what is published on this connection
         self._told: dict[str, bytes] = {}
         self._queue = Queueing(_FIRST_TOKEN)
@@ -37,22 +36,17 @@ class ReleaseHerald:
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:  # noqa: ARG002 - a fleet is not a task's
         """Take an event in, or None for the time alone."""
         effects: list[Effect] = []
+        self._queue.heed(event)
         if isinstance(event, Connected):
-            self._connected, self._stamp, self._look_s = True, None, now
-            self._queue.clear()
+            self._stamp, self._look_s = None, now
             self._told.clear()
             effects.append(Subscribe((topics.release_report("+"),)))
-        elif isinstance(event, Disconnected):
-            self._connected = False
-            self._queue.clear()
-        elif isinstance(event, Acknowledged):
-            self._queue.acknowledged(event.token)
         elif isinstance(event, Received):
             self._hear(event)
         if now >= self._look_s:
             self._look_s = now + LOOK_S
             effects += self._notes()
-            if self._connected:
+            if self._queue.connected:
                 self._look()
         return [*effects, *self._queue.send()]
 

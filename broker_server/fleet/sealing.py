@@ -1,7 +1,7 @@
 """The gateway's side of sealed work: what leaves is sealed by the coordinator's key, what comes is opened, or not heard.
 
-Retained messages can stay live for longer than their seals hold, so each is sealed and published again when half of that has passed. The
-machines behind this know nothing of it: they hear and say the same as without keys.
+Retained messages can stay live for longer than their seals hold, so each is sealed and published again when half of that has passed, or
+the coordinator has changed its key. The machines behind this know nothing of it: they hear and say the same as without keys.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ class Keys:
     """Who may speak in a fleet.
 
     Args:
-        key: the coordinator's public key, with which `sign` signs.
+        signer: gives the coordinator's public key of now, and what signs with it.
         of: device -> the public keys that it may sign with now.
         verify: as in regrow.seal.
     """
 
-    key: bytes
-    sign: seal.Sign
+    signer: Callable[[], tuple[bytes, seal.Sign]]
     of: Callable[[str], Sequence[bytes]]
     verify: seal.Verify
 
@@ -71,9 +70,9 @@ class Sealing:
         if warning:
             log.warning("%s", warning)
         self._devices = FromDevices(keys.of, keys.verify, self._stamps.floors, self._stamps.save)
-        self._coordinators = FromCoordinator(None, lambda: (keys.key,), keys.verify, self.time)
+        self._coordinators = FromCoordinator(None, lambda: (keys.signer()[0],), keys.verify, self.time)
         self._stamp = 0
-        self._live: OrderedDict[str, tuple[Payload, float]] = OrderedDict()
+        self._live: OrderedDict[str, tuple[Payload, float, bytes]] = OrderedDict()  # what, when it was sealed, by which key
         self._save_s = now
 
     def wait(self) -> None:
@@ -93,11 +92,12 @@ class Sealing:
         if not len(effect.payload):
             return effect
         lasts = effect.retain and not topics.is_claim(topic)
+        key, sign = self._keys.signer()
         if lasts:
-            self._live[topic] = (effect.payload, now)
+            self._live[topic] = (effect.payload, now, key)
         stamp = self._next_stamp(now)
         expires_s = stamp // 1000 + (LONG_S if lasts else SHORT_S)
-        payload = seal.seal(topic, effect.payload, stamp=stamp, expires_s=expires_s, key=self._keys.key, sign=self._keys.sign)
+        payload = seal.seal(topic, effect.payload, stamp=stamp, expires_s=expires_s, key=key, sign=sign)
         return replace(effect, payload=payload)
 
     def _next_stamp(self, now: float) -> int:
@@ -131,8 +131,9 @@ class Sealing:
     def tend(self, now: float) -> list[Publish | Note]:
         """To be called every second or so: what must be published, still bare, and what to tell of refusals."""
         due: list[Publish | Note] = []
-        for topic, (payload, sealed_s) in self._live.items():  # the oldest first
-            if now - sealed_s < RENEW_S:
+        key, _ = self._keys.signer()
+        for topic, (payload, sealed_s, by) in self._live.items():  # the oldest first
+            if by == key and now - sealed_s < RENEW_S:
                 break
             due.append(Publish(topic, payload, retain=True))
         for device, stamp in self._devices.behind(now):
@@ -163,7 +164,7 @@ def sealing_of(registry: Registry, authority: Authority, role: str) -> Sealing:
     """
     from broker_server.fleet.authority import verify
 
-    known: tuple[tuple[int, int], Mapping[str, Device]] = ((-1, -1), {})
+    known: tuple[tuple[int, ...], Mapping[str, Device]] = ((), {})
 
     def keys_of(device: str) -> tuple[bytes, ...]:
         """As the registry says at this moment: who was put out is not heard any more."""
@@ -173,4 +174,4 @@ def sealing_of(registry: Registry, authority: Authority, role: str) -> Sealing:
             known = (stamp, registry.devices())
         return known[1][device].signing_keys if device in known[1] else ()
 
-    return Sealing(Keys(authority.signing_key, authority.sign, keys_of, verify), registry.folder, role, time.monotonic())
+    return Sealing(Keys(authority.signer, keys_of, verify), registry.folder, role, time.monotonic())

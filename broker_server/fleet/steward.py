@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from broker_server.durable import write_private
-from broker_server.fleet import members
+from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.authority import Authority, check_request
 from broker_server.fleet.registry import MEMBERS, Device, Registry, now_s, read_seen
 from regrow import topics, wire
@@ -39,9 +39,9 @@ class Steward:
         self._registry, self._authority, self._speaks, self._clock = registry, authority, speaks, clock
         self._connected = False
         self._look_s = self._seen_due_s = float("-inf")
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
         self._standing: Standing | None = None
-        self._said: dict[str, wire.Control] = {}
+        self._said: dict[str, wire.Message] = {}  # by topic
         self._seen = read_seen(registry.folder)
         self._seen_changed = self._seen_later = False
 
@@ -74,26 +74,29 @@ class Steward:
             return []
         try:
             devices = self._registry.devices()
+            said = self._say(devices) if self._connected and self._speaks else []
         except LocalError as error:
             log.error("%s", error)
             return []
-        effects: list[Effect] = []
-        standing = standing_of(devices)
-        if standing != self._standing:
-            self._standing = standing
-            effects.append(standing)
         if self._connected:
             self._stamp = stamp
-            effects += self._say(devices) if self._speaks else ()
-        return effects
+        standing = standing_of(devices)
+        if standing == self._standing:
+            return said
+        self._standing = standing
+        return [standing, *said]
 
     def _say(self, devices: dict[str, Device]) -> list[Effect]:
+        in_fleet = {name: device for name, device in devices.items() if device.state in MEMBERS}
+        wanted: dict[str, wire.Message] = {topics.control(name): control_of(device) for name, device in in_fleet.items()}
+        keys = coordinator_key.announced(self._registry, self._authority)
+        if keys is not None:
+            wanted |= {topics.coordinator_keys(name): keys for name in in_fleet}
         effects: list[Effect] = []
-        wanted = {name: control_of(device) for name, device in devices.items() if device.state in MEMBERS}
-        for name, control in wanted.items():
-            if self._said.get(name) != control:
-                effects.append(Publish(topics.control(name), wire.encode(control), retain=True))
-        effects += [Publish(topics.control(name), b"", retain=True) for name in self._said if name not in wanted]
+        for topic, message in wanted.items():
+            if self._said.get(topic) != message:
+                effects.append(Publish(topic, wire.encode(message), retain=True))
+        effects += [Publish(topic, b"", retain=True) for topic in self._said if topic not in wanted]
         self._said = wanted
         return effects
 
@@ -130,6 +133,7 @@ class Steward:
             members.wiped(self._registry, self._authority, device)
         else:
             members.in_use(self._registry, self._authority, device, report.serial.hex().lstrip("0"))
+            coordinator_key.heard(self._registry, device, report.keys)
         return [Note("device", {"device": device, "doing": report.doing})]
 
     def _certify(self, device: str, asked: wire.CertificateRequest) -> list[Effect]:

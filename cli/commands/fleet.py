@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, count, fleet_option, percent, positive, runs_option
+from cli.arguments import Commands, add_command, count, days, fleet_option, percent, runs_option, trial_minutes
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,7 +32,7 @@ def add_parser(commands: Commands) -> None:
         "The device makes its keys itself and turns the claim into a certificate, once, while `serve` runs.",
     )
     add.add_argument("name", metavar="NAME", help="of the device: a-z, 0-9 and '-'")
-    add.add_argument("--days", type=positive, default=7.0, metavar="N", help="how long the claim may be used")
+    add.add_argument("--days", type=days, default=7.0, metavar="N", help="how long the claim may be used")
     add.add_argument("--board", default="", metavar="BOARD", help="what the device is, for images and updates")
     offline = "make a whole identity folder DIR/NAME here, keys and all, instead of a claim: for the lab, where keys may travel"
     add.add_argument("--offline", action="store_true", help=offline)
@@ -45,19 +45,31 @@ def add_parser(commands: Commands) -> None:
     show.add_argument("--json", action="store_true", help="for programs")
     running = "A running gateway notices within a second."
     _one(kinds, "revoke", "cli.fleet:revoke", "put a device out: its certificate holds no more and its connection ends", running)
-    _one(
-        kinds,
-        "rotate",
-        "cli.fleet:rotate",
-        "have a device make new keys; the old certificate is revoked when the new one is in use",
-        running,
-    )
+    _rotate(kinds, running)
     _one(kinds, "pause", "cli.fleet:pause", "stop a device's training at once; it stays connected", running)
     _one(kinds, "resume", "cli.fleet:resume", "let a paused or drained device work again", running)
     _one(kinds, "drain", "cli.fleet:drain", "let a device finish the job that it has, and give it no other", running)
     wipe = _one(kinds, "wipe", "cli.fleet:wipe", "have a device remove its training state, models and at last its keys", running)
     wipe.add_argument("--yes", action="store_true", help="really; it cannot be taken back")
     _update(kinds)
+
+
+def _rotate(kinds: Commands, running: str) -> None:
+    rotate = add_command(
+        kinds,
+        "rotate",
+        "cli.fleet_keys:rotate",
+        "change the keys of a device, or the coordinator's signing key",
+        f"A device makes new keys; its old certificate is revoked when the new one is in use. {running}",
+    )
+    rotate.add_argument("name", nargs="?", metavar="NAME", help="of the device")
+    coordinator = "change the coordinator's signing key: the new one is announced to all devices; said again, how many know it"
+    rotate.add_argument("--coordinator", action="store_true", help=coordinator)
+    overlap = "with --coordinator: after so many days the old key goes even if a device has not heard of the new one (default: 30)"
+    rotate.add_argument("--days", type=days, metavar="N", help=overlap)
+    finish = "with --coordinator: let the old key go now; a device that does not know the new one needs a new claim"
+    rotate.add_argument("--finish", action="store_true", help=finish)
+    _folder(rotate)
 
 
 def _update(kinds: Commands) -> None:
@@ -78,7 +90,7 @@ def _update(kinds: Commands) -> None:
     update.add_argument("--board", action="append", default=None, metavar="BOARD", help="only for these; again for others (default: all)")
     update.add_argument("--force-downgrade", action="store_true", help="let devices install it though it is older than what they have")
     minutes = "a device that has not reached the broker and finished a round so long after the switch goes back by itself"
-    update.add_argument("--minutes", type=positive, default=10.0, metavar="N", help=minutes)
+    update.add_argument("--minutes", type=trial_minutes, default=10.0, metavar="N", help=minutes)
     idle = "let contact with the broker be enough: for fleets that have nothing to train"
     update.add_argument("--contact-only", action="store_true", help=idle)
     update.add_argument("--json", action="store_true", help="with --status: for programs")
@@ -94,4 +106,4 @@ def _one(kinds: Commands, name: str, function: str, summary: str, more: str = ""
 
 def _folder(command: argparse.ArgumentParser) -> None:
     runs_option(command)
-    fleet_option(command, "(default: RUNS/.gateway/fleet)")
+    fleet_option(command, " (default: RUNS/.gateway/fleet)")

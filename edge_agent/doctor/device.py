@@ -26,7 +26,7 @@ from edge_agent.doctor.network import network_checks
 from edge_agent.doctor.rights import LISTEN_S, Rights
 from edge_agent.doctor.service import service_checks
 from edge_agent.identity import Identity
-from edge_agent.identity_folder import state_in_use
+from edge_agent.identity_folder import new_claim, state_in_use
 from edge_agent.memory import spare_bytes
 from edge_agent.state import MAGIC
 from edge_agent.transport import CLOSED, MqttLink
@@ -94,8 +94,8 @@ def _common(subject: Subject, reference: Callable[[], float | None]) -> list[Che
     if subject.broker:
         checks += network_checks(parse_broker_url(subject.broker, of_device=True), subject.tls)
     if subject.identity is not None:
-        renewal = "the agent renews it by itself while it may; else ask for a new claim: regrow fleet add NAME on the gateway"
         folder = subject.identity
+        renewal = f"the agent renews it in time; once it has ended: {new_claim(subject.device or 'NAME', folder)}"
         checks.append(Check(("tls.identity",), lambda tell: tell(identity(folder))))
         checks.append(certificate_check("tls.own", subject.identity / "device.crt", renewal))
         checks.append(certificate_check("tls.authority", subject.identity / "ca.crt", "the fleet needs another CA: docs/fleet.md"))

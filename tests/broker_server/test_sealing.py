@@ -35,7 +35,7 @@ class Wall:
 
 
 def life(folder: Path, wall: Wall | None = None, *, role: str = "serve", now: float = 0.0) -> Sealing:
-    keys = Keys(COORDINATOR, sign_by(COORDINATOR), lambda who: FLEET.get(who, ()), verify)
+    keys = Keys(lambda: (COORDINATOR, sign_by(COORDINATOR)), lambda who: FLEET.get(who, ()), verify)
     return Sealing(keys, folder, role, now, wall=wall or Wall())
 
 

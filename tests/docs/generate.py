@@ -244,6 +244,7 @@ def _topics(_: str) -> str:
         "control_report": topics.control_report("{id}"),
         "certificate_request": topics.certificate_request("{id}"),
         "certificate": topics.certificate("{id}"),
+        "coordinator_keys": topics.coordinator_keys("{id}"),
         "doctor_request": topics.doctor_request("{id}"),
         "doctor_report": topics.doctor_report("{id}"),
         "doctor_echo": topics.doctor_echoes("{id}")[0],

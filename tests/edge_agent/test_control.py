@@ -69,7 +69,7 @@ def requests(effects: list[Effect]) -> list[wire.CertificateRequest]:
 
 def test_it_says_at_every_connect_what_it_does_and_with_which_certificate(device: Device) -> None:
     said = device.connect()
-    assert Subscribe((topics.control("d1"), topics.certificate("d1"), topics.older("d1"))) in said
+    assert Subscribe((topics.control("d1"), topics.certificate("d1"), topics.coordinator_keys("d1"), topics.older("d1"))) in said
     assert reports(said) == [(0, "working")]
     report = next(effect for effect in said if isinstance(effect, Publish))
     assert wire.decode(bytes(report.payload), wire.ControlReport)[0].serial == device.serial

@@ -364,7 +364,7 @@ def test_a_certificate_that_the_broker_refuses_is_told_as_that(tmp_path: Path, a
         link.close()
     peer.close()
     assert said[None][-1].needs_help
-    assert said[None][-1].reason.startswith("the gateway refuses this device's certificate: revoked, or of another fleet; ")
+    assert said[None][-1].reason.startswith("the gateway refuses this device's certificate: revoked, expired, or of another fleet; ")
     assert not any(event.needs_help for event in said["p"])
 
 

@@ -251,4 +251,7 @@ EXAMPLES: dict[str, tuple[wire.Message, bytes]] = {
         b"",
     ),
     "field-report-sparse": (wire.FieldReport(number=4), b""),
+    "control-report-keys": (wire.ControlReport(number=7, doing="working", serial=bytes.fromhex("0b5fc6d8"), keys=3), b""),
+    "coordinator-keys": (wire.CoordinatorKeys(number=3, keys=[2 * BOOT, 2 * INSTALL]), b""),
+    "coordinator-keys-one": (wire.CoordinatorKeys(number=4, keys=[2 * INSTALL]), b""),
 }

@@ -57,7 +57,7 @@ def lives(folder: Path, kind: Kind) -> None:
         fleet.fleet("revoke", "d0")
         agents["d0"].said("connection lost|cannot connect")
         assert time.monotonic() - began < 60
-        agents["d0"].said("the gateway refuses this device's certificate: revoked, or of another fleet; `regrow fleet show d0`")
+        agents["d0"].said("the gateway refuses this device's certificate: revoked, expired, or of another fleet; `regrow fleet show d0`")
         left, others = updates(fleet, "d0"), updates(fleet, "d2")
         until(lambda: updates(fleet, "d2") >= others + 3, "d2 goes on")
         assert updates(fleet, "d0") == left

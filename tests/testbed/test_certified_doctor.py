@@ -63,8 +63,9 @@ def examined(folder: Path, kind: Kind, capsys: pytest.CaptureFixture[str]) -> No
         fleet.fleet("revoke", "d0")
         until(lambda: doctor(capsys, *device)["broker.login"]["state"] == "fail", "the revocation to be felt")
         login = doctor(capsys, *device)["broker.login"]
-        assert login["said"] == "the gateway refuses this device's certificate: revoked, or of another fleet"
+        assert login["said"] == "the gateway refuses this device's certificate: revoked, expired, or of another fleet"
         assert "regrow fleet show d0" in login["cure"]
+        assert "regrow join d0.claim.json" in login["cure"]
         fleet.fleet("add", "d9", "--out", fleet.folder)
         for name, status, said in (
             ("d0", 1, "d0 is revoked"),
@@ -86,7 +87,7 @@ def left_alone(fleet: CertifiedFleet, agent: Child, capsys: pytest.CaptureFixtur
     words = ["agent", "--identity", "d0.id", "--data", "d0.npz", "--state", "second.state"]
     second = fleet.start(words, "second.log")
     assert second.ended() == 1
-    assert "d0.id/heard is in use by process" in second.text()
+    assert "another agent runs with the identity in d0.id: stop it" in second.text()
 
 
 def damaged(fleet: CertifiedFleet, name: str, capsys: pytest.CaptureFixture[str]) -> None:
