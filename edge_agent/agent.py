@@ -35,7 +35,7 @@ from edge_agent.tuning import Tuning
 from edge_agent.vitals import Vitals
 from edge_agent.worker import MakeTrainer, Worker
 from regrow import outgoing, topics, wire
-from regrow.device import OUTGOING, Device, Phase
+from regrow.device import OUTGOING, Device
 from regrow.errors import LocalError
 from regrow.fetching import PART
 from regrow.guards import REFUSED
@@ -388,8 +388,6 @@ class Agent:
         meters.step_s, meters.full_step_s = self._worker.step_s, self._worker.full_step_s
         self._perform(self.device.step(event, time.monotonic()))
         self._account()
-        if self.device.phase not in (Phase.PROBING, Phase.SENDING):
-            self.traffic.meter.finish()
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

@@ -41,9 +41,10 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class TcpFacts:
-    """Of one connection since it began. delivered_bytes: acknowledged by the other end's TCP, None before Linux 4.2."""
+    """Of one connection since it began. delivered_bytes: acknowledged by the other end's TCP; it and least_rtt_s: None on old kernels."""
 
     rtt_s: float
+    least_rtt_s: float | None
     retransmitted: int
     delivered_bytes: int | None
     congestion: str
@@ -90,8 +91,11 @@ def parse_tcp_info(info: bytes, congestion: bytes) -> TcpFacts | Unknown:
     (rtt_us,) = struct.unpack_from("=I", info, 68)
     (retransmitted,) = struct.unpack_from("=I", info, 100)
     delivered = struct.unpack_from("=Q", info, 120)[0] if len(info) >= 128 else None
+    least_us = struct.unpack_from("=I", info, 148)[0] if len(info) >= 152 else 0
     name = congestion.partition(b"\0")[0].decode("ascii", "replace")
-    return TcpFacts(rtt_us / 1e6, retransmitted, delivered, name if _STARTED.match(name) else "")
+    return TcpFacts(
+        rtt_us / 1e6, least_us / 1e6 if 0 < least_us < 2**32 - 1 else None, retransmitted, delivered, name if _STARTED.match(name) else ""
+    )
 
 
 # ---- the interface -----------------------------------------------------------------------------------------------------------------

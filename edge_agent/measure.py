@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from edge_agent.link_facts import Counters, TcpFacts, Unknown, counted_since, counters_of, interface_of
 from edge_agent.transport import Event, MqttLink
-from edge_agent.uplink import UplinkMeter, interval_95, packet_bytes, trimmed_mean
+from edge_agent.uplink import Piece, UplinkMeter, interval_95, packet_bytes, trimmed_mean
 from regrow import wire
 from regrow.broadcast import chunk_bytes
 from regrow.errors import LocalError
@@ -31,7 +31,11 @@ _NOISE = hashlib.shake_128(b"regrow measure").digest(wire.MAX_CHUNK_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A stretch of the measurement; times are seconds since its first byte. estimate_bps: what an agent would take its uplink for."""
+    """A stretch of the measurement; times are seconds since its first byte.
+
+    payload_bytes: of the chunks that were acknowledged or came whole in it. goodput_bps: of the bytes that came through, chunks or parts
+    of chunks, as TCP knows them; of whole chunks where it tells nothing. estimate_bps: what an agent would take the link for.
+    """
 
     start_s: float
     end_s: float
@@ -44,7 +48,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """All of it. mean_bps: trimmed mean of samples of a second or more; low and high: its 95 % interval; overall_bps: bytes over time."""
+    """All of it.
+
+    mean_bps, low_bps, high_bps: trimmed mean of samples of a second or more since the link last changed, and its 95 % interval;
+    overall_bps: all bytes over all time.
+    """
 
     direction: str
     seconds: float
@@ -98,10 +106,11 @@ class Measurement:
         self._link, self._now = link, now
         self.meter = UplinkMeter()
         self._topic = TOPICS.probe(device)
-        self._samples: list[float] = []
+        self._samples: list[Piece] = []
         self._bytes = self._told_bytes = self._disconnects = 0
         self._begin_s = self._end_s = self._told_s = now()
         self._retransmitted = self._told_retransmitted = 0
+        self._passed_bytes: int | None = None
         self._first = self._tcp()
         interface = interface_of(link.peer)
         self._interface = "" if isinstance(interface, Unknown) else interface
@@ -111,6 +120,7 @@ class Measurement:
         """Measure for so long; an interval comes out every `every_s` seconds."""
         self._begin_s = self._end_s = self._told_s = self._now()
         until_s = self._begin_s + seconds
+        self._passed_bytes = self._through(self._tcp())
         self._begin()
         while (now := self._now()) < until_s:
             next_s = min(until_s, self._told_s + every_s)
@@ -149,9 +159,11 @@ class Measurement:
 
     def _sampled(self, add: Callable[[], None]) -> None:
         """Feed the meter, and keep the sample when there is one."""
-        taken = self.meter.taken
+        taken, drifts = self.meter.taken, self.meter.drifts
         add()
-        if self.meter.taken > taken:
+        if self.meter.taken > taken and self.meter.drifts > drifts:
+            self._samples = list(self.meter.samples)
+        elif self.meter.taken > taken:
             self._samples.append(self.meter.samples[-1])
 
     def _interval(self, now: float) -> Interval:
@@ -161,13 +173,23 @@ class Measurement:
             self._told_s - self._begin_s,
             now - self._begin_s,
             gone,
-            gone * 8 / seconds,
+            self._passed(tcp, gone) * 8 / seconds,
             None if tcp is None else tcp.rtt_s,
             None if tcp is None else max(retransmitted, 0),
             self.meter.estimate_bps,
         )
         self._told_s, self._told_bytes, self._told_retransmitted = now, self._bytes, self._retransmitted
         return told
+
+    def _passed(self, tcp: TcpFacts | None, gone_bytes: int) -> int:
+        """Bytes that came through since the interval before; gone_bytes: those of whole chunks."""
+        before, self._passed_bytes = self._passed_bytes, self._through(tcp)
+        if before is None or self._passed_bytes is None or self._passed_bytes < before:
+            return gone_bytes
+        return self._passed_bytes - before
+
+    def _through(self, tcp: TcpFacts | None) -> int | None:
+        return None if tcp is None else tcp.delivered_bytes
 
     def summary(self) -> Summary:
         """What was measured so far."""
@@ -222,15 +244,15 @@ class Up(Measurement):
     def _count(self, event: Event) -> None:
         if isinstance(event, Disconnected):
             self._under_way.clear()
-            self.meter.finish()
         elif isinstance(event, Acknowledged) and self._under_way.pop(event.token, None) is not None and event.acked_s > event.started_s:
             self._bytes += event.sent_bytes
             self._end_s = event.acked_s
             self._sampled(lambda: self.meter.add(packet_bytes(self._topic, event.sent_bytes), event.started_s, event.acked_s))
 
     def _look(self, tcp: TcpFacts | None, now: float) -> None:
-        delivered = tcp.delivered_bytes if tcp is not None and self._link.unacknowledged else None
-        self._sampled(lambda: self.meter.progress(delivered, now))
+        if tcp is not None:
+            delivered = tcp.delivered_bytes if self._link.unacknowledged else None
+            self._sampled(lambda: self.meter.progress(delivered, now, tcp.least_rtt_s))
 
     def _finish(self) -> None:
         """What is under way still counts, with its time."""
@@ -276,6 +298,9 @@ class Down(Measurement):
                 if isinstance(event, Acknowledged):
                     waiting.pop(event.token, None)
 
+    def _through(self, tcp: TcpFacts | None) -> int | None:  # noqa: ARG002 (what came is known without it)
+        return self._link.bytes_down
+
     def _begin(self) -> None:
         for group in range(2):
             self._fetch(group)
@@ -290,7 +315,6 @@ class Down(Measurement):
             self._begin()
         elif isinstance(event, Disconnected):
             self._last_s = None
-            self.meter.finish()
         elif isinstance(event, Received):
             self._arrived(event)
 

@@ -127,7 +127,6 @@ class Traffic:
     def lost(self) -> None:
         """The connection is gone, and with it whatever was to be acknowledged or counted on it."""
         self._sent.clear()
-        self.meter.finish()
         self.meter.progress(None, 0.0)
         self._retransmitted = self._link_retransmitted = 0
 
@@ -205,8 +204,8 @@ class Traffic:
     def turn(self, now: float, *, busy: bool) -> None:
         """To be called about once a second. busy: the device needs its link."""
         tcp = self._link.tcp
-        known = None if isinstance(tcp, Unknown) else tcp.delivered_bytes
-        self.meter.progress(known if self._link.unacknowledged else None, now)
+        if not isinstance(tcp, Unknown):
+            self.meter.progress(tcp.delivered_bytes if self._link.unacknowledged else None, now, tcp.least_rtt_s)
         if self._small_s is None:
             self._small_s = now
         elif now >= self._small_s + SMALL_S:

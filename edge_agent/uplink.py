@@ -2,11 +2,11 @@
 
 Strategy: publishes that overlap in time are one transfer (chunks go out two deep). Inside it every acknowledgement ends a
 piece: its bytes, and the seconds since the acknowledgement before, or since the first byte of the transfer. Only that first
-piece holds an acknowledgement latency, which is known from the quickest of the last tiny publishes (heartbeats) and taken
-off. Pieces are pooled until they hold a second; that is a sample. The estimate is the trimmed mean of the last I samples,
-so that one outage among them changes nothing, with its 95 % interval.
+piece holds an acknowledgement latency, which is known from the quickest of the last tiny publishes (heartbeats), or from
+TCP, and taken off. Pieces are pooled until they hold a second; that is a sample. The estimate is the trimmed mean of the last
+I samples, bytes over seconds, so that one outage among them changes nothing, with its 95 % interval.
 
-Drift: when the newest two samples lie on the same side of all that came before them, further than a fifth and than three
+Drift: when the newest three samples lie on the same side of all that came before them, further than a fifth and than three
 robust deviations, the link has changed and the older samples are forgotten.
 
 A link that became much slower acknowledges its next chunk only after a long time. Until then the bytes that TCP has seen
@@ -29,6 +29,7 @@ SAMPLE_S = 1.0
 TINY_BYTES = 1024
 KEPT_TINY = 20
 DRIFT = 0.2
+DRIFT_SAMPLES = 3
 DRIFT_DEVIATIONS = 3.0
 WINDOW_S = 1.0
 WINDOW_BYTES = 8 * 1024  # fewer segments than six say little
@@ -48,35 +49,6 @@ def packet_bytes(topic: str, payload_bytes: int) -> int:
     return 1 + length_bytes + remaining_bytes
 
 
-def trimmed_mean(samples: Sequence[float]) -> float:
-    """Mean of what is left without the smallest and the largest fifth.
-
-    Args:
-        samples: at least one.
-    """
-    cut = int(TRIM * len(samples))
-    return math.fsum(sorted(samples)[cut : len(samples) - cut]) / (len(samples) - 2 * cut)
-
-
-def interval_95(samples: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the trimmed mean of positive, independent samples; None for fewer than two, which tell no spread.
-
-    Source: Tukey and McLaughlin 1963: Winsorised variance, Student's t with as many degrees of freedom as samples are left, less one.
-    """
-    count = len(samples)
-    if count < 2:
-        return None
-    cut, ordered = int(TRIM * count), sorted(samples)
-    winsorised = [min(max(sample, ordered[cut]), ordered[count - cut - 1]) for sample in ordered]
-    middle = math.fsum(winsorised) / count
-    deviation = math.sqrt(math.fsum((sample - middle) ** 2 for sample in winsorised) / (count - 1))
-    freedom = count - 2 * cut - 1
-    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
-    half = t * deviation / ((1 - 2 * cut / count) * math.sqrt(count))
-    mean = trimmed_mean(samples)
-    return max(mean - half, 0.0), mean + half
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Bytes, the seconds that the link took for them, and how many acknowledgement latencies these hold."""
@@ -88,6 +60,39 @@ class Piece:
     def __add__(self, other: Piece) -> Piece:
         return Piece(self.sent_bytes + other.sent_bytes, self.seconds + other.seconds, self.latencies + other.latencies)
 
+    @property
+    def bps(self) -> float:
+        return self.sent_bytes * 8 / self.seconds
+
+
+def trimmed_mean(samples: Sequence[Piece]) -> float:
+    """Bytes over seconds, in bit/s, of what is left without the slowest and the quickest fifth.
+
+    Args:
+        samples: at least one.
+    """
+    cut = int(TRIM * len(samples))
+    return sum(sorted(samples, key=lambda sample: sample.bps)[cut : len(samples) - cut], Piece()).bps
+
+
+def interval_95(samples: Sequence[Piece]) -> tuple[float, float] | None:
+    """95 % interval of the trimmed mean of independent samples, in bit/s; None for fewer than two, which tell no spread.
+
+    Source: Tukey and McLaughlin 1963: Winsorised variance, Student's t with as many degrees of freedom as samples are left, less one.
+    """
+    count = len(samples)
+    if count < 2:
+        return None
+    cut, ordered = int(TRIM * count), sorted(sample.bps for sample in samples)
+    winsorised = [min(max(bps, ordered[cut]), ordered[count - cut - 1]) for bps in ordered]
+    middle = math.fsum(winsorised) / count
+    deviation = math.sqrt(math.fsum((bps - middle) ** 2 for bps in winsorised) / (count - 1))
+    freedom = count - 2 * cut - 1
+    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
+    half = t * deviation / ((1 - 2 * cut / count) * math.sqrt(count))
+    mean = trimmed_mean(samples)
+    return max(mean - half, 0.0), mean + half
+
 
 class UplinkMeter:
     """Goodput of the uplink in bit/s, from (bytes, first byte left, acknowledged) of publishes.
@@ -96,7 +101,7 @@ class UplinkMeter:
         kept: samples that the estimate is made of, the I of PR-FL's rule.
 
     Attributes:
-        samples: bit/s, each over a second or more, oldest first.
+        samples: each over a second or more, oldest first.
         taken: how many samples there were ever; drifts: how often the link has changed. For whoever wants to tell of news.
 
     Raises:
@@ -106,13 +111,14 @@ class UplinkMeter:
     def __init__(self, kept: int = 10) -> None:
         if kept < 1:
             raise LocalError(f"the meter must keep at least one sample, got {kept}")
-        self.samples: deque[float] = deque(maxlen=kept)
+        self.samples: deque[Piece] = deque(maxlen=kept)
         self.taken = self.drifts = 0
         self._pool = Piece()
         self._tiny: deque[Piece] = deque(maxlen=KEPT_TINY)
-        self._acked_s: float | None = None  # the last acknowledgement of the transfer that may still grow
+        self._acked_s = float("-inf")  # the last acknowledgement of more than a tiny publish
         self._window: tuple[float, int] | None = None
         self._settled = self._stood_in = False
+        self._least_rtt_s: float | None = None
 
     def add(self, sent_bytes: int, started_s: float, acked_s: float) -> None:
         """Count one acknowledged publish; in the order of the acknowledgements.
@@ -127,31 +133,32 @@ class UplinkMeter:
         """
         if sent_bytes <= 0 or not (math.isfinite(started_s) and math.isfinite(acked_s) and acked_s > started_s):
             raise LocalError(f"impossible uplink sample: {sent_bytes} B from {started_s} to {acked_s} s")
-        if self._acked_s is not None and started_s >= self._acked_s:
-            self.finish()
-        if self._acked_s is None and sent_bytes <= TINY_BYTES:
-            self._tiny.append(Piece(sent_bytes, acked_s - started_s, 1))
+        if started_s < self._acked_s:
+            piece = Piece(sent_bytes, max(acked_s - self._acked_s, 0.0))
+        elif sent_bytes <= TINY_BYTES:
+            self._tiny.append(Piece(sent_bytes, acked_s - started_s))
             return
-        piece = Piece(sent_bytes, acked_s - (started_s if self._acked_s is None else min(self._acked_s, acked_s)), self._acked_s is None)
-        self._acked_s = max(acked_s, self._acked_s or acked_s)
+        else:
+            piece = Piece(sent_bytes, acked_s - started_s, 1)
+        self._acked_s = max(acked_s, self._acked_s)
         self._window = None
-        self._pool, self._stood_in = (Piece(), False) if self._stood_in else (self._pool + piece, False)
+        if self._stood_in:
+            self._pool, self._stood_in = Piece(), False
+            return
+        self._pool += piece
         if self._pool.seconds >= SAMPLE_S:
-            self._take(self._rate_bps(self._pool))
+            self._take(self._less_latency(self._pool))
             self._pool = Piece()
 
-    def finish(self) -> None:
-        """The transfer is over: the next publish begins another one."""
-        self._acked_s = self._window = None
-        self._stood_in = False
-
-    def progress(self, delivered_bytes: int | None, now: float) -> None:
+    def progress(self, delivered_bytes: int | None, now: float, least_rtt_s: float | None = None) -> None:
         """What TCP knows between two acknowledgements of ours; to be called about once a second.
 
         Args:
             delivered_bytes: acknowledged by the other end's TCP since the connection began; None: not known, or nothing is under way.
             now: monotonic seconds.
+            least_rtt_s: the shortest round trip of the connection's packets, where it is known.
         """
+        self._least_rtt_s = least_rtt_s
         if delivered_bytes is None or self._window is None or delivered_bytes < self._window[1]:
             self._window, self._settled = None if delivered_bytes is None else (now, delivered_bytes), False
             return
@@ -159,10 +166,10 @@ class UplinkMeter:
         if seconds < WINDOW_S or gone_bytes < WINDOW_BYTES:
             return
         self._window = (now, delivered_bytes)
-        rate_bps, estimate_bps = gone_bytes * 8 / seconds, self.estimate_bps
-        if self._settled and estimate_bps is not None and rate_bps < (1 - DRIFT) * estimate_bps:
+        sample, estimate_bps = Piece(gone_bytes, seconds), self.estimate_bps
+        if self._settled and estimate_bps is not None and sample.bps < (1 - DRIFT) * estimate_bps:
             self._stood_in = True
-            self._take(rate_bps)
+            self._take(sample)
         self._settled = True  # the first window may hold bytes from before the change
 
     @property
@@ -170,46 +177,50 @@ class UplinkMeter:
         """The trimmed mean of the samples, or of less than a second where there is no more; None while nothing was ever measured."""
         if self.samples:
             return trimmed_mean(self.samples)
-        return self._rate_bps(self._pool) if self._pool.sent_bytes and self._pool.seconds else None
+        return self._less_latency(self._pool).bps if self._pool.sent_bytes and self._pool.seconds else None
 
     @property
     def interval_bps(self) -> tuple[float, float] | None:
         """The 95 % interval of the estimate; None while two samples are not there."""
         return interval_95(self.samples)
 
-    def _rate_bps(self, pool: Piece) -> float:
-        """The latency l of the quickest tiny publish of b bytes holds those bytes' own b / rate, so the rate solves
-        bytes = rate * (seconds - k * (l - b / rate)) for k latencies.
+    def _less_latency(self, pool: Piece) -> Piece:
+        """The bytes and seconds of a pool without its latencies.
+
+        A publish of b bytes that was acknowledged after s seconds came with a latency of l = s - b / rate. So with k such latencies
+        the rate solves bytes = rate * (seconds - k * (s - b / rate)). TCP's shortest round trip is a latency without bytes.
         """
-        if self._tiny and pool.latencies:
-            quickest = min(self._tiny, key=lambda piece: piece.seconds)
+        quickest = min((*self._tiny, *([Piece(0, self._least_rtt_s)] if self._least_rtt_s else [])), key=lambda p: p.seconds, default=None)
+        if quickest is not None:
             less_bytes = pool.sent_bytes - pool.latencies * quickest.sent_bytes
             less_s = pool.seconds - pool.latencies * quickest.seconds
             # A latency that was most of the time says more about the link's mood than about its rate.
             if less_bytes > 0 and less_s > pool.seconds / 2:
-                return less_bytes * 8 / less_s
-        return pool.sent_bytes * 8 / pool.seconds
+                return Piece(less_bytes, less_s)
+        return Piece(pool.sent_bytes, pool.seconds)
 
-    def _take(self, sample_bps: float) -> None:
-        self.samples.append(sample_bps)
+    def _take(self, sample: Piece) -> None:
+        self.samples.append(sample)
         self.taken += 1
-        *before, last, newest = self.samples if len(self.samples) > 2 else (0.0, 0.0)
+        before, newest = list(self.samples)[:-DRIFT_SAMPLES], list(self.samples)[-DRIFT_SAMPLES:]
         if not before:
             return
-        middle = median(before)
-        deviation = _DEVIATION_OF_MAD * median(abs(sample - middle) for sample in before)
+        middle = median(older.bps for older in before)
+        deviation = _DEVIATION_OF_MAD * median(abs(older.bps - middle) for older in before)
         gap = max(DRIFT * middle, DRIFT_DEVIATIONS * deviation)
-        if min(last, newest) - middle > gap or middle - max(last, newest) > gap:
+        rates = [newer.bps for newer in newest]
+        if min(rates) - middle > gap or middle - max(rates) > gap:
             self.samples.clear()
-            self.samples.append(newest)  # the one before may hold some of the time before the change
+            self.samples.extend(newest[1:])  # the first one may hold some of the time before the change
             self.drifts += 1
 
     def to_state(self) -> dict[str, Any]:
         """What survives a restart, as JSON can carry it; absolute times are of this boot and stay behind."""
+        pool = self._pool
         return {
             "kept": self.samples.maxlen,
-            "samples_bps": list(self.samples),
-            "pool": [self._pool.sent_bytes, self._pool.seconds, self._pool.latencies],
+            "samples": [[sample.sent_bytes, sample.seconds] for sample in self.samples],
+            "pool": [pool.sent_bytes, pool.seconds, pool.latencies],
             "tiny": [[piece.sent_bytes, piece.seconds] for piece in self._tiny],
         }
 
@@ -222,14 +233,19 @@ class UplinkMeter:
         """
         try:
             meter = cls(int(state["kept"]))
-            meter.samples.extend(_positive(sample) for sample in state["samples_bps"])
+            meter.samples.extend(_piece(sample) for sample in state["samples"])
             sent_bytes, seconds, latencies = state["pool"]
             if sent_bytes:
                 meter._pool = Piece(int(_positive(sent_bytes)), _positive(seconds), int(latencies and _positive(latencies)))
-            meter._tiny.extend(Piece(int(_positive(sent_bytes)), _positive(seconds), 1) for sent_bytes, seconds in state["tiny"])
+            meter._tiny.extend(_piece(tiny) for tiny in state["tiny"])
         except (KeyError, TypeError, ValueError, OverflowError) as err:
             raise LocalError(f"saved uplink state does not check out: {err!r}") from err
         return meter
+
+
+def _piece(saved: Any) -> Piece:
+    sent_bytes, seconds = saved
+    return Piece(int(_positive(sent_bytes)), _positive(seconds))
 
 
 def _positive(value: Any) -> float:
