@@ -125,7 +125,7 @@ def from_json(data: bytes) -> PowerModel:
         raise PeerError(f"a power model has at most {MAX_JSON_BYTES} bytes, not {len(data)}")
     try:
         model = msgspec.json.decode(data, type=PowerModel)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise PeerError(f"no power model: {error}") from error
     if model.format != FORMAT:
         raise PeerError(f"a power model of format {model.format}, this version reads {FORMAT}")

@@ -74,7 +74,7 @@ def read_board_file(path: Path, board: str) -> BoardFile:
         said = msgspec.json.decode(path.read_bytes(), type=BoardFile)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; `regrow measure baseline --calibration {path}` begins one") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}; docs/energy.md shows what stands in it") from error
     if said.format != FORMAT:
         raise UsageError(f"{path}: format {said.format}, this version reads {FORMAT}")

@@ -85,7 +85,7 @@ class Integral:
         return self._told(reading, now if reading.at_s is None else reading.at_s, now)
 
     def _told(self, reading: Watts, at_s: float, now: float) -> Piece | None:
-        before, watts = self._power, self._correct(reading.watts)
+        before, watts, self._count = self._power, self._correct(reading.watts), None
         if before is not None and at_s <= before[0]:  # nothing new
             if now - before[0] <= self.gap_s:
                 return None
@@ -95,15 +95,16 @@ class Integral:
         if why:
             self._power, self._why = None, f"after calibration {why}"
             return self._unknown(at_s, self._why)
-        self._power = (at_s, watts)
-        if before is None:
+        if before is None:  # perhaps a value from before what is told of already
+            self._power = (max(at_s, self._until_s or at_s), watts)
             return self._unknown(at_s, self._why)
+        self._power = (at_s, watts)
         if at_s - before[0] > self.gap_s:
             return self._unknown(at_s, f"no value for {at_s - before[0]:.1f} s")
         return self._known(before[0], at_s, before[1], watts)
 
     def _counted(self, joules: float, now: float) -> Piece | None:
-        before, self._count = self._count, (now, joules)
+        before, self._count, self._power = self._count, (now, joules), None
         if before is None or now <= before[0]:
             return self._unknown(now, self._why)
         if now - before[0] > self.gap_s:

@@ -32,7 +32,9 @@ def test_what_meters_say(text: str, expected_w: float) -> None:
     assert watts_in(text) == pytest.approx(expected_w)
 
 
-@pytest.mark.parametrize("text", ["", "on", "5.1,0.9,4.6", "nan", "inf", "4.5 A", "{", '{"power": "4"}', '{"power": true}', "[4]", "{}", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "on", "5.1,0.9,4.6", "nan", "inf", "4.5 A", "{", '{"power": "4"}', '{"power": true}', "[4]", "{}", "0x10"]
+)
 def test_what_is_no_number_of_watts(text: str) -> None:
     with pytest.raises(LocalError):
         watts_in(text)

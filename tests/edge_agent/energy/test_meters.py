@@ -220,7 +220,7 @@ def test_an_i2c_bus_that_is_absent_or_taken(tmp_path: Path, monkeypatch: pytest.
         open_chip(tmp_path, 1, 0x40, "ina219", 0.1)
     write(tmp_path, {"dev/i2c-1": ""})
 
-    def taken(descriptor: int, request: int, address: int) -> None:
+    def taken(_: int, request: int, address: int) -> None:
         assert (request, address) == (0x0703, 0x40)
         raise OSError(16, "Device or resource busy")
 
@@ -261,7 +261,19 @@ def test_auto_prefers_what_speaks_and_else_keeps_what_may_speak_later(tmp_path: 
 
 @pytest.mark.parametrize(
     "said",
-    ["", "rapl:0", "volts", "i2c", "i2c:1", "i2c:1:0x40", "i2c:1:0x99:ina219", "i2c:1:0x40:ina3221", "i2c:1:0x40:ina219:0", "mqtt:a/#", "auto:x"],
+    [
+        "",
+        "rapl:0",
+        "volts",
+        "i2c",
+        "i2c:1",
+        "i2c:1:0x40",
+        "i2c:1:0x99:ina219",
+        "i2c:1:0x40:ina3221",
+        "i2c:1:0x40:ina219:0",
+        "mqtt:a/#",
+        "auto:x",
+    ],
 )
 def test_a_meter_that_is_none_is_refused(said: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"--meter {said}"):
@@ -313,7 +325,10 @@ def test_any_files_give_a_reading_or_a_reason(make: Callable[[Path], Meter], fil
             pytest.fail("the board itself must do")
         try:
             for _ in range(3):
-                _spoil(root, data.draw(st.dictionaries(st.sampled_from(sorted(files)), CONTENTS | st.sampled_from([NOTHING, FOLDER]), max_size=4)))
+                _spoil(
+                    root,
+                    data.draw(st.dictionaries(st.sampled_from(sorted(files)), CONTENTS | st.sampled_from([NOTHING, FOLDER]), max_size=4)),
+                )
                 assert plausible(meter.read())
         finally:
             meter.close()
@@ -335,8 +350,7 @@ def _spoil(root: Path, changes: dict[str, bytes | str]) -> None:
 def _opens_or_says_why(make: Callable[[Path], Meter], root: Path) -> None:
     try:
         meter = make(root)
-    except LocalError as error:
-        assert str(error)
+    except LocalError:
         return
     assert len(meter.name) <= 64
     assert plausible(meter.read())
