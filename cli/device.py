@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import secrets
 import signal
@@ -158,6 +159,9 @@ def _run(
         running.run()
     if member is not None and not can_speak(member.folder):
         print(WIPED.format(member.folder), flush=True)
+    if running.computes:  # as edge_agent.worker.Worker.close has it; everything that was promised is on the disk
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

@@ -229,6 +229,11 @@ class Agent:
         self._stopping = True
         self._link.wake()
 
+    @property
+    def computes(self) -> bool:
+        """Whether a computation goes on after `run` that could not be ended in time: the interpreter must not end under it."""
+        return self._worker.alive
+
     def run(self, on_note: Callable[[Note], None] = lambda _: None) -> None:
         """Serve until stopped.
 

@@ -28,6 +28,7 @@ from regrow.watchdog import Progress
 log = logging.getLogger(__name__)
 NICE = 5
 HOLD_LOOK_S = 1.0
+CLOSE_S = 5.0
 
 MakeTrainer = Callable[[Mapping[str, bytes], int], Training]
 """(programs of one model, threads) -> its trainer; raises PeerError, LocalError as edge_agent.trainer.Trainer."""
@@ -73,6 +74,7 @@ class Worker:
         self._moving = threading.Event()
         self._moving.set()
         self._held_s = 0.0
+        self._closing = False
         self._key: tuple[bytes, ...] = ()
         self._trainers: LevelTrainers | None = None
         self._fitting = 0  # samples before this number fit these programs
@@ -108,15 +110,23 @@ class Worker:
     def _stand_still(self, job: Train) -> None:
         """Wait while the job may not go on; that is neither time of a step nor a hang."""
         began_s = time.monotonic()
-        while not self._moving.wait(HOLD_LOOK_S) and job.number > self._given_up:
+        while not self._moving.wait(HOLD_LOOK_S) and not self._over(job):
             self._progress.begin(f"standing still in job {job.number}", self._progress.patience.first_s, time.monotonic())
         self._held_s += time.monotonic() - began_s
-        if job.number <= self._given_up:
+        if self._over(job):
             raise LocalError("given up")
 
+    def _over(self, job: Train) -> bool:
+        return self._closing or job.number <= self._given_up
+
     def close(self) -> None:
-        """Let the job at hand go: what it would give is repeated after the next start."""
+        """Let the job at hand go, which is repeated after the next start, and wait until it does, for CLOSE_S at most.
+
+        onnxruntime must not be at work when the interpreter ends: its thread would come back into one that is gone, and C++ aborts.
+        """
+        self._closing = True
         self._jobs.put(None)
+        self._thread.join(CLOSE_S)
 
     @property
     def alive(self) -> bool:
@@ -127,7 +137,7 @@ class Worker:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         patience = self._progress.patience
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._closing:
             if not isinstance(job, Train):
                 self._progress.begin("work between two jobs", patience.other_s, time.monotonic())
                 job()
@@ -143,7 +153,7 @@ class Worker:
             self._done(TrainingFailed(job.number, str(error), declined=isinstance(error, LocalError)))
             return
         self._done(trained)
-        if self._tuning is not None and self._jobs.empty() and not self._marked():  # while the update travels
+        if self._tuning is not None and self._jobs.empty() and not self._closing and not self._marked():  # while the update travels
             self._progress.begin("trying another setting", self._progress.patience.first_s, time.monotonic())
             self._tune(self._tuning, job, trained)
 
@@ -184,6 +194,8 @@ class Worker:
             won = tuning.race(job.programs, challenger, lambda setting: self._steps(job, setting, trained.values))
             log.info("%s: %s", challenger.name, "faster, and in use from now on" if won else "not faster")
         except RegrowError as error:
+            if self._closing:
+                return
             log.warning("%s: %s", challenger.name, error)
         self._tuned(tuning.to_bytes())
 
@@ -192,7 +204,13 @@ class Worker:
         place = LevelTrainers(setting.programs(job.programs), setting.threads, self._make).place(job, job.level, job.length)
         vector, mask = place.vector(values), place.mask(job.kept)
         batch = next(iter(self._source.batches(np.random.default_rng(job.seed), job.batch, 1)))
-        return lambda count: place.trainer.train(vector, mask, [batch] * count, job.learning_rate)
+
+        def run(count: int) -> object:
+            if self._closing:
+                raise LocalError("given up")
+            return place.trainer.train(vector, mask, [batch] * count, job.learning_rate)
+
+        return run
 
 
 class Pace:

@@ -126,6 +126,55 @@ def test_a_damaged_database_is_not_backed_up(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "b").exists()
 
 
+def test_whoever_was_put_out_since_is_named_when_a_backup_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cryptography")
+    from broker_server.fleet import members
+    from broker_server.fleet.registry import Device, Registry
+
+    runs = tmp_path / "runs"
+    members.init(runs / ".gateway" / "fleet", "yard", ["127.0.0.1"])
+    registry = Registry(runs / ".gateway" / "fleet")
+    with registry.change() as devices:
+        devices.update({name: Device(state="active", added_s=1) for name in ("a", "b", "c")})
+    members.revoke(registry, "a")
+    assert main(["backup", str(tmp_path / "b.tar"), "--runs", str(runs)]) == 0
+    members.revoke(registry, "b")
+    capsys.readouterr()
+    assert main(["restore", str(tmp_path / "b.tar"), "--runs", str(runs), "--replace"]) == 0
+    said = capsys.readouterr().out
+    assert "may connect again: `regrow fleet revoke NAME` once more, before `regrow serve`" in said
+    assert "by what was there before: regrow fleet revoke b\n" in said
+    assert "coordinator's key was changed since" in said
+    assert main(["restore", str(tmp_path / "b.tar"), "--runs", str(tmp_path / "elsewhere")]) == 0
+    said = capsys.readouterr().out
+    assert "may connect again" in said
+    assert "by what was there before" not in said
+
+
+def test_without_a_fleet_nobody_can_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Credentials(tmp_path / "runs" / ".gateway").add_device("d1")
+    assert main(["backup", str(tmp_path / "b.tar"), "--runs", str(tmp_path / "runs")]) == 0
+    assert main(["restore", str(tmp_path / "b.tar"), "--runs", str(tmp_path / "other")]) == 0
+    assert "may connect again" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_is_named_with_the_place_where_space_lacks(
+    gateway: Path, file: Path, tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: object, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(source)) if named else OSError(28, "No space left on device")
+
+    monkeypatch.setattr("broker_server.backup.shutil.copy2", full)
+    said = fails(["backup", tmp_path / "b", "--runs", gateway], capsys)
+    where = f"No space left on device ({tmp_path}); free space at {tmp_path}\n"
+    assert said == f"regrow: {tmp_path / 'b'} was not written, which takes twice its size meanwhile: {where}"
+    monkeypatch.setattr("broker_server.restore.os.fsync", full)
+    said = fails(["restore", file, "--runs", tmp_path / "runs"], capsys)
+    assert said == f"regrow: {file} was not restored, and nothing has changed: {where}"
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- bad files -----------------------------------------------------------------------------------------------------------------------
 
 

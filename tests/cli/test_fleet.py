@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.importorskip("cryptography")
 
-from broker_server.fleet import members
+from broker_server.fleet import coordinator_key, members
+from broker_server.fleet.authority import Authority, check_request, verify
 from broker_server.fleet.registry import Registry
 from cli.main import main
+from edge_agent import identity
 from edge_agent.identity import Identity
-from edge_agent.identity_folder import in_use
+from edge_agent.identity_folder import adopt, in_use
+from regrow.errors import LocalError
 
 
 @pytest.fixture
@@ -192,3 +197,193 @@ def test_passwords_at_a_door_need_amqtt_and_a_fleet(runs: list[str], tmp_path: P
     said = capsys.readouterr().err
     assert "--tls-port 8883 is for a fleet's devices, and there is no fleet in" in said
     assert "regrow fleet init" in said
+
+
+def test_another_claim_says_that_the_one_before_is_of_no_use(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fleet", "add", "pi-01", "--out", str(tmp_path), *runs]
+    assert main(words) == 0
+    assert "no longer works" not in capsys.readouterr().out
+    first = (tmp_path / "pi-01.claim.json").read_bytes()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "the claim made before, until 20" in said
+    assert "no longer works: use this file in its place" in said
+    assert (tmp_path / "pi-01.claim.json").read_bytes() != first
+    with registry(runs).change() as devices:
+        claim = devices["pi-01"].claim
+        assert claim is not None
+        devices["pi-01"] = msgspec.structs.replace(devices["pi-01"], claim=msgspec.structs.replace(claim, expires_s=5))
+    assert main(words) == 0
+    assert "no longer works" not in capsys.readouterr().out, "it had ended by itself"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["add", "x", "--days", "1e9"], "--days: '1e9' is not a number of days above 0 and up to 3650"),
+        (["add", "x", "--days", "0"], "--days: '0' is not a number above 0"),
+        (["add", "x", "--days", "nan"], "--days: 'nan' is not a number above 0"),
+        (["rotate", "--coordinator", "--days", "1e300"], "--days: '1e300' is not a number of days above 0 and up to 3650"),
+        (["update", "--wheel", "x", "--minutes", "1e9"], "--minutes: '1e9' is not a number of minutes above 0 and up to 10080"),
+        (["update", "--wheel", "x", "--percent", "1e9"], "--percent: '1e9' is not a number from 0 to 100"),
+        (["init", "x", "--tls-port", "1e9"], "--tls-port: '1e9' is not a whole number above 0"),
+        (["init", "x", "--enrol-port", "0"], "--enrol-port: '0' is not a whole number above 0"),
+    ],
+)
+def test_numbers_have_bounds_that_are_told(runs: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fleet", *words, *runs])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+    assert registry(runs).devices() == {}
+
+
+def test_the_longest_claim_can_be_made_and_shown(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "add", "x", "--days", "3650", "--out", str(tmp_path), *runs]) == 0
+    assert main(["fleet", "list", *runs]) == 0
+    assert main(["fleet", "show", "x", *runs]) == 0
+    assert "x: claimed" in capsys.readouterr().out
+
+
+def test_a_registry_of_an_earlier_version_is_read_and_its_unused_field_goes(runs: list[str]) -> None:
+    file = registry(runs).folder / "devices.json"
+    file.write_text(json.dumps({"version": 1, "devices": {"a": {"state": "active", "added_s": 5, "percentile": 42.5}}}))
+    assert registry(runs).device("a").state == "active"
+    members.stand(registry(runs), "a", "paused")
+    assert "percentile" not in file.read_text()
+    file.write_text(json.dumps({"version": 1, "devices": {"a": {"state": "active", "added_s": 5, "percent": 42.5}}}))
+    with pytest.raises(LocalError, match=r"devices\.json does not check out: .*percent.*restore the fleet's folder"):
+        registry(runs).devices()
+
+
+def test_the_coordinators_key_is_changed_by_a_command_that_says_how_far_it_is(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        main(["fleet", "add", name, "--offline", "--out", str(tmp_path), *runs])
+    capsys.readouterr()
+    rotate = ["fleet", "rotate", "--coordinator", *runs]
+    assert main([*rotate, "--finish"]) == 2
+    assert "`regrow fleet rotate --coordinator` begins it" in capsys.readouterr().err
+    assert main(rotate) == 0
+    said = capsys.readouterr().out
+    assert "announces to the devices under the old one" in said
+    assert "back up" in said
+    assert "0 devices know the new key; not yet: a, b" in said
+    first = registry(runs).fleet().key_change_until_s
+    coordinator_key.heard(registry(runs), "a", 1)
+    assert main([*rotate, "--days", "60"]) == 0
+    assert "1 devices know the new key; not yet: b" in capsys.readouterr().out
+    later = registry(runs).fleet().key_change_until_s
+    assert first is not None
+    assert later is not None
+    assert later > first
+    assert main([*rotate, "--finish"]) == 0
+    said = capsys.readouterr().out
+    assert "b had not heard of the new key and hears nothing any more: `regrow fleet revoke b`" in said
+    assert main(["fleet", "list", *runs]) == 0
+    assert "b missed the change of the coordinator's key" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rotate"], "say whose keys"),
+        (["rotate", "a", "--coordinator"], "say whose keys"),
+        (["rotate", "a", "--finish"], "--days and --finish are for --coordinator"),
+        (["rotate", "a", "--days", "3"], "--days and --finish are for --coordinator"),
+    ],
+)
+def test_rotate_is_told_whose_keys(runs: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", *words, *runs]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_releases_stay_signed_by_the_key_that_updaters_believe(runs: list[str], tmp_path: Path) -> None:
+    folder = registry(runs).folder
+    first = Authority(folder).signing_key
+    coordinator_key.begin(registry(runs))
+    assert coordinator_key.finish(registry(runs)) == []
+    assert Authority(folder).signing_key != first == Authority(folder).release_key
+    assert verify(first, b"release", Authority(folder).sign_release(b"release"))
+    claim = json.loads(members.write_claim(registry(runs), "a", tmp_path).read_text())
+    assert claim["coordinator_keys"] == [Authority(folder).signing_key.hex()]
+    assert claim["release_keys"] == [first.hex()]
+    main(["fleet", "add", "b", "--offline", "--out", str(tmp_path), *runs])
+    assert Identity.load(tmp_path / "b").about.keys_number == 2, "it knows the newest"
+
+
+@pytest.mark.parametrize("command", [["fleet", "init", "other", "--host", "h", "--fleet", "{tmp}/other"], ["fleet", "add", "x"]])
+def test_a_full_disk_is_named_with_the_file_and_the_cure(
+    runs: list[str], tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")  # of a write the system names no file
+
+    monkeypatch.setattr("broker_server.durable.os.fsync", full)
+    assert main([*(word.format(tmp=tmp_path) for word in command), "--out", str(tmp_path), *runs][: None if "add" in command else -4]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"regrow: {tmp_path}")
+    assert said.endswith(": No space left on device; free space on that disk, and say it again\n")
+
+
+@pytest.mark.parametrize("name", ["device.key", "signing.key"])
+def test_a_key_that_is_missing_is_named_with_the_commands_that_help(
+    runs: list[str], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fleet", "add", "a", "--offline", "--out", str(tmp_path), *runs])
+    (tmp_path / "a" / name).unlink()
+    capsys.readouterr()
+    assert main(["agent", "--identity", str(tmp_path / "a"), "--data", "x.npz"]) == 1
+    cure = f"`regrow fleet revoke a` and `regrow fleet add a` on the gateway, then `regrow join a.claim.json --identity {tmp_path / 'a'}`"
+    assert capsys.readouterr().err == (f"regrow: {tmp_path / 'a' / name} is missing; let this device in anew: {cure} on the device\n")
+
+
+def test_an_agent_whose_certificate_has_ended_is_told_the_commands(
+    runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("broker_server.fleet.authority.DEVICE_DAYS", -3)
+        main(["fleet", "add", "a", "--offline", "--out", str(tmp_path), *runs])
+    assert main(["agent", "--identity", str(tmp_path / "a"), "--data", str(tmp_path / "none.npz")]) in (1, 2)
+    (said,) = [record.getMessage() for record in caplog.records if "ended" in record.getMessage()]
+    assert said.startswith("by this clock the certificate of a ended on 20")
+    assert f"`regrow join a.claim.json --identity {tmp_path / 'a'}`" in said
+    members.revoke(registry(runs), "a")
+    claim = members.write_claim(registry(runs), "a", tmp_path)
+    enrolled = enrolled_with(registry(runs), tmp_path / "a", claim)
+    assert enrolled.ended(time.time()) == ""
+
+
+def enrolled_with(fleet: Registry, folder: Path, claim: Path) -> Identity:
+    """As by `regrow join`, but for the way of the request."""
+    about = adopt(folder, claim)
+    assert about.claim is not None
+    asked = identity.request(folder)
+    request = check_request(asked.csr, asked.signing_key, asked.proof, about.device)
+    return identity.accept(folder, members.enrol(fleet, Authority(fleet.folder), about.device, about.claim.token, request).encode())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "9464", "--metrics-port", "9464"], "--metrics-port and --port are both 9464"),
+        (["--tls-port", "1883"], "--port and --tls-port are both 1883"),
+        (["--port", "8883"], "--port and the fleet's --tls-port are both 8883"),
+        (["--metrics-port", "8443"], "--metrics-port and the fleet's --enrol-port are both 8443"),
+        (["--tls-port", "8443"], "--tls-port and the fleet's --enrol-port are both 8443"),
+    ],
+)
+def test_serve_wants_ports_that_differ(
+    runs: list[str], tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from export.task import save_model
+    from tests.testbed.processes import task_text, wide_mlp
+
+    task = tmp_path / "task"
+    task.mkdir()
+    (task / "task.toml").write_text(task_text("t"))
+    save_model(wide_mlp(0, 8), task / "model.onnx")
+    assert main(["serve", str(task), "--plain", *words, *runs]) == 2
+    complaint = capsys.readouterr().err
+    assert f"regrow: {said}: each needs a port of its own; say another {said.split()[0]}\n" == complaint

@@ -61,6 +61,42 @@ def test_a_release_is_staged_widened_shown_and_halted(fleet: Path, tmp_path: Pat
     assert (manifest.number, manifest.forced, manifest.wants, manifest.boards) == (2, True, "contact", ["pi"])
 
 
+def test_the_status_says_why_a_device_says_nothing(fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wheel, _ = (str(file) for file in wheels_of(tmp_path / "wheels", "2.0.0"))
+    with Registry(fleet).change() as devices:
+        devices["d5"] = Device(state="claimed", added_s=1)
+        devices["d6"] = Device(state="revoked", added_s=1)
+    (fleet / "seen.json").write_text(json.dumps({"d1": {"seen_s": 5, "doing": "working"}, "d6": {"seen_s": 5, "doing": "working"}}))
+    assert main(["fleet", "update", "--fleet", str(fleet), "--wheel", wheel, "--wheels", str(tmp_path / "wheels")]) == 0
+    Releases(Registry(fleet)).note_report("d2", wire.ReleaseReport(number=1, state="healthy"))
+    capsys.readouterr()
+    assert main(["fleet", "update", "--fleet", str(fleet), "--status", "--json"]) == 0
+    said = {row["device"]: row["what became of it"] for row in json.loads(capsys.readouterr().out)["devices"]}
+    wanted = ["never heard of", "its agent runs without --updates", "healthy", "never heard of"]
+    assert [said[f"d{number}"] for number in range(4)] == wanted
+    assert (said["d5"], said["d6"]) == ("has not joined yet", "revoked")
+    assert main(["fleet", "update", "--fleet", str(fleet), "--status"]) == 0
+    assert "start it with --updates /etc/regrow/update.json there" in capsys.readouterr().out
+    (fleet / "seen.json").unlink()
+    assert main(["fleet", "update", "--fleet", str(fleet), "--status"]) == 0
+    assert "start it with" not in capsys.readouterr().out
+
+
+def test_a_full_disk_is_named_when_a_release_is_staged(
+    fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    wheel, _ = (str(file) for file in wheels_of(tmp_path / "wheels", "2.0.0"))
+    monkeypatch.setattr("broker_server.durable.os.fsync", full)
+    assert main(["fleet", "update", "--fleet", str(fleet), "--wheel", wheel, "--wheels", str(tmp_path / "wheels")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"regrow: {fleet}/releases/files/")
+    assert said.endswith(": No space left on device; free space on that disk, and say it again\n")
+    assert Releases(Registry(fleet)).newest() is None
+
+
 def test_a_release_without_what_it_depends_on_is_warned_of(fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needs = ("onnxruntime>=1.17", "Paho_MQTT (>=2)", 'cryptography; extra == "fleet"', 'torch; extra == "torch"')
     wheel, _ = wheels_of(tmp_path / "wheels", "2.0.0", needs=needs)

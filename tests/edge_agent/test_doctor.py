@@ -21,7 +21,7 @@ from edge_agent.checkup import Checkup
 from edge_agent.doctor import checks, host, network, service, training
 from edge_agent.doctor.certificates import certificate, dated
 from edge_agent.doctor.checks import Check, run_checks
-from edge_agent.doctor.device import state_folder
+from edge_agent.doctor.device import Subject, live_checks, state_folder
 from edge_agent.doctor.rights import LISTEN_S, Rights
 from edge_agent.state import MAGIC, StateFolder
 from regrow import topics, wire
@@ -405,6 +405,19 @@ def test_certificates_on_the_disk(authority: Authority, tmp_path: Path) -> None:
     (tmp_path / "bad.crt").write_text("nonsense")
     assert certificate("tls.own", tmp_path / "bad.crt", now_s, "renew").state == "fail"
     assert certificate("tls.own", tmp_path / "none.crt", now_s, "renew").state == "fail"
+
+
+@pytest.mark.parametrize(("device", "named"), [("d1", "d1"), ("", "NAME")])
+def test_an_expired_certificate_is_told_with_the_commands_that_let_the_device_in_again(
+    authority: Authority, tmp_path: Path, device: str, named: str
+) -> None:
+    authority.sign("device", -9, -1)
+    subject = Subject(device, "", None, tmp_path / "state", identity=tmp_path)
+    (check,) = [check for check in live_checks(subject, lambda: None) if check.names == ("tls.own",)]
+    (found,) = run_checks([check])
+    assert found.said.startswith("expired on ")
+    assert f"`regrow fleet revoke {named}` and `regrow fleet add {named}` on the gateway" in found.cure
+    assert f"`regrow join {named}.claim.json --identity {tmp_path}`" in found.cure
 
 
 def test_dates_are_not_judged_by_a_clock_that_cannot_be_right() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import queue
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ from regrow.unit_order import build_unit_order, ranks_of
 from regrow.units import Units
 
 WAIT_S = 20.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +331,49 @@ def test_a_job_that_is_given_up_ends_at_its_next_step_and_the_one_after_it_runs(
     found = [results.queue.get(timeout=WAIT_S) for _ in range(3)]
     assert [(result.number, type(result)) for result in found] == [(7, TrainingFailed), (8, TrainingFailed), (9, Trained)]
     worker.close()
+
+
+ENDS = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+import onnxruntime
+from edge_agent.data.source import DataSource
+from edge_agent.worker import Worker
+
+session = onnxruntime.InferenceSession(str(Path("edge_agent/doctor/step/train.onnx")), providers=["CPUExecutionProvider"])
+feeds = {i.name: np.zeros([d if isinstance(d, int) else 8 for d in i.shape], {"tensor(int64)": np.int64}.get(i.type, np.float32))
+         for i in session.get_inputs()}
+worker, begun = Worker(DataSource(1), print), threading.Event()
+
+def compute():
+    for number in range(20_000):
+        session.run(None, feeds)
+        begun.set()
+        if getattr(worker, "_closing", False):
+            return
+
+worker.put(compute)
+begun.wait()
+worker.close()
+"""
+
+
+def test_the_process_ends_well_though_onnxruntime_is_at_work() -> None:
+    """The interpreter's end under a thread in onnxruntime is an abort: `terminate called without an active exception`."""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nothing_is_begun_after_the_end() -> None:
+    gate, worker = threading.Event(), Worker(source(), lambda _: None)
+    begun: list[int] = []
+    worker.put(lambda: (begun.append(1), gate.wait(WAIT_S))[0])
+    worker.put(lambda: begun.append(2))
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    gate.set()
+    closing.join(WAIT_S)
+    assert not worker.alive
+    assert begun in ([], [1])

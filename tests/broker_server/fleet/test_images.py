@@ -185,6 +185,65 @@ def test_wrong_words_are_named(
     (tmp_path / "empty").mkdir()
     assert main(["image", "pi", *given, *words]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pi", "--wheels", "empty"],
+        ["pi", "--os", "pi-os-bookworm", "--wheels", "empty"],
+        ["generic", "--python", "3.12"],
+        ["generic", "--wheels", "empty"],
+        ["jetson", "--torch", "torch.whl"],
+        ["jetson", "--wheels", "empty"],
+        ["jetson", "--jetpack", "4.6"],
+        ["gateway", "--fleet-name", "field", "--task", "task", "--wheels", "empty"],
+        ["wheels", "--python", "2.7"],
+    ],
+    ids=" ".join,
+)
+def test_a_refused_command_leaves_everything_as_it_was(
+    tmp_path: Path, given: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "task", "card"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "task" / "task.toml").write_text('name = "task"\n')
+    (tmp_path / "card" / "cmdline.txt").write_text("rootwait\n")
+    (tmp_path / "card" / "regrow").mkdir()
+    (tmp_path / "card" / "regrow" / "claim.json").write_text("of before")
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("deep/er/out", "empty", "card"):
+        command = ["image", words[0], *(given[:-2] if words[0] not in ("gateway", "wheels") else []), *words[1:], "--out", out]
+        assert main(command) == 2
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "card" / "cmdline.txt").read_text() == "rootwait\n"
+    assert (tmp_path / "card" / "regrow" / "claim.json").read_text() == "of before"
+
+
+def test_an_image_written_again_is_the_new_one_alone(tmp_path: Path, given: list[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.txt").write_text("of the card")
+    assert main(["image", "pi", *given]) == 0
+    (tmp_path / "out" / "regrow" / "wheels" / "old-1-py3-none-any.whl").write_bytes(b"of an older image")
+    (tmp_path / "out" / ".regrow-image").mkdir()  # of a command that was killed
+    assert main(["image", "pi", *given]) == 0
+    assert not (tmp_path / "out" / "regrow" / "wheels" / "old-1-py3-none-any.whl").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.txt", "meta-data", "network-config", "regrow", "user-data"}
+
+
+def test_a_full_disk_is_named_and_nothing_stays(
+    tmp_path: Path, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(source))  # as shutil does: it names what is copied
+
+    monkeypatch.setattr("broker_server.fleet.images.shutil.copyfile", full)
+    assert main(["image", "pi", *given]) == 1
+    out = tmp_path / "out"
+    assert capsys.readouterr().err == f"regrow: --out {out} was not written: No space left on device ({out}); free space at {out}\n"
+    assert not out.exists()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
