@@ -2,8 +2,9 @@
 
 Unpacks an arm64 Debian with Python into a folder, by this machine's own apt configuration; lets the arm64 Python install the wheel of this
 repository and what it needs; then `regrow agent` runs there, under qemu's user emulation, for a gateway on this machine, until its updates
-were accepted and aggregated. The same with an agent of this machine tells how far the two models differ. Functional only: times under
-emulation mean nothing on a board, and memory counts the emulator.
+were accepted and aggregated. The same with an agent of this machine tells how far the two models differ. Then, with the cryptography
+library beside it, it joins a fleet with a claim, by `regrow serve` on this machine with mosquitto, and trains as a member. Functional only:
+times under emulation mean nothing on a board, and memory counts the emulator.
 
 Where the root lacks a file, the emulated process sees this machine's: so libraries loaded from outside it are looked for, and there must
 be none. /proc/cpuinfo is such a file, and onnxruntime crashes on one of another architecture; the root therefore gets that of the emulated
@@ -18,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,8 @@ DEBIAN_PACKAGES = ("python3", "libstdc++6")
 WHEELS = ("manylinux_2_28_aarch64", "manylinux2014_aarch64")
 PATIENCE_S = 240.0
 NONCE = 1
+OWN = ("--data", "data.npz", "--state", "state")
+DEVICE = "board"
 STEPS, UPDATES = 5, 2
 # No uplink deserves the second level here: masks are at work.
 TASK = f"""name = "arm64"
@@ -93,9 +97,11 @@ MODELS: Mapping[str, tuple[Callable[[int], onnx.ModelProto], tuple[int, ...], in
 """Name -> the model, the shape of an example, classes."""
 
 PROBE = """
-import json, platform, sys
+import json, platform, ssl, sys
 from importlib.metadata import distributions
 import cli.device
+if "identity" in sys.argv:
+    import edge_agent.identity
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
 print(json.dumps({
     "architecture": platform.machine(),
@@ -103,6 +109,7 @@ print(json.dumps({
     "libc": " ".join(platform.libc_ver()),
     "packages": {found.name: found.version for found in sorted(distributions(), key=lambda found: found.name)},
     "imported_torch_or_onnx": sorted({"torch", "onnx"} & sys.modules.keys()),
+    "openssl": ssl.OPENSSL_VERSION,
     "libraries": sorted(libraries),
 }))
 """
@@ -171,8 +178,8 @@ def unpack_debian(root: Path, scratch: Path) -> None:
     (root / "proc" / "cpuinfo").write_text("".join(CPUINFO.format(core=core) for core in range(os.cpu_count() or 1)))
 
 
-def install(python: Python, site: Path, scratch: Path) -> None:
-    """This repository's wheel and its needs into `site`: fetched here, chosen and installed by the arm64 Python."""
+def fetch(python: Python, scratch: Path) -> Path:
+    """This repository's wheel and what a device in a fleet needs, for the arm64 Python; the folder with them."""
     wheels, source = scratch / "wheels", scratch / "source"
     rooms = ("regrow", "edge_agent", "broker_server", "export", "testbed", "cli")
     for room in rooms:  # a copy: building leaves files beside the source
@@ -186,29 +193,34 @@ def install(python: Python, site: Path, scratch: Path) -> None:
     platforms = [word for wheel in WHEELS for word in ("--platform", wheel)]
     constraints = ["-c", str(ROOT / "constraints.txt")] if version == f"{sys.version_info[0]}.{sys.version_info[1]}" else []
     chosen = ["--only-binary=:all:", "--python-version", version, "--implementation", "cp", *platforms, *constraints]
-    said([*pip, "download", "-d", str(wheels), *chosen, str(ours)], scratch)
+    said([*pip, "download", "-d", str(wheels), *chosen, f"{ours}[fleet]"], scratch)
+    return wheels
+
+
+def install(python: Python, name: str, wheels: Path, site: Path) -> None:
+    """A distribution and its needs into `site`, chosen and installed by the arm64 Python."""
     found = importlib.util.find_spec("pip")
     if found is None or found.origin is None:
         fail("this Python has no pip")
     options = ["-q", "--root-user-action", "ignore", "--no-compile", "--no-index", "--find-links", str(wheels), "--target", str(site)]
-    python.run(str(Path(found.origin).parent), "--isolated", "install", *options, "regrow", cwd=scratch)
+    python.run(str(Path(found.origin).parent), "--isolated", "install", *options, name, cwd=wheels)
 
 
-def probed(python: Python, inside: Path) -> dict[str, Any]:
-    """What the agent consists of there; ends this script where that is not a bare install on arm64."""
-    found: dict[str, Any] = json.loads(python.run("-c", PROBE, cwd=inside))
+def probed(python: Python, inside: Path, *words: str) -> dict[str, Any]:
+    """What the agent consists of there; ends this script where that is not an install on arm64. words: "identity", or none."""
+    found: dict[str, Any] = json.loads(python.run("-c", PROBE, *words, cwd=inside))
     found["libraries_from_outside"] = [name for name in found["libraries"] if not name.startswith(f"{inside}/")]
     found["libraries"] = len(found["libraries"])
     if found["architecture"] != "aarch64" or found["libraries_from_outside"] or found["imported_torch_or_onnx"] or not found["libraries"]:
-        fail(f"this is not the bare install on arm64: {found}")
+        fail(f"this is not an agent's install on arm64: {found}")
     return found
 
 
 # ---- the rounds ------------------------------------------------------------------------------------------------------------------------
 
 
-def trained(folder: Path, name: str, python: Python) -> Trained:
-    """Serve a model until an agent run by `python` has trained it UPDATES times."""
+def make_task(folder: Path, name: str) -> Path:
+    """A task with this model, and a device's data beside it."""
     make, shape, classes = MODELS[name]
     task = folder / "task"
     task.mkdir(parents=True)
@@ -218,9 +230,15 @@ def trained(folder: Path, name: str, python: Python) -> Trained:
     rng = np.random.default_rng(1)
     patterns, y = rng.standard_normal((classes, *shape)), rng.integers(0, classes, 200)
     np.savez(folder / "data.npz", x=(patterns[y] + rng.standard_normal((200, *shape))).astype(np.float32), y=y)
+    return task
+
+
+def trained(folder: Path, name: str, python: Python) -> Trained:
+    """Serve a model until an agent run by `python` has trained it UPDATES times."""
+    task = make_task(folder, name)
     path = create_run(folder / "runs", load_task(task), "run")
     loaded, credentials = load_task(path / "task"), Credentials(folder / "gateway")
-    credentials.add_device("board")
+    credentials.add_device(DEVICE)
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(path))
         broker = Broker(folder / "gateway", credentials, kind="amqtt")
@@ -228,8 +246,7 @@ def trained(folder: Path, name: str, python: Python) -> Trained:
         broker.start()
         coordinator = Coordinator(recover(store, loaded), path.name, loaded.programs, NONCE)
         gateway = Gateway(coordinator, store, url=broker.url, username=COORDINATOR, password=credentials.coordinator_password)
-        agent = stack.enter_context(_agent(folder, credentials.write_bundle("board", broker.url, folder), python))
-        stack.callback(_end, agent)
+        agent = _started(stack, python, folder, "agent", "--bundle", str(credentials.write_bundle(DEVICE, broker.url, folder)), *OWN)
         watchdog = threading.Timer(PATIENCE_S, gateway.stop)
         stack.callback(watchdog.cancel)
         watchdog.start()
@@ -241,17 +258,19 @@ def trained(folder: Path, name: str, python: Python) -> Trained:
     return Trained(loaded.initial, coordinator.ledger.flat_weights.copy(), [1000 * entry.seconds / STEPS for entry in accepted])
 
 
-def _agent(folder: Path, bundle: Path, python: Python) -> subprocess.Popen[bytes]:
-    arguments = ["--bundle", str(bundle), "--data", "data.npz", "--state", "state"]
-    with (folder / "agent.log").open("wb") as log:
-        return subprocess.Popen(
-            ending_with_parent([*python.command, "-m", "cli.main", "--log", "agent", *arguments]),
+def _started(stack: ExitStack, python: Python, folder: Path, command: str, *words: str) -> subprocess.Popen[bytes]:
+    """A `regrow` command that runs until the stack ends; its words go to COMMAND.log."""
+    with (folder / f"{command}.log").open("wb") as log:
+        child = subprocess.Popen(
+            ending_with_parent([*python.command, "-m", "cli.main", "--log", command, *words]),
             cwd=folder,
             env={**os.environ, **python.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
+    stack.callback(_end, child)
+    return child
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:
@@ -260,6 +279,41 @@ def _end(agent: subprocess.Popen[bytes]) -> None:
         agent.wait(20)
     except subprocess.TimeoutExpired:
         agent.kill()
+
+
+def joined(folder: Path, name: str, python: Python, here: Python) -> dict[str, Any]:
+    """A member's rounds: the emulated agent has a claim, and this machine's `regrow` is the gateway; what became of it."""
+    make_task(folder, name)
+    regrow = ("-m", "cli.main")
+    here.run(*regrow, "fleet", "init", "emulated", "--host", "127.0.0.1", *_free_ports(), cwd=folder)
+    here.run(*regrow, "fleet", "add", DEVICE, cwd=folder)
+    with ExitStack() as stack:
+        serve = _started(stack, here, folder, "serve", "task", "--plain", "--port", "0", "--run", "run", "--broker-kind", "mosquitto")
+        agent = _started(stack, python, folder, "agent", "--identity", "identity", "--claim", f"{DEVICE}.claim.json", *OWN)
+        try:
+            code = serve.wait(PATIENCE_S)  # it ends with its last aggregation
+        except subprocess.TimeoutExpired:
+            code = -1
+        if code:
+            lines = [(folder / f"{log}.log").read_text(errors="replace").strip().splitlines()[-3:] for log in ("serve", "agent")]
+            fail(f"{name}, with an identity: no {UPDATES} aggregations; gateway and agent said {lines}; the agent ended: {agent.poll()}")
+    member = json.loads(here.run(*regrow, "fleet", "show", DEVICE, "--json", cwd=folder))
+    checks = here.run(*regrow, "verify", "runs/run", cwd=folder).strip().splitlines()[-1]
+    files = sorted(path.name for path in (folder / "identity").iterdir() if path.is_file())
+    return {
+        "model": name,
+        "broker": "mosquitto, TLS with certificates",
+        "state": member["state"],
+        "certificates_used": [certificate["used"] for certificate in member["certificates"]],
+        "identity": files,
+        "verify": checks.partition(": ")[2],
+    }
+
+
+def _free_ports() -> list[str]:
+    """Options with two ports that nobody has."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        return ["--tls-port", str(one.getsockname()[1]), "--enrol-port", str(other.getsockname()[1])]
 
 
 def row(name: str, emulated: Trained, here: Trained) -> dict[str, Any]:
@@ -278,8 +332,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "arm64.json", help="where the JSON goes")
     arguments = parser.parse_args()
-    for program, package in ((QEMU, "qemu-user-static"), ("apt-get", "apt"), ("dpkg-deb", "dpkg")):
-        if shutil.which(program) is None:
+    for program, package in ((QEMU, "qemu-user-static"), ("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("mosquitto", "mosquitto")):
+        if shutil.which(program) is None and not Path("/usr/sbin", program).exists():
             fail(f"{program} is not installed here; on Debian: apt-get install {package}")
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleaned up
@@ -288,20 +342,27 @@ def main() -> None:
         scratch.mkdir()
         print("unpacking an arm64 Debian with Python", flush=True)
         unpack_debian(inside, scratch)
-        site = inside / "opt" / "regrow"
+        site, more = inside / "opt" / "regrow", inside / "opt" / "fleet"
         command = (str(shutil.which(QEMU)), "-L", str(inside), str(inside / "usr/bin/python3"))
         python = Python(command, {"QEMU_CPU": CPU, "PYTHONPATH": str(site)})
         print("installing regrow in it", flush=True)
-        install(python, site, scratch)
+        wheels = fetch(python, scratch)
+        install(python, "regrow", wheels, site)
         found = probed(python, inside)
         print(json.dumps(found), flush=True)
+        here_python = Python((sys.executable,), {"PYTHONPATH": str(ROOT)})
         rows = []
         for name in MODELS:
             print(f"{name}: training", flush=True)
             emulated = trained(Path(folder, name, "arm64"), name, python)
-            here = trained(Path(folder, name, "here"), name, Python((sys.executable,), {"PYTHONPATH": str(ROOT)}))
+            here = trained(Path(folder, name, "here"), name, here_python)
             rows.append(row(name, emulated, here))
             print(json.dumps(rows[-1]), flush=True)
+        print("joining a fleet", flush=True)
+        install(python, "cryptography", wheels, more)
+        member = Python(command, {**python.environment, "PYTHONPATH": f"{site}:{more}"})
+        identity = {**probed(member, inside, "identity"), **joined(Path(folder, "fleet"), "digits_mlp", member, here_python)}
+        print(json.dumps(identity), flush=True)
         qemu = said([QEMU, "--version"], scratch).splitlines()[0]
     result = {
         "command": "python bench/arm64.py",
@@ -309,6 +370,7 @@ def main() -> None:
         "cpu": CPU,
         "agent": found,
         "rows": rows,
+        "with_an_identity": identity,
         "seconds": round(time.monotonic() - started),
     }
     write_result(arguments.out, result)

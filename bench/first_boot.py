@@ -1,10 +1,13 @@
-"""Does a board join its fleet at its first boot, and take version 2, with no hand on it? A stock Debian with cloud-init stands for it.
+"""Do a gateway and a device become a fleet at their first boot, with no hand on either? Stock Debians with cloud-init stand for them.
 
-Makes a fleet, a claim and the files of `regrow image pi`; unpacks Debian 13 with systemd, cloud-init, netplan and no more; puts the files
-on its boot partition and boots it under systemd-nspawn, in a network namespace of its own. Its only neighbour is a gateway in another one:
-mosquitto with mutual TLS, a coordinator, and a dnsmasq configured as `regrow image gateway` does, for its address and the gateway's name.
-When the device has trained, a release with a higher version is staged; it ends when the device trains with that. Needs root, and of Debian:
-debootstrap, systemd-container, dnsmasq-base, iproute2, mosquitto. No board: what only hardware has (Wi-Fi, a card, sensors) is not tried.
+The gateway's files come from `regrow image gateway`, with its wheels and .deb files, so that it needs no internet; its data go to an SSD,
+an ext4 file system on a loop device. Its power fails in the middle of the installation. Then a person logs in as they would, by SSH, and
+runs `regrow fleet add`; the device's files come from that claim by `regrow image pi`. When the device has trained, a release with a higher
+version is staged, and when it trains with that, the gateway restarts, and the fleet must go on by itself.
+
+Each boots under systemd-nspawn in a network namespace of its own, with one cable between the two. Needs root, and of Debian: debootstrap,
+systemd-container, iproute2, openssh-client, e2fsprogs. What only hardware has is not tried: radios (the access point's settings are given
+to the cable: address, DHCP, names), cards, sensors, and the setting of a clock, which a container may not (chronyd runs with -x).
 """
 
 from __future__ import annotations
@@ -13,40 +16,32 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from containers import ROOT, SUITE, Board, Login, cable, check_programs, clock_in, fail, fetch_debs, flashed, said, ssd, text, unpack
 from machine import write_result
 
-from broker_server.stopping import ending_with_parent
-from broker_server.store import Store
 from export.models import digits_mlp
 from export.task import save_model
-from regrow.records import Accepted, from_record
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = {
-    "debootstrap": "debootstrap",
-    "systemd-nspawn": "systemd-container",
-    "dnsmasq": "dnsmasq-base",
-    "ip": "iproute2",
-    "mosquitto": "mosquitto",
-}
 PACKAGES = (
     "systemd systemd-sysv systemd-resolved dbus cloud-init netplan.io openssh-server sudo "
     "python3 python3-venv iproute2 netbase ca-certificates"
-).replace(" ", ",")
-SUITE, SYSTEM, PYTHON = "trixie", "pi-os-trixie", "3.13"
+)
+GATEWAY_PACKAGES = f"{PACKAGES} network-manager dnsmasq-base e2fsprogs"  # which Raspberry Pi OS brings
+SYSTEM, PYTHON = "pi-os-trixie", "3.13"
 DEVICE, GATEWAY, ADDRESS, NEW_VERSION = "pi-07", "gateway.internal", "10.42.0.1", "0.1.1"
+REGROW = "sudo -u regrow /opt/regrow/bin/regrow"
+RUNS = "/var/lib/regrow/runs"
 PATIENCE_S = 300.0
 TASK = """name = "first-boot"
 model = "model.onnx"
@@ -66,7 +61,7 @@ aggregations = 100000
 keep_updates = true
 """
 LOOK = r"""
-import json, pathlib, pwd, stat, subprocess
+import json, pathlib, stat, subprocess
 def said(*words): return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 identity = next(pathlib.Path("/var/lib/private").glob("regrow-*/**/device.crt")).parent
 print("FACTS " + json.dumps({
@@ -74,7 +69,7 @@ print("FACTS " + json.dumps({
     "systemd": said("systemctl", "--version").split()[1],
     "cloud_init": said("cloud-init", "--version").split()[-1],
     "state": said("systemctl", "is-system-running"),
-    "failed_units": said("systemctl", "list-units", "--failed", "--plain", "--no-legend").split()[::5],
+    "failed_units": [line.split()[0] for line in said("systemctl", "list-units", "--failed", "--plain", "--no-legend").splitlines()],
     "agent": said("systemctl", "is-active", "regrow-agent"),
     "version": said("/opt/regrow/bin/regrow", "--version"),
     "updater": said("systemctl", "show", "-P", "Result", "regrow-update"),
@@ -86,175 +81,138 @@ print("FACTS " + json.dumps({
     "listens": sorted({line.split()[3] for line in said("ss", "-Hltn").splitlines()}),
 }))
 """
+GATEWAY_LOOK = r"""
+import json, pathlib, stat, subprocess
+def said(*words): return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+fleet = pathlib.Path("/var/lib/regrow/runs/.gateway/fleet")
+print(json.dumps({
+    "host_name": said("hostname"),
+    "state": said("systemctl", "is-system-running"),
+    "failed_units": [line.split()[0] for line in said("systemctl", "list-units", "--failed", "--plain", "--no-legend").splitlines()],
+    "gateway": said("systemctl", "is-active", "regrow-gateway"),
+    "gateway_restarts": int(said("systemctl", "show", "-P", "NRestarts", "regrow-gateway")),
+    "runs_as": said("systemctl", "show", "-P", "User", "regrow-gateway"),
+    "exposure": said("systemd-analyze", "security", "--no-pager", "regrow-gateway").splitlines()[-1].split(": ", 1)[-1],
+    "version": said("/opt/regrow/bin/regrow", "--version"),
+    "broker": said("mosquitto", "-h").splitlines()[0],
+    "broker_of_debian": said("systemctl", "is-enabled", "mosquitto"),
+    "chrony": said("systemctl", "is-active", "chrony"),
+    "data_on": said("findmnt", "-no", "FSTYPE,LABEL", "/var/lib/regrow"),
+    "fleet_modes": {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in sorted(fleet.glob("*.key"))},
+    "logins_with_a_password": [line.split(":")[0] for line in open("/etc/shadow") if line.split(":")[1][:1] == "$"],
+    "may_log_in_by_password": "passwordauthentication yes" in said("sshd", "-T").lower(),
+    "listens": sorted({line.split()[3] for line in said("ss", "-Hltn").splitlines()}),
+}))
+"""
+# What a device without a clock asks, and what it is told: stratum, seconds since 1900.
+ASK_TIME = f"""
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.settimeout(5)
+    s.sendto(bytes([0x23]) + bytes(47), ("{ADDRESS}", 123))
+    answer = s.recv(48)
+print(answer[1], int.from_bytes(answer[40:44], "big") - 2208988800)
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "first_boot.json", help="where the JSON goes")
-    parser.add_argument("--system", type=Path, metavar="DIR", help="where the unpacked Debian is kept for another time")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="where the console's and the gateway's words go")
+    parser.add_argument("--systems", type=Path, metavar="DIR", help="where the unpacked Debians and packages are kept for another time")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="where the two consoles' words go")
     options = parser.parse_args()
-    if os.geteuid():
-        fail("root is needed: namespaces, and a system that boots")
-    for program, package in PROGRAMS.items():
-        if shutil.which(program) is None and not Path("/usr/sbin", program).exists():
-            fail(f"{program} is not installed here; on Debian: apt-get install {package}")
+    check_programs()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleaned up
     started_s = time.monotonic()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        system = options.system or folder / "debian"
-        unpack(system)
-        console, gateway_log = folder / "console.log", folder / "gateway.log"
+        systems = options.systems or folder / "systems"
+        unpack(systems / "device", PACKAGES)
+        unpack(systems / "gateway", GATEWAY_PACKAGES)
+        fetch_debs(systems / "gateway", "mosquitto chrony", systems / "debs")
         try:
-            found = first_boot(stack, folder, system, console, gateway_log)
+            found = first_boot(stack, folder, systems)
         finally:
             if options.log is not None:
-                options.log.write_text("".join(path.read_text(errors="replace") for path in (gateway_log, console) if path.exists()))
+                options.log.write_text("".join(text(folder / f"{name}.log") for name in ("gateway", "device")))
     result = {"command": "sudo .venv/bin/python bench/first_boot.py", **found, "seconds_in_all": round(time.monotonic() - started_s)}
     write_result(options.out, result)
     print(json.dumps(result, indent=1))
-
-
-def fail(why: str) -> None:
-    """End with one line."""
-    sys.exit(f"first_boot: {why}")
-
-
-def said(*words: str, cwd: Path | None = None) -> str:
-    """Standard output of a command; ends this script with what was said where it fails."""
-    done = subprocess.run(words, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        fail(f"{' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
 
 
 def regrow(folder: Path, *words: str) -> str:
     return said(sys.executable, "-m", "cli.main", *words, cwd=folder)
 
 
-def unpack(system: Path) -> None:
-    """A stock Debian that reads cloud-init from its boot partition, as Raspberry Pi OS does."""
-    if (system / "etc" / "os-release").is_file():
-        return
-    print(f"unpacking Debian {SUITE}", flush=True)
-    said("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(system))
-    (system / "etc/cloud/cloud.cfg.d/99-boot-partition.cfg").write_text(
-        "datasource_list: [NoCloud]\ndatasource:\n  NoCloud:\n    seedfrom: file:///boot/firmware/\n"
-    )
-    said("systemctl", "--root", str(system), "enable", "systemd-networkd", "systemd-resolved")
-    (system / "etc/hostname").write_text("raspberrypi\n")
-    for key in (system / "etc/ssh").glob("ssh_host_*"):
-        key.unlink()
+# ---- the gateway -----------------------------------------------------------------------------------------------------------------------
 
 
-# ---- the two namespaces ----------------------------------------------------------------------------------------------------------------
+def gateway_card(folder: Path, debs: Path) -> Path:
+    """What `regrow image gateway` writes, with the cable in the place of the radio."""
+    (folder / "task").mkdir()
+    (folder / "task" / "task.toml").write_text(TASK)
+    save_model(digits_mlp(1), folder / "task" / "model.onnx")
+    (folder / "passphrase").write_text("correct horse battery\n")
+    wheels = ["image", "wheels", "--python", PYTHON, "--architecture", os.uname().machine]
+    regrow(folder, *wheels, "--role", "gateway", "--out", "gateway-wheels")
+    regrow(folder, *wheels, "--out", "wheels")
+    card = folder / "gateway-card"
+    words = ["--fleet-name", "field", "--task", "task", "--access-point", "Fleet", "--country", "DE", "--wifi-passphrase", "passphrase"]
+    words += ["--ssd", "regrow-data", "--ssh-key", "key.pub", "--wheels", "gateway-wheels", "--debs", str(debs), "--out", str(card)]
+    regrow(folder, "image", "gateway", *words)
+    point = card / "regrow" / "access-point.nmconnection"
+    wired = point.read_text().replace("type=wifi", "type=ethernet").replace("wlan0", "lan0")
+    point.write_text(re.sub(r"\[wifi(-security)?\]\n(.+\n)*\n", "", wired))
+    return card
 
 
-@contextmanager
-def namespaces() -> Iterator[tuple[str, str]]:
-    """(gateway's, board's) network namespaces, joined by one cable; nothing else is reachable from either."""
-    hub, board = f"rg{os.getpid()}hub", f"rg{os.getpid()}pi"
-    try:
-        for name in (hub, board):
-            said("ip", "netns", "add", name)
-            said("ip", "-n", name, "link", "set", "lo", "up")
-        said("ip", "link", "add", "lan0", "netns", hub, "type", "veth", "peer", "name", "eth0", "netns", board)
-        said("ip", "-n", hub, "address", "add", f"{ADDRESS}/24", "dev", "lan0")
-        said("ip", "-n", hub, "link", "set", "lan0", "up")
-        yield hub, board
-    finally:
-        for name in (hub, board):
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+def gateway_boots(board: Board, person: Login, seconds: dict[str, float]) -> None:
+    """Power on, a power cut in the middle of the installation, and power on again, until the service runs."""
+    board.shows("regrow-gateway.service")
+    # As a radio that nobody has told of a network, the cable waits for its settings.
+    (board.root / "etc/NetworkManager/conf.d/cable.conf").write_text("[main]\nno-auto-default=*\n")
+    drop_in = board.root / "etc/systemd/system/chrony.service.d"
+    drop_in.mkdir(parents=True)
+    (drop_in / "container.conf").write_text("[Unit]\nConditionCapability=\n[Service]\nExecStart=\nExecStart=!/usr/sbin/chronyd -x -F 1\n")
+    print("booting the gateway", flush=True)
+    board.power_on()
+    board.wait(lambda: (board.root / "opt/regrow/a/bin").is_dir(), PATIENCE_S)
+    board.cut()
+    print("its power failed during the installation; booting it again", flush=True)
+    began_s = time.monotonic()
+    board.power_on()
+    board.wait(lambda: person.run("systemctl is-active regrow-gateway").stdout == "active\n", PATIENCE_S)
+    seconds["gateway_power_on_to_serving"] = round(time.monotonic() - began_s, 1)
 
 
-@contextmanager
-def running(words: list[str], log: Path, cwd: Path, patience_s: float = 30.0) -> Iterator[subprocess.Popen[bytes]]:
-    """A child that ends with the block."""
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            ending_with_parent([str(shutil.which(words[0])), *words[1:]]),
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        yield child
-    finally:
-        child.terminate()
-        try:
-            child.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+# ---- the device ------------------------------------------------------------------------------------------------------------------------
 
 
-# ---- the boot --------------------------------------------------------------------------------------------------------------------------
-
-
-def first_boot(stack: ExitStack, folder: Path, system: Path, console: Path, gateway_log: Path) -> dict[str, Any]:
-    hub, board = stack.enter_context(namespaces())
-    inside = ["ip", "netns", "exec", hub]
-    print("making a fleet and an image", flush=True)
-    make_task(folder / "task")
-    regrow(folder, "fleet", "init", "field", "--host", GATEWAY, "--host", ADDRESS)
-    regrow(folder, "fleet", "add", DEVICE)
-    write_data(folder / "samples.npz")
-    said("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
-    regrow(folder, "image", "wheels", "--python", PYTHON, "--architecture", os.uname().machine, "--out", "wheels")
-    card = folder / "boot"
+def device_card(folder: Path, person: Login) -> Path:
+    """A claim from the gateway, and what `regrow image pi` writes of it."""
+    print(person.says(f"{REGROW} fleet add {DEVICE} --runs {RUNS} --out {RUNS}/claims"), end="", flush=True)
+    claim = f"{RUNS}/claims/{DEVICE}.claim.json"
+    (folder / f"{DEVICE}.claim.json").write_text(person.says(f"sudo cat {claim} && sudo rm {claim}"))
+    rng = np.random.default_rng(1)
+    patterns, y = rng.standard_normal((10, 64)), rng.integers(0, 10, 300)
+    np.savez(folder / "samples.npz", x=(patterns[y] + rng.standard_normal((300, 64))).astype(np.float32), y=y)
+    card = folder / "device-card"
     words = ["--os", SYSTEM, "--ssh-key", "key.pub", "--wheels", "wheels", "--data", "samples.npz", "--out", str(card)]
     regrow(folder, "image", "pi", "--device", DEVICE, *words)
-    copy = folder / "board"
-    said("cp", "-a", "--reflink=auto", str(system), str(copy))
-    shutil.copytree(card, copy / "boot" / "firmware", dirs_exist_ok=True)
-    leave_a_look(copy)
-
-    dns = ["--interface=lan0", "--bind-interfaces", "--no-resolv", "--no-hosts", "--pid-file=", f"--dhcp-leasefile={folder / 'leases'}"]
-    names = ["--dhcp-range=10.42.0.10,10.42.0.100,1h", f"--address=/{GATEWAY}/{ADDRESS}", "--user=root"]
-    stack.enter_context(running([*inside, "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", *dns, *names], gateway_log, folder))
-    serve = [sys.executable, "-m", "cli.main", "--log", "serve", "task", "--host", ADDRESS, "--plain", "--run", "first"]
-    gateway = stack.enter_context(running([*inside, *serve], gateway_log, folder))
-    wait(lambda: "devices find" in text(gateway_log) or "8883" in text(gateway_log), 60, gateway, gateway_log)
-
-    print("booting the board", flush=True)
-    booted_s, booted = time.monotonic(), time.time()
-    nspawn = ["systemd-nspawn", "--quiet", "--directory", str(copy), "--boot", "--register=no", "--keep-unit"]
-    nspawn += ["--capability=CAP_NET_ADMIN"]  # as systemd-networkd needs
-    container = stack.enter_context(running([*nspawn, f"--network-namespace-path=/run/netns/{board}"], console, folder, 60.0))
-    wait(lambda: " aggregated version=2" in text(gateway_log), PATIENCE_S, container, console)
-    took_s = round(time.monotonic() - booted_s, 1)
-    print(f"second aggregation {took_s} s after power-on; staging version {NEW_VERSION}", flush=True)
-    wheel = newer_wheel(folder / "newer")
-    regrow(folder, "fleet", "update", "--wheel", str(wheel), "--wheels", "wheels", "--percent", "100")
-    staged_s = time.monotonic()
-    wait(lambda: "said=healthy" in text(gateway_log), PATIENCE_S, container, console)
-    updated_s = round(time.monotonic() - staged_s, 1)
-    wait(lambda: "FACTS " in text(console), 60, container, console)
-    gateway.terminate()
-    gateway.wait(60)
-    (facts,) = (json.loads(match) for match in re.findall(r"FACTS (\{.*\})", text(console))[-1:])
-    with Store.open(folder / "runs" / "first") as store:
-        accepted = [entry for _, record in store.replay() if isinstance(entry := from_record(record), Accepted)]
-    checks = regrow(folder, "verify", "runs/first").strip().splitlines()[-1]
-    return {
-        "system": f"Debian {SUITE}, stands for {SYSTEM}",
-        "power_on_to_second_aggregation_s": took_s,
-        "staged_to_trained_with_version_2_s": updated_s,
-        "timeline_s": timeline(text(gateway_log), booted),
-        "updates_accepted": len(accepted),
-        "verify": checks.partition(": ")[2],
-        "board": facts,
-        "fleet": json.loads(regrow(folder, "fleet", "show", DEVICE, "--json"))["state"],
-    }
+    return card
 
 
-def make_task(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "task.toml").write_text(TASK)
-    save_model(digits_mlp(1), folder / "model.onnx")
+def leave_a_look(board: Board) -> None:
+    """What a person would look at afterwards, printed to the console when the new version has proved itself; it changes nothing."""
+    (board.root / "root/look.py").write_text(LOOK)
+    (board.root / "etc/systemd/system/look.service").write_text(
+        "[Unit]\nAfter=cloud-final.service\n[Service]\nType=oneshot\nStandardOutput=journal+console\n"
+        'ExecStart=/bin/sh -c "until [ $(readlink /opt/regrow/good) = b ]; do sleep 1; done; '
+        'python3 /root/look.py"\n'
+        "[Install]\nWantedBy=cloud-init.target\n"
+    )
+    said("systemctl", "--root", str(board.root), "enable", "look")
+    board.shows("regrow-agent.service")
 
 
 def newer_wheel(folder: Path) -> Path:
@@ -276,47 +234,117 @@ def write_data(path: Path) -> None:
     np.savez(path, x=(patterns[y] + rng.standard_normal((300, 64))).astype(np.float32), y=y)
 
 
-def leave_a_look(board: Path) -> None:
-    """What a person would look at afterwards, printed to the console when the new version has proved itself; it changes nothing."""
-    (board / "root/look.py").write_text(LOOK)
-    (board / "etc/systemd/system/look.service").write_text(
-        "[Unit]\nAfter=cloud-final.service\n[Service]\nType=oneshot\nStandardOutput=journal+console\n"
-        'ExecStart=/bin/sh -c "until [ $(readlink /opt/regrow/good) = b ]; do sleep 1; done; '
-        'python3 /root/look.py"\n'
-        "[Install]\nWantedBy=cloud-init.target\n"
+# ---- the whole -------------------------------------------------------------------------------------------------------------------------
+
+
+def first_boot(stack: ExitStack, folder: Path, systems: Path) -> dict[str, Any]:
+    near, far = stack.enter_context(cable("lan0", "eth0"))
+    disk = stack.enter_context(ssd(folder / "ssd.img", "regrow-data"))
+    gateway = Board(folder / "gateway", near, folder / "gateway.log", disk)
+    device = Board(folder / "device", far, folder / "device.log", [])
+    for board in (gateway, device):
+        stack.callback(board.power_off)
+    said("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
+    person, seconds = Login(far, folder / "key", "pi", ADDRESS), dict[str, float]()
+
+    print("making the gateway's card", flush=True)
+    flashed(systems / "gateway", gateway_card(folder, systems / "debs"), gateway.root)
+    said("ip", "-n", far, "address", "add", "10.42.0.200/24", "dev", "eth0")  # the person's own machine, until the device takes its place
+    said("ip", "-n", far, "link", "set", "eth0", "up")
+    gateway_boots(gateway, person, seconds)
+
+    print("making the device's card", flush=True)
+    flashed(systems / "device", device_card(folder, person), device.root)
+    leave_a_look(device)
+    said("ip", "-n", far, "address", "flush", "dev", "eth0")
+    print("booting the device", flush=True)
+    booted_s, booted = time.monotonic(), time.time()
+    device.power_on()
+    device.wait(lambda: " aggregated version=2" in text(gateway.console), PATIENCE_S)
+    seconds["device_power_on_to_second_aggregation"] = round(time.monotonic() - booted_s, 1)
+    times = timeline(text(gateway.console), booted)
+    seconds["staged_to_trained_with_version_2"] = update(folder, person, gateway, device)
+    before = look(person)
+    seconds["gateway_restart_to_next_aggregation"] = restart(person, gateway)
+    return {
+        "system": f"Debian {SUITE}, stands for {SYSTEM}",
+        "seconds": seconds,
+        "device_timeline_s": times,
+        "gateway_before_restart": before,
+        "gateway_after_restart": look(person),
+        "time_for_devices": time_told(far),
+        "device": json.loads(re.findall(r"FACTS (\{.*\})", text(device.console))[-1]),
+        "fleet": json.loads(person.says(f"{REGROW} fleet show {DEVICE} --runs {RUNS} --json"))["state"],
+        "verify": verified(person),
+    }
+
+
+def update(folder: Path, person: Login, gateway: Board, device: Board) -> float:
+    """Bring version 2 out from the gateway; seconds until the device has trained with it."""
+    print(f"staging version {NEW_VERSION}", flush=True)
+    wheel = newer_wheel(folder / "newer")
+    person.copy(wheel, folder / "wheels")
+    person.says(f"sudo mv {wheel.name} wheels /srv")  # where the service's user may read
+    print(
+        person.says(f"{REGROW} fleet update --runs {RUNS} --wheel /srv/{wheel.name} --wheels /srv/wheels --percent 100"), end="", flush=True
     )
-    said("systemctl", "--root", str(board), "enable", "look")
-    (board / "etc/systemd/system/regrow-agent.service.d").mkdir()
-    (board / "etc/systemd/system/regrow-agent.service.d/console.conf").write_text("[Service]\nStandardError=journal+console\n")
+    staged_s = time.monotonic()
+    device.wait(lambda: "said=healthy" in text(gateway.console), PATIENCE_S)
+    took_s = round(time.monotonic() - staged_s, 1)
+    device.wait(lambda: "FACTS " in text(device.console), 60)
+    return took_s
 
 
-def wait(over: Any, patience_s: float, child: subprocess.Popen[bytes], log: Path) -> bool:
-    """Until it is over; ends this script when the child ends or it takes too long."""
-    deadline_s = time.monotonic() + patience_s
-    while not over():
-        if child.poll() is not None and not over():
-            fail(f"ended with {child.returncode}: {text(log).splitlines()[-8:]}")
-        if time.monotonic() > deadline_s:
-            fail(f"nothing after {patience_s:.0f} s: {text(log).splitlines()[-8:]}")
-        time.sleep(0.2)
-    return True
+def restart(person: Login, gateway: Board) -> float:
+    """Restart the gateway as a person would; seconds until the fleet has a next version."""
+    print("restarting the gateway", flush=True)
+    told, began_s = len(text(gateway.console)), time.monotonic()
+    person.run("sudo systemctl reboot")
+    if gateway.child is not None:
+        gateway.child.wait(PATIENCE_S)  # systemd-nspawn ends, for whoever runs it to start it again
+    gateway.power_on()
+    gateway.wait(lambda: " aggregated version=" in text(gateway.console)[told:].partition("going on with")[2], PATIENCE_S)
+    return round(time.monotonic() - began_s, 1)
+
+
+def look(person: Login) -> dict[str, Any]:
+    """What a person sees on the gateway, and what its doctor says there; ends this script where something failed."""
+    facts: dict[str, Any] = json.loads(person.says(f"echo {shlex.quote(GATEWAY_LOOK)} | sudo python3 -"))
+    sums = person.says(f"sudo sh -c 'sha256sum {RUNS}/.gateway/fleet/ca.crt {RUNS}/.gateway/fleet/broker.crt'").split()[::2]
+    findings = json.loads(person.run(f"{REGROW} doctor --runs {RUNS} --json").stdout)
+    told = {state: [f"{found['check']}: {found['said']}" for found in findings if found["state"] == state] for state in ("fail", "warn")}
+    if told["fail"]:
+        fail(f"the gateway's doctor: {told['fail']}")
+    by_state = {state: sum(found["state"] == state for found in findings) for state in ("ok", "warn", "unknown", "fail")}
+    return {**facts, "certificates": [digest[:16] for digest in sums], "doctor": by_state, "doctor_warns": told["warn"]}
+
+
+def time_told(network: str) -> dict[str, float]:
+    """What the gateway's clock says to a device that asks."""
+    stratum, now = said("ip", "netns", "exec", network, sys.executable, "-c", ASK_TIME).split()
+    return {"stratum": int(stratum), "differs_s": round(int(now) - time.time())}
+
+
+def verified(person: Login) -> str:
+    """Whether the run's log, through the restart, gives the model that the gateway has."""
+    person.says("sudo systemctl stop regrow-gateway")
+    runs = person.says(f"sudo find {RUNS} -mindepth 2 -maxdepth 2 -name log.sqlite").split()
+    if len(runs) != 1:
+        fail(f"expected one run, found {runs}")
+    return person.says(f"{REGROW} verify {Path(runs[0]).parent}").strip().splitlines()[-1].partition(": ")[2]
 
 
 def timeline(log: str, booted: float) -> dict[str, float]:
     """Seconds from power-on to what the gateway's log tells, each the first time."""
     found: dict[str, float] = {}
     words = {"enrolled": " enrolled from ", "joined": " joined ", "first update": " update ", "aggregated": " aggregated "}
+    day = time.strftime("%Y-%m-%d ", time.localtime(booted))
     for line in log.splitlines():
-        clock = re.search(r"(\d{4}-\d\d-\d\d )?(\d\d:\d\d:\d\d)", line)
+        clock = clock_in(line)
         for name, word in words.items():
             if name not in found and clock and word in f"{line} ":
-                at = time.mktime(time.strptime(time.strftime("%Y-%m-%d ", time.localtime(booted)) + clock[2], "%Y-%m-%d %H:%M:%S"))
-                found[name] = round(at - booted)
+                found[name] = round(time.mktime(time.strptime(day + clock, "%Y-%m-%d %H:%M:%S")) - booted)
     return found
-
-
-def text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
 
 
 if __name__ == "__main__":

@@ -103,4 +103,7 @@ def _write_access_point(wifi: Wifi, name: str, folder: Path) -> None:
         f"[wifi]\nmode=ap\nband=bg\nssid={keyfile_ssid(wifi)}\n\n[wifi-security]\nkey-mgmt=wpa-psk\nproto=rsn\npsk={wifi.key}\n\n"
         f"[ipv4]\nmethod=shared\naddress1={ADDRESS}/24\n\n[ipv6]\nmethod=disabled\n"
     )
-    (folder / "dnsmasq.conf").write_text(f"address=/{name}.internal/{ADDRESS}\ndhcp-option=option:ntp-server,{ADDRESS}\n")
+    # local: nobody else is asked, for its IPv6 address too, which would take a device without the internet 15 s each time.
+    (folder / "dnsmasq.conf").write_text(
+        f"local=/internal/\nhost-record={name}.internal,{ADDRESS}\ndhcp-option=option:ntp-server,{ADDRESS}\n"
+    )

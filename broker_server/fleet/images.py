@@ -40,6 +40,8 @@ _SSH_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-\S+|ssh-rsa|sk-\S+) [A-Za-z0-9+/
 _TIMEZONE = re.compile(r"[A-Za-z0-9_+/-]+\Z")
 _PLAIN = re.compile(r"[^\s\"'\\$`]+\Z")
 _WPA_ITERATIONS = 4096  # IEEE 802.11i
+# cloud-init counts a runcmd as done when it begins. Where it failed, or the power did, the next boot runs it again.
+_UNTIL_INSTALLED = "cd /var/lib/cloud/instance/sem; [ -e /etc/regrow/installed ] || rm -f config_runcmd config_scripts_user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,7 @@ def write_cloud_init(host: Host, instance: bytes, out: Path) -> None:
         "disable_root": True,
         "ssh_deletekeys": True,
         "users": [],
+        "bootcmd": [["sh", "-c", _UNTIL_INSTALLED]],
         "runcmd": [["sh", f"{host.system.boot}/regrow/install.sh"]],
     }
     if host.ssh_keys:

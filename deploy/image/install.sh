@@ -65,4 +65,6 @@ for unit in "$here"/units/*; do
         [ ! -d /run/systemd/system ] || systemctl start --no-block "$name"
     fi
 done
+: >"$settings/installed" # until it is there, every boot runs this again
+sync
 echo "regrow install: this is device $REGROW_DEVICE"

@@ -15,10 +15,12 @@ version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # Packages of the system: from the card where they are there, else from the internet.
 export DEBIAN_FRONTEND=noninteractive
+apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
+dpkg --configure -a # what a power cut interrupted
 if ls "$here"/debs/*.deb >/dev/null 2>&1; then
-    apt-get install -qy --no-download --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
+    apt install --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
 elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null; then
-    { apt-get update -q && apt-get install -qy --no-install-recommends mosquitto chrony; } ||
+    { apt update && apt install --no-install-recommends mosquitto chrony; } ||
         fail "mosquitto and chrony are missing: connect this board to the internet and restart it, or put their .deb files into regrow/debs"
 fi
 # The gateway starts a mosquitto of its own, with the fleet's certificates.
@@ -70,9 +72,14 @@ if [ -d "$here/task" ] && [ ! -d "$state/tasks/$REGROW_TASK_NAME" ]; then
     chown -R regrow:regrow "$state/tasks"
     mv "$state/tasks/.$REGROW_TASK_NAME" "$state/tasks/$REGROW_TASK_NAME"
 fi
-if [ ! -f "$state/runs/.gateway/fleet/fleet.json" ]; then
+# Made aside, so that no power cut leaves half of its keys.
+home="$state/runs/.gateway"
+if [ ! -d "$home/fleet" ]; then
+    rm -rf "$home/.fleet"
     # shellcheck disable=SC2086 # several words
-    (cd "$state" && run_as_regrow "$prefix/bin/regrow" fleet init "$REGROW_FLEET" --fleet "$state/runs/.gateway/fleet" $REGROW_HOSTS)
+    (cd "$state" && run_as_regrow "$prefix/bin/regrow" fleet init "$REGROW_FLEET" --fleet "$home/.fleet" $REGROW_HOSTS) >/dev/null
+    sync
+    mv "$home/.fleet" "$home/fleet"
 fi
 
 install -d -m 755 "$settings"
@@ -89,4 +96,6 @@ for unit in "$here"/units/*; do
         [ ! -d /run/systemd/system ] || systemctl start --no-block "$(basename "$unit")"
     fi
 done
+: >"$settings/installed" # until it is there, every boot runs this again
+sync
 echo "regrow install: this is the gateway of $REGROW_FLEET"

@@ -52,6 +52,7 @@ def test_cloud_init_files_name_the_device_and_let_in_one_key(tmp_path: Path, giv
     (login,) = user_data["users"]
     assert (login["name"], login["lock_passwd"], login["ssh_authorized_keys"]) == ("pi", True, [KEY])
     assert user_data["runcmd"] == [["sh", "/boot/firmware/regrow/install.sh"]]
+    assert "/etc/regrow/installed" in user_data["bootcmd"][0][-1], "what a power cut interrupts goes on at the next boot"
     network: Any = json.loads((out / "network-config").read_text())
     assert list(network["wifis"]["wlan0"]["access-points"]) == ['Field "7"']
     assert (out / "regrow" / "claim.json").read_text() == CLAIM
@@ -100,7 +101,7 @@ def test_the_installer_script_unpacks_what_was_put_in(tmp_path: Path, given: lis
     unpacked = tmp_path / "unpacked"
     unpacked.mkdir()
     there = script.replace(b"scratch=$(mktemp -d)", f"scratch={unpacked}".encode()).replace(b'rm -rf "$scratch"', b"true")
-    there = there.replace(b'sh "$scratch/regrow/install.sh"', b"true")  # which needs root and systemd: tests/network/test_first_boot.py
+    there = there.replace(b'sh "$scratch/regrow/install.sh"', b"true")  # which needs root and systemd: bench/first_boot.py
     (tmp_path / "script.sh").write_bytes(there)
     done = subprocess.run(["sh", "script.sh"], cwd=tmp_path, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -144,7 +145,7 @@ def test_a_gateway_brings_its_task_and_opens_its_network(tmp_path: Path) -> None
     assert "REGROW_HOSTS='--host gateway.internal --host 10.42.0.1'" in settings
     assert "REGROW_SSD=regrow-data" in settings
     assert "mode=ap" in (tmp_path / "regrow" / "access-point.nmconnection").read_text()
-    assert "address=/gateway.internal/10.42.0.1" in (tmp_path / "regrow" / "dnsmasq.conf").read_text()
+    assert "local=/internal/\nhost-record=gateway.internal,10.42.0.1\n" in (tmp_path / "regrow" / "dnsmasq.conf").read_text()
     assert (tmp_path / "regrow" / "task" / "task.toml").is_file()
     with pytest.raises(LocalError, match="one radio"):
         GatewayImage(Host(SYSTEMS["pi-os-trixie"], "gateway", image.access_point), "field", task, image.access_point)
