@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -31,6 +32,7 @@ from edge_agent.identity_folder import adopt, can_speak, has_certificate, in_use
 from edge_agent.observer import Observer
 from edge_agent.scan import scan_program
 from edge_agent.sealing import Sealing
+from edge_agent.senses import Senses
 from edge_agent.state import StateFolder
 from edge_agent.trainer import Trainer
 from edge_agent.vitals import Vitals
@@ -88,7 +90,7 @@ def _budget(options: argparse.Namespace) -> Budget:
     )
 
 
-def _budgets(options: argparse.Namespace, broker: str, folder: StateFolder, joules: RoundJoules | None = None) -> Budgets | None:
+def _budgets(options: argparse.Namespace, broker: str, folder: StateFolder, joules: RoundJoules | None) -> Budgets | None:
     """The owner's limits at work, or None without any. joules: None where nothing measures or models them.
 
     Raises:
@@ -119,18 +121,8 @@ def _run(
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
             companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.link_is_free))
-        observer = None
-        if not options.no_observations:
-            observer = Observer(
-                bundle.device,
-                folder,
-                secrets.token_bytes(DIGEST_BYTES),
-                time.time,
-                quiet=lambda: running.link_is_free,
-                uplink_bps=lambda: running.device.uplink_bps,
-                journal_bytes=int(options.journal_mb * 1e6),
-                software=version(),
-            )
+        observer = None if options.no_observations else _observer(options, bundle.device, folder, lambda: running)
+        senses = Senses(observer, partial(energy_of, options), partial(_budgets, options, bundle.broker, folder))
         running = Agent(
             bundle,
             folder,
@@ -147,10 +139,8 @@ def _run(
             member=member,
             sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
             companions=companions,
-            observer=observer,
             vitals=Vitals(folder.path, version(), watchdog),
-            energy=energy_of(options, lambda _: None),
-            budgets=_budgets(options, bundle.broker, folder),
+            senses=senses,
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
@@ -163,6 +153,19 @@ def _run(
         logging.shutdown()
         os._exit(0)
     return 0
+
+
+def _observer(options: argparse.Namespace, device: str, folder: StateFolder, running: Callable[[], Agent]) -> Observer:
+    return Observer(
+        device,
+        folder,
+        secrets.token_bytes(DIGEST_BYTES),
+        time.time,
+        quiet=lambda: running().link_is_free,
+        uplink_bps=lambda: running().device.uplink_bps,
+        journal_bytes=int(options.journal_mb * 1e6),
+        software=version(),
+    )
 
 
 def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:

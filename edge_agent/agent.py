@@ -15,18 +15,16 @@ from typing import Protocol
 
 import psutil
 
-from edge_agent.budgets import Budgets
 from edge_agent.bundle import Bundle
 from edge_agent.control import Control
 from edge_agent.data.source import DataSource
-from edge_agent.energy.account import Energy
 from edge_agent.identity import Identity as Member
 from edge_agent.identity import fleet_context
 from edge_agent.memory import spare_bytes
 from edge_agent.models import Models
-from edge_agent.observer import Observer
 from edge_agent.promotion import Settled
 from edge_agent.sealing import Sealing
+from edge_agent.senses import Senses
 from edge_agent.state import StateFolder
 from edge_agent.traffic import Traffic
 from edge_agent.trainer import Trainer
@@ -65,7 +63,6 @@ from regrow.machine import (
     Unsubscribe,
     Woken,
 )
-from regrow.observations import Row
 from regrow.outage import Outage
 from regrow.presence import Identity
 from regrow.programs import StorageRule
@@ -107,13 +104,10 @@ class Agent:
         make: what trains.
         tune: find out how to train fastest here (edge_agent.tuning); otherwise in the default way, and results repeat to the bit.
         companions: what else this process does for the device over the same link.
-        observer: keeps what is observed here and sends it; closed here.
         member: of a fleet, with this identity instead of a password; it then heeds what the fleet tells it.
         sealing: of a device with an identity, which hears nothing unsealed; without, messages travel bare. Closed here.
         vitals: what looks whether it gets anywhere.
-        observe: takes rows of what the link carried.
-        energy: what measures the power that it draws; begun and closed here.
-        budgets: the owner's limits, if there are any.
+        senses: what it observes of itself, and its owner's limits; begun and closed here.
     """
 
     def __init__(
@@ -132,21 +126,16 @@ class Agent:
         make: MakeTrainer = Trainer,
         tune: bool = False,
         companions: Sequence[Companion] = (),
-        observer: Observer | None = None,
         member: Member | None = None,
         sealing: Sealing | None = None,
         vitals: Vitals | None = None,
-        observe: Callable[[Row], None] = lambda _: None,
-        energy: Energy | None = None,
-        budgets: Budgets | None = None,
+        senses: Senses | None = None,
     ) -> None:
-        self._energy = energy
         self._vitals = vitals or Vitals(folder.path)
-        self._sealing, self._budgets, self._observer = sealing, budgets, observer
-        beside = (None if member is None else Control(member, self, self._fleet_s), observer, energy)
+        self._sealing, self._senses = sealing, senses or Senses()
+        beside = (None if member is None else Control(member, self, self._fleet_s), self._senses.observer, self._senses.energy)
         self._companions: list[Companion] = [*companions, *(companion for companion in beside if companion is not None)]
         self._told: dict[int, str] = {}
-        self._round: tuple[int, float] | None = None  # number and share of the job that was last begun
         self._clearing = self._cleared = False
         self._folder, self._bundle, self._source = folder, bundle, source
         self._anew_s = 0.0
@@ -173,7 +162,7 @@ class Agent:
             max_downlink_bps=max_downlink_bps,
             tls=self._tls_of(member),
         )
-        self.traffic = Traffic(folder, self._link, observe=observe, wall_s=self._fleet_s)
+        self.traffic = Traffic(folder, self._link, observe=self._senses.take, wall_s=self._senses.unix_s)
         self.device = Device(self.identity, saved, self.traffic.meter.estimate_bps)
         self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | Tuned] = queue.SimpleQueue()
         self._worker = Worker(
@@ -184,7 +173,7 @@ class Agent:
             tuning=Tuning(threads, folder.get(TUNING)) if tune else None,
             tuned=lambda data: self._trained(Tuned(data)),
             progress=self._vitals.work,
-            marked=lambda: "" if energy is None else energy.marked,
+            marked=lambda: self._senses.marked,
         )
         self._models = Models(bundle.device, folder, source, self._worker.put, self._trained, threads=threads, local_head=local_head)
         self._process = psutil.Process()
@@ -241,49 +230,53 @@ class Agent:
             LocalError: the disk failed or the state folder is gone; nothing is promised any more, a restart goes on from what is there.
         """
         self._on_note = on_note
-        if self._energy is not None:
-            self._energy.start()
+        self._senses.start()
         try:
             while not self._stopping:
-                self._folder.check()  # an agent that waits for work writes nothing, and would not notice
-                self._look_at_limits()
-                wait_s = min(max(self._timer_s - time.monotonic(), 0.0), POLL_S)
-                for event in self._link.poll(wait_s):
-                    heard = event if self._sealing is None else self._sealing.open(event, time.monotonic())
-                    if heard is not None:
-                        self._take(heard)
-                while not self._results.empty():
-                    self._take_result(self._results.get())
-                if not self._clearing:
-                    self._perform(self._models.go_on(time.monotonic(), quiet=self.link_is_free))
-                    self._start_anew(time.monotonic())
-                self._look_at_link(time.monotonic())
-                self._accompany(None)
-                self._account()
-                if self._sealing is not None:
-                    self._perform(self._sealing.tend(time.monotonic()))
-                    if self._sealing.must_say_again():
-                        self._link.reconnect("connecting anew to say again what was refused")
-                if self._timer_s <= time.monotonic() and not self._clearing:
-                    self._timer_s = float("inf")
-                    self._step(Woken())
-                connected, phase, alive = self._link.connected, self.device.phase, self._worker.alive
-                self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive)
+                self._turn()
         finally:
-            self._vitals.stopping()
-            if self._observer is not None:
-                self._observer.close()
-            if self._energy is not None:
-                self._energy.close()
-            self._worker.close()
-            self._link.close()
-            if not self._clearing:
-                with suppress(LocalError):  # it ends for what the disk did, or loses an estimate
-                    self.traffic.save()
-            if self._sealing is not None and not self._clearing:
-                self._sealing.close(time.monotonic())
-            if self._budgets is not None and not self._clearing:
-                self._budgets.close()
+            self._end()
+
+    def _turn(self) -> None:
+        """Wait for something, and do what is due."""
+        self._folder.check()  # an agent that waits for work writes nothing, and would not notice
+        self._look_at_limits()
+        for event in self._link.poll(min(max(self._timer_s - time.monotonic(), 0.0), POLL_S)):
+            heard = event if self._sealing is None else self._sealing.open(event, time.monotonic())
+            if heard is not None:
+                self._take(heard)
+        while not self._results.empty():
+            self._take_result(self._results.get())
+        if not self._clearing:
+            self._perform(self._models.go_on(time.monotonic(), quiet=self.link_is_free))
+            self._start_anew(time.monotonic())
+        self._look_at_link(time.monotonic())
+        self._accompany(None)
+        self._senses.follow(self.device, training=not self._vitals.work.idle)
+        self._tend_seal()
+        if self._timer_s <= time.monotonic() and not self._clearing:
+            self._timer_s = float("inf")
+            self._step(Woken())
+        connected, phase, alive = self._link.connected, self.device.phase, self._worker.alive
+        self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive)
+
+    def _tend_seal(self) -> None:
+        if self._sealing is not None:
+            self._perform(self._sealing.tend(time.monotonic()))
+            if self._sealing.must_say_again():
+                self._link.reconnect("connecting anew to say again what was refused")
+
+    def _end(self) -> None:
+        self._vitals.stopping()
+        self._worker.close()
+        self._senses.close(clearing=self._clearing)
+        self._link.close()
+        if self._clearing:
+            return
+        with suppress(LocalError):  # it ends for what the disk did, or loses an estimate
+            self.traffic.save()
+        if self._sealing is not None:
+            self._sealing.close(time.monotonic())
 
     @property
     def link_is_free(self) -> bool:
@@ -291,9 +284,9 @@ class Agent:
         return not self.device.needs_link and self.device.may_use_link
 
     def _look_at_limits(self) -> None:
-        if self._budgets is None or self._clearing:
+        if self._clearing:
             return
-        allowed = self._budgets.look(time.monotonic(), self._link.bytes_up + self._link.bytes_down)
+        allowed = self._senses.allowed(time.monotonic(), self._link.bytes_up + self._link.bytes_down)
         if allowed is not None:
             self._step(Limited(allowed))
 
@@ -324,11 +317,6 @@ class Agent:
         self._told[number] = told.action
         return Told(next((action for action in ("pause", "drain") if action in self._told.values()), told.action))
 
-    def _account(self) -> None:
-        """Whose joules they are from now on."""
-        if self._energy is not None:
-            self._energy.follow(self.device, training=not self._vitals.work.idle)
-
     # ---- what the fleet may ask of it (edge_agent.control.Body) -------------------------------------------------------------------
 
     @property
@@ -341,8 +329,7 @@ class Agent:
 
     def clear(self) -> None:
         self._clearing = True
-        if self._observer is not None:
-            self._observer.abandon()
+        self._senses.abandon()
         self._worker.abandon()
         self._worker.put(self._clear)  # in the thread that might still write
 
@@ -392,7 +379,7 @@ class Agent:
         meters.disk_bytes = self._folder.bytes_written
         meters.step_s, meters.full_step_s = self._worker.step_s, self._worker.full_step_s
         self._perform(self.device.step(event, time.monotonic()))
-        self._account()
+        self._senses.follow(self.device, training=not self._vitals.work.idle)
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -415,7 +402,7 @@ class Agent:
                 log.log(level, "%s %s", effect.kind, effect.fields)
                 self._on_note(effect)
                 self._vitals.note(effect, time.monotonic())
-                self._count_round(effect)
+                self._senses.note(self.device, effect, time.monotonic())
             elif isinstance(effect, Told):
                 self._heed(effect)
             elif isinstance(effect, Finished):
@@ -424,10 +411,7 @@ class Agent:
 
     def _begin(self, job: Train) -> None:
         self._tried = self._source.appended
-        if self.device.assignment is not None and self.device.share is not None:
-            self._round = (self.device.assignment.number, self.device.share)
-        if self._energy is not None:
-            self._energy.trains(job)
+        self._senses.begins(self.device, job)
         self._worker.put(job)
 
     def _steer(self, steer: Steer) -> None:
@@ -435,13 +419,6 @@ class Agent:
             self._worker.abandon()
         else:
             self._worker.hold(steer.action == "stand still")
-
-    def _count_round(self, note: Note) -> None:
-        """With its receipt a round is over, and what it took is known."""
-        if note.kind not in ("accepted", "rejected") or self._budgets is None or self._round is None or self.device.names is None:
-            return
-        (number, share), self._round = self._round, None
-        self._budgets.round_done(self.device.names.root, number, share, time.monotonic())
 
     def _keep(self, effect: Save | Drop) -> None:
         if isinstance(effect, Drop):

@@ -21,7 +21,8 @@ from typing import Annotated
 import msgspec
 import psutil
 
-from edge_agent.doctor.host import EARLIEST_YEAR, hottest, said_by
+from edge_agent.doctor.host import EARLIEST_YEAR, hottest
+from edge_agent.firmware import said_by
 from edge_agent.state import StateFolder, content_of
 from regrow.broker_url import parse_broker_url
 from regrow.budget import JOULES, Allowed, Budget, Hours, Seen, Used, judge

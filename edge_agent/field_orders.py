@@ -16,7 +16,7 @@ from edge_agent.state import StateFolder
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError
 from regrow.machine import Connected, Disconnected, Effect, Event, Publish, Received, Subscribe, Told
-from regrow.observations import Field, FieldReport, Mark, keeps_still, phase_at
+from regrow.observations import Field, FieldReport, keeps_still, phase_at
 
 log = logging.getLogger(__name__)
 HEARD = "field"
@@ -31,18 +31,19 @@ class FieldOrders:
         device: its name.
         folder: keeps the number heard last.
         clock: the device's, unix seconds.
-        observe: takes a mark for each sync pulse.
 
     Attributes:
-        on_rate: called with the samples a second that the meters shall take.
+        on_rate: called with the samples a second that the meters shall take; None: no field run asks for any.
+        on_still: called when the device begins or ends to keep still.
         on_pulse: called when a sync pulse is due; must return at once.
         meter, software: what reports say.
         still: the device trains nothing now.
     """
 
-    def __init__(self, device: str, folder: StateFolder, clock: Callable[[], float], observe: Callable[[Mark], None]) -> None:
-        self._device, self._folder, self._clock, self._observe = device, folder, clock, observe
-        self.on_rate: Callable[[float], None] = lambda _: None
+    def __init__(self, device: str, folder: StateFolder, clock: Callable[[], float]) -> None:
+        self._device, self._folder, self._clock = device, folder, clock
+        self.on_rate: Callable[[float | None], None] = lambda _: None
+        self.on_still: Callable[[bool], None] = lambda _: None
         self.on_pulse: Callable[[], None] = lambda: None
         self.meter: Callable[[], str] = lambda: ""
         self.software = ""
@@ -87,7 +88,7 @@ class FieldOrders:
         if before is not None and _content(before) == _content(field):
             return []
         log.info("field run %s", f"{field.name}: {field.phase or 'waits'}" if field.name else "over")
-        self.on_rate(field.sample_hz)
+        self.on_rate(field.sample_hz if field.name else None)
         try:
             self._folder.put(HEARD, str(field.number).encode())
         except LocalError as error:  # it would only be heard once more
@@ -104,11 +105,11 @@ class FieldOrders:
         still, phase = keeps_still(field, now_s), phase_at(field, now_s)
         if still != self.still:
             self.still = still
+            self.on_still(still)
             effects.append(Told("pause" if still else "work"))
         if self._pulsed_s < field.pulse_s <= now_s:
             self._pulsed_s = field.pulse_s
             if now_s - field.pulse_s <= LATE_S:
-                self._observe(Mark(self._clock(), "sync pulse"))
                 self.on_pulse()
         if self._connected and phase != self._said:
             self._said = phase

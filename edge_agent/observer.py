@@ -70,7 +70,7 @@ class Observer:
     ) -> None:
         self._device, self.clock, self._quiet, self._uplink_bps = device, clock, quiet, uplink_bps
         self._journal = FieldJournal(folder.path / FOLDER, journal_bytes, nonce)
-        self.orders = FieldOrders(device, folder, clock, self.add)
+        self.orders = FieldOrders(device, folder, clock)
         self.orders.software = software
         self._rows: deque[Row] = deque()
         self._refused: set[type] = set()

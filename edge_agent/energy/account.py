@@ -148,6 +148,11 @@ class Energy:
         elapsed_s = self._clock() - self._began_s
         return self._busy_s / elapsed_s if elapsed_s > 0 else 0.0
 
+    @property
+    def tells_joules(self) -> bool:
+        """Whether a meter or a model does."""
+        return self.meter.certainty != UNMEASURED or self._guess is not None
+
     def state(self) -> PowerState:
         """For telemetry."""
         seen = self._last

@@ -432,7 +432,8 @@ HANDLERS = {
     "coordinator._tick": "End leases past their deadline, beat, do all that is due: aggregate, restore, refresh, assign, finish (`done`).",
     "coordinator._announce_end": "Of a finished run: clear everything that is retained.",
     "coordinator._take_standing": "Give devices that rest no new work, do not wait for them; when leading, end the leases of paused ones.",
-    "device._hear_told": "`pause`: give up what it fetches or trains (`waiting`). `drain`: nothing after the job at hand. `work` again: say hello.",
+    "device._hear_told": "`pause`: give up what it fetches or trains (`waiting`). `drain`: nothing after the job at hand. "
+    "`work` again: say hello.",
     "device._hear_limited": "Give back what its owner does not allow any more (`waiting`), let training stand still where it is too hot, "
     "go on with what may; tell the coordinator what is news.",
     "device._connect": "Subscribe, say hello, go on where it was: probe again, fetch what lacks, or ask for the receipt.",

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet
 import pytest
 
-from broker_server.credentials import COORDINATOR
-from broker_server.field.progress import read_field
-from broker_server.run_record import facts_of
 from cli.main import main
 from export.models import digits_mlp
-from tests.testbed.processes import Child, Fleet, task_text, until, write_digits
+from tests.testbed.processes import Child, Fleet, task_text
 
 DEVICES = {"pi-1": 2000.0, "pi-2": 400.0}
 METHODS = "fedgmr,fedavg"
