@@ -241,7 +241,7 @@ def _line_of(run: Path) -> Table:
         info = run_info(run)
     except LocalError as error:
         info = RunInfo(run, "?", "?", 0.0, 0, 0, 0, None, "score", f"unreadable: {error}")
-    fields = ("task", "method", "started_s", "version", "devices", "updates", "accuracy", "finished")
+    fields = ("task", "method", "started_s", "version", "devices", "updates", "score", "score_name", "finished")
     return {"run": run.name, **{name: getattr(info, name) for name in fields}}
 
 

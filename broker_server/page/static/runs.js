@@ -19,7 +19,7 @@ export function runsView(main) {
   main.append(el('h1', {}, 'Runs'), form);
   ask('api/runs').then(({ runs, served }) => {
     const rows = runs.map((run) => [el('a', { href: `#/run/${run.run}` }, run.run), run.task, run.method, run.started_s ? date(run.started_s) : dash, count(run.version),
-      count(run.devices), count(run.updates), number(run.accuracy), run.run === served ? 'served now' : run.finished || 'unfinished',
+      count(run.devices), count(run.updates), number(run.score), run.run === served ? 'served now' : run.finished || 'unfinished',
       el('input', { type: 'checkbox', value: run.run, 'aria-label': `Compare ${run.run}` })]);
     const columns = [['Run', false], ['Task', false], ['Method', false], ['Started', false], ['Version', true], ['Devices', true], ['Updates', true], ['Accuracy', true], ['State', false], ['Compare', false]];
     place.replaceChildren(table('Runs', columns, rows));
