@@ -283,6 +283,7 @@ class _Conductor:
         task = _task_of(self._field, repetition.method, max(len(self._field.plan.devices) - len(absent), 1))
         path = create_run(runs, built(task), name)
         options = parser("serve").parse_args(["serve", str(path), "--runs", str(runs), "--plain"])
+        options.in_force = []
         step = Step(kind="interrupted", at_s=0.0, number=repetition.number, run=name, start_s=start_s, absent=absent)
         reason = "stopped"
         try:
