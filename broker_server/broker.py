@@ -236,7 +236,7 @@ class Broker:
         environment = dict(os.environ)
         if self.kind == "mosquitto":
             config = self._home / "mosquitto.conf"
-            write_private(config, _mosquitto_config(self, files.passwords, files.access).encode())
+            write_private(config, mosquitto_config(self, files.passwords, files.access).encode())
             if self.door is not None:
                 write_private(self._home / "openssl.cnf", _NO_RESUMPTION.encode())
                 environment["OPENSSL_CONF"] = str(self._home / "openssl.cnf")
@@ -295,7 +295,8 @@ class Broker:
         return f"{self.log_path} ends with:\n" + "\n".join(f"    {line}" for line in tail)
 
 
-def _mosquitto_config(broker: Broker, passwords: Path, access: Path) -> str:
+def mosquitto_config(broker: Broker, passwords: Path, access: Path) -> str:
+    """What mosquitto is told to be this broker."""
     lines = [
         "per_listener_settings false",
         "allow_anonymous false",

@@ -8,7 +8,6 @@ import random
 import ssl
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any
 
 from edge_agent.bundle import read_bundle
 from edge_agent.identity import Identity, fleet_context
@@ -23,22 +22,19 @@ def uplink(options: argparse.Namespace) -> int:
     """Measure up, and down where that is asked for; Ctrl-C ends a direction early and tells what there is."""
     with _alone(options):
         link, device = _link(options)
-        told: list[dict[str, Any]] = []
         try:
             connect(link)
             up = Up(link, device)
-            interrupted = _measure(up, options, told)
+            interrupted = _measure(up, options)
             if options.down and not interrupted:
                 down = Down(link, device, up.meter.estimate_bps or 0.0)
                 try:
                     down.leave()
-                    interrupted = _measure(down, options, told)
+                    interrupted = _measure(down, options)
                 finally:
                     down.clear()
         finally:
             link.close()
-    if options.json:
-        print(json.dumps(told, indent=1))
     if interrupted:
         raise KeyboardInterrupt
     return 0
@@ -66,23 +62,18 @@ def _link(options: argparse.Namespace) -> tuple[MqttLink, str]:
     return MqttLink(broker, device_id=device, password=password, rng=random.Random(), tls=tls, **limits), device
 
 
-def _measure(measurement: Measurement, options: argparse.Namespace, told: list[dict[str, Any]]) -> bool:
+def _measure(measurement: Measurement, options: argparse.Namespace) -> bool:
     """Whether Ctrl-C ended it."""
-    intervals: list[Interval] = []
     interrupted = False
     if not options.json:
         print(f"{measurement.direction}: {'seconds':>13}  {'goodput':>12}  {'rtt':>8}  {'retrans':>7}  {'estimate':>12}", flush=True)
     try:
         for interval in measurement.run(options.seconds, options.every):
-            intervals.append(interval)
-            if not options.json:
-                print(_line(interval), flush=True)
+            print(json.dumps(asdict(interval)) if options.json else _line(interval), flush=True)
     except KeyboardInterrupt:
         interrupted = True
     summary = measurement.summary()
-    told.append({"summary": asdict(summary), "intervals": [asdict(interval) for interval in intervals]})
-    if not options.json:
-        print(_end(summary), flush=True)
+    print(json.dumps(asdict(summary)) if options.json else _end(summary), flush=True)
     return interrupted
 
 

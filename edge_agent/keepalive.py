@@ -41,7 +41,7 @@ class KeepAlive:
         quiet_s = now - max(self._heard_s, self._said_s)
         if bytes_down != self._heard_bytes:
             self._heard_bytes, self._heard_s = bytes_down, now
-            self._survived_s, self._quiet_s = max(self._survived_s, self._quiet_s), 0.0
+            self._survived_s, self._quiet_s = max(self._survived_s, self._quiet_s, quiet_s), 0.0
         elif bytes_up != self._said_bytes:
             self._quiet_s = max(self._quiet_s, quiet_s)
         if bytes_up != self._said_bytes:

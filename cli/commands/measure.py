@@ -29,5 +29,5 @@ def add_parser(commands: Commands) -> None:
     )
     uplink.add_argument("--max-uplink-bps", type=positive, metavar="N", help="send at most this many bits a second, as the agent's")
     uplink.add_argument("--max-downlink-bps", type=positive, metavar="N", help="take at most this many bits a second")
-    uplink.add_argument("--json", action="store_true", help="one object at the end: intervals and a summary for each direction")
+    uplink.add_argument("--json", action="store_true", help="JSON: an object a line, intervals and then a summary, for each direction")
     measure_power.declare(kinds)
