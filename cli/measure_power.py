@@ -37,8 +37,13 @@ MOST_TRACE_LINES = 5_000_000
 
 
 def power(options: argparse.Namespace) -> int:
-    """Show power until the time is over; exit status 1 when nothing was ever measured."""
+    """Show power until the time is over.
+
+    Raises:
+        LocalError: nothing was measured.
+    """
     joules = known_s = 0.0
+    why = "the time was too short"
     began_s = time.monotonic()
     with _sampling(options, options.hz) as (energy, rows):
         board = board_name()
@@ -46,10 +51,12 @@ def power(options: argparse.Namespace) -> int:
             for row in _next_second(rows):
                 joules += (row.watts or 0.0) * row.seconds
                 known_s += row.seconds if row.watts is not None else 0.0
-                print(
-                    _as_json(row, board, joules, known_s, energy) if options.json else _in_words(row, joules, known_s, energy), flush=True
-                )
-    return 0 if known_s else 1
+                why = why if row.watts is not None else row.meter
+                said = _as_json(row, board, joules, known_s, energy) if options.json else _in_words(row, joules, known_s, energy)
+                print(said, flush=True)
+    if not known_s:
+        raise LocalError(f"nothing was measured: {why}")
+    return 0
 
 
 def _as_json(row: PowerSeen, board: str, joules: float, known_s: float, energy: Energy) -> str:

@@ -14,6 +14,9 @@ import pytest
 
 from edge_agent.agent import ANEW_S, IDENTITY, TUNING, UPLINK, Agent, Bundle, Tuned
 from edge_agent.data.source import DataSource
+from edge_agent.energy.account import Energy
+from edge_agent.energy.hwmon import Hwmon
+from edge_agent.heat import Heat
 from edge_agent.state import StateFolder
 from edge_agent.tuning import Tuning
 from regrow import outgoing, wire
@@ -21,7 +24,10 @@ from regrow.device import OUTGOING
 from regrow.errors import LocalError
 from regrow.fetching import PART
 from regrow.machine import Connected, Disconnected, Drop, Note, Save, Train, TrainingFailed
+from regrow.observations import PhaseSeen, PowerSeen, Row
 from regrow.outage import Outage
+from tests.edge_agent.energy import boards
+from tests.edge_agent.energy.boards import write
 
 WAIT_S = 10.0
 
@@ -227,3 +233,30 @@ def test_what_was_found_out_about_speed_is_kept_and_if_damaged_found_out_again(f
     (folder.path / TUNING).write_bytes(b"torn")
     end(Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, tune=True))
     assert [name for name, _ in folder.rejected] == [TUNING]
+
+
+def test_energy_is_measured_while_it_runs_and_told_when_it_ends(folder: StateFolder, data: DataSource, tmp_path: Path) -> None:
+    root = write(tmp_path / "board", {**boards.ZERO_WITH_INA219, **boards.HEAT})
+    rows: list[Row] = []
+    seen = threading.Event()
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        if isinstance(row, PowerSeen):
+            seen.set()
+
+    energy = Energy(Hwmon(root), take, heat=Heat(root))
+    energy.record(50.0)
+    one = Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, energy=energy)
+    runner = threading.Thread(target=one.run)
+    runner.start()
+    assert seen.wait(WAIT_S)
+    one.stop()
+    runner.join(WAIT_S)
+    assert not runner.is_alive()
+    power = [row for row in rows if isinstance(row, PowerSeen) and row.watts is not None]
+    assert [row.watts for row in power] == pytest.approx([1.08] * len(power))
+    assert {row.certainty for row in power} == {"measured"}
+    phases = [row for row in rows if isinstance(row, PhaseSeen) and row.joules is not None]
+    assert {row.phase for row in phases} == {"idle"}
+    assert sum(row.joules or 0.0 for row in phases) == pytest.approx(sum((row.watts or 0.0) * row.seconds for row in power))

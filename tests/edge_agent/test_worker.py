@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
-from edge_agent.worker import LevelTrainers, Worker, train_job
+from edge_agent.worker import LevelTrainers, Pace, Worker, train_job
 from export.models import digits_mlp
 from export.programs import build_programs, initial_vector
 from export.unit_programs import build_unit_programs
@@ -377,3 +377,39 @@ def test_nothing_is_begun_after_the_end() -> None:
     closing.join(WAIT_S)
     assert not worker.alive
     assert begun in ([], [1])
+
+
+# ---- steps that the board was slowed in -------------------------------------------------------------------------------------------------
+
+
+def pace_of(steps: list[tuple[float, str]], ended_s: float, mark: str = "") -> float | None:
+    """The pace of a job: when its steps began, and what slowed the board then."""
+    marks = iter([*(word for _, word in steps), mark])
+    pace = Pace(lambda: next(marks))
+    for began_s, _ in steps:
+        pace.step(began_s)
+    return pace.step_s(ended_s, len(steps), ended_s)
+
+
+def test_a_step_in_which_the_board_was_slowed_is_not_timed() -> None:
+    slow, ok = "under-voltage", ""
+    assert pace_of([(0.5, ok), (1.0, ok), (2.0, ok), (3.0, ok)], 4.0) == 1.0  # all of the job's time, its first batch too
+    assert pace_of([(0.0, ok), (1.0, ok), (2.0, slow), (9.0, slow), (16.0, ok), (17.0, ok)], 18.0) == pytest.approx(1.0)
+    assert pace_of([(0.0, slow), (5.0, slow)], 10.0, slow) is None
+    assert pace_of([(0.0, ok), (5.0, ok)], 10.0, slow) == 5.0
+
+
+def test_what_a_slowed_job_took_is_not_told_and_what_was_known_before_stays(results: Results, job: Train) -> None:
+    slowed = [""]
+    worker = Worker(source(), results.queue.put, marked=lambda: slowed[0])
+    slowed[0] = "throttled"
+    trained(results.of(worker, job))
+    assert (worker.step_s, worker.full_step_s) == (None, None)
+    slowed[0] = ""
+    trained(results.of(worker, job))
+    known = worker.step_s
+    assert known is not None
+    slowed[0] = "throttled"
+    trained(results.of(worker, job))
+    assert (worker.step_s, worker.full_step_s) == (known, known)
+    worker.close()
