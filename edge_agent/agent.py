@@ -281,6 +281,7 @@ class Agent:
             self._step(Limited(allowed))
 
     def _take(self, event: Event) -> None:
+        self._look_at_limits()
         if isinstance(event, Acknowledged):
             self._measure(event)
             if event.token == OWN_TOKEN:
