@@ -46,6 +46,7 @@ class Metrics:
         self._devices_known = gauge("devices", "Devices that ever joined the run")
         self._online = gauge("devices_online", "Devices heard of within three heartbeats and not excluded, by first density", "class")
         self._hidden = gauge("devices_without_series", f"Devices beyond the first {DEVICE_SERIES}, which have no series of their own")
+        self._limited = gauge("devices_limited", "Devices that their owners' limits hold back, by what they do: rest, or smaller", "does")
         self._declined = counter("devices_declined", "Devices that were declined for their memory, each time")
         self._updates = counter("updates", "Whole updates that came, by what became of them", "result")
         self._refused = counter("messages_refused", "Messages that were not what their topic promises")
@@ -94,6 +95,9 @@ class Metrics:
             online[name] = online.get(name, 0) + count
         for name, count in online.items():
             self._online.labels(name).set(count)
+        resting = sum(limit.density is None for limit in roster.limits.values())
+        self._limited.labels("rest").set(resting)
+        self._limited.labels("smaller").set(len(roster.limits) - resting)
         self._version.set(ledger.version)
         if ledger.global_score is not None:
             self._score.set(ledger.global_score)

@@ -22,7 +22,7 @@ from cli.energy import energy_of
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, Companion
-from edge_agent.budgets import BUDGET, Budgets, InBackground, RoundJoules, Sensors, budget_of
+from edge_agent.budgets import BUDGET, Budgets, InBackground, RoundJoules, Sensors, budget_of, in_words
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.checkup import Checkup
 from edge_agent.data.sources import open_source
@@ -145,6 +145,8 @@ def _run(
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
         print(f"{bundle.device}: {samples}; {offer}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
+        if allowed := in_words(_budget(options)):
+            print(f"{bundle.device}: its owner allows {allowed}", flush=True)
         at_signals(running.stop)
         running.run()
     if member is not None and not can_speak(member.folder):

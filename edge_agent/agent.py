@@ -291,6 +291,7 @@ class Agent:
             self._step(Limited(allowed))
 
     def _take(self, event: Event) -> None:
+        self._look_at_limits()
         now = time.monotonic()
         if isinstance(event, Received):
             self.traffic.arrived(event, now)

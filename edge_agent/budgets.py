@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 BUDGET = "budget"
 LOOK_S = 1.0
 SENSORS_S = 5.0
+METERED_S = 30.0  # NetworkManager is asked this often, and whenever the way to the broker is another
 STALE_S = 60.0  # a sensor that has said nothing for so long is unknown
 LEAST_AHEAD_BYTES = 16 * 1024
 NOTICED_S = 5.0  # a time that moves by less is the same
@@ -85,18 +86,12 @@ def _word(file: Path) -> str:
         return ""
 
 
-def is_metered(broker: str, interfaces: frozenset[str] | None, ask: Callable[..., str] = said_by) -> bool | None:
-    """Whether the network that leads to the broker is paid by the byte; None where nobody says so.
+def is_metered(interface: str, ask: Callable[..., str] = said_by) -> bool | None:
+    """Whether NetworkManager takes this interface's network for one that is paid by the byte; None where it does not say so.
 
     Args:
-        interfaces: those that the owner counts as metered, and no other; None: NetworkManager is asked.
         ask: runs a command and returns what it prints.
     """
-    interface = interface_to(broker)
-    if interface is None:
-        return None
-    if interfaces is not None:
-        return interface in interfaces
     if interface == "lo":
         return False
     manager = "/" + _MANAGER.replace(".", "/")
@@ -122,7 +117,7 @@ def interface_to(broker: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sensors:
     """What the limits of this device need to know, and no more.
 
@@ -137,6 +132,7 @@ class Sensors:
     metered: frozenset[str] | None = None
     root: Path = Path("/")
     ask: Callable[..., str] = said_by
+    _told: tuple[str | None, float, bool | None] | None = None
 
     def read(self) -> Reading:
         """What they say now; may take seconds."""
@@ -144,8 +140,16 @@ class Sensors:
         return Reading(
             battery_percent(self.root) if self.budget.battery_floor is not None else None,
             None if hot is None else hot[1],
-            is_metered(self.broker, self.metered, self.ask) if self.budget.unmetered_only else None,
+            self._is_metered(time.monotonic()) if self.budget.unmetered_only else None,
         )
+
+    def _is_metered(self, now: float) -> bool | None:
+        interface = interface_to(self.broker)
+        if interface is None or self.metered is not None:
+            return None if interface is None else interface in (self.metered or ())
+        if self._told is None or self._told[0] != interface or now - self._told[1] >= METERED_S:
+            self._told = interface, now, is_metered(interface, self.ask)
+        return self._told[2]
 
     def check(self) -> None:
         """See that every limit can be judged here.
@@ -286,8 +290,8 @@ class Budgets:
         self._ahead_bytes = None if limit is None else max(limit // 100, LEAST_AHEAD_BYTES)
         self._written_bytes = self.used.sent_received_bytes  # of the day, what the folder says was used
         self._rounds: list[tuple[float, str, int, float]] = []  # (when it was over, run, number, share) of those to be added up
-        self._total_bytes = 0
-        self._looked_s: float | None = None
+        self._counted: tuple[float, int] | None = None  # when it was last counted, and the bytes of this process then
+        self._looked: tuple[float, int] | None = None  # the same of the last judgement
 
     @staticmethod
     def _load(folder: StateFolder) -> Used:
@@ -303,17 +307,17 @@ class Budgets:
         return Used(saved.day, saved.counted_s, saved.sent_received_bytes, saved.run, joules)
 
     def look(self, now: float, total_bytes: int) -> Allowed | None:
-        """What is allowed from now on, where that has changed; None where not, or when the last look was less than a second ago.
+        """What is allowed from now on, where that has changed; None where not, or when hardly a byte or a second has passed.
 
         Args:
             now: monotonic seconds.
             total_bytes: sent and received since this process began.
         """
-        if self._looked_s is not None and now - self._looked_s < LOOK_S:
+        self._count(now, total_bytes)
+        first, little = self._looked is None, self._ahead_bytes or math.inf
+        if self._looked is not None and now - self._looked[0] < LOOK_S and total_bytes - self._looked[1] < little:
             return None
-        first, passed_s = self._looked_s is None, 0.0 if self._looked_s is None else now - self._looked_s
-        self._looked_s = now
-        self._count(passed_s, total_bytes)
+        self._looked = now, total_bytes
         self._add_rounds(now - SETTLE_S)
         allowed = judge(self.budget, self._seen(), self.used, self.allowed, now)
         before, self.allowed = self.allowed, allowed
@@ -343,8 +347,9 @@ class Budgets:
         self._written_bytes = self.used.sent_received_bytes
         self._write()
 
-    def _count(self, passed_s: float, total_bytes: int) -> None:
-        more, self._total_bytes = total_bytes - self._total_bytes, total_bytes
+    def _count(self, now: float, total_bytes: int) -> None:
+        passed_s, more = now - (now if self._counted is None else self._counted[0]), total_bytes - (self._counted or (0, 0))[1]
+        self._counted = now, total_bytes
         day = self.used.day
         self.used = self.used.at(_day(self._clock()), passed_s, more)
         if self.used.day != day:

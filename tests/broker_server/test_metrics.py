@@ -106,7 +106,7 @@ def made(**devices: float) -> Metrics:
         counts[first] = counts.get(first, 0) + 1
     task = SimpleNamespace(method=SimpleNamespace(name="fedgmr"))
     ledger = SimpleNamespace(task=task, devices=known, version=3, global_score=None, level_scores={})
-    roster = SimpleNamespace(classes=SimpleNamespace(counts=counts), mean_density=lambda: 0.5)
+    roster = SimpleNamespace(classes=SimpleNamespace(counts=counts), mean_density=lambda: 0.5, limits={})
     coordinator = SimpleNamespace(names=SimpleNamespace(run="r", task="t"), ledger=ledger, roster=roster)
     gateway: Any = SimpleNamespace(coordinator=coordinator, store=SimpleNamespace(bytes_written=0), store_lag_s=0.0, connected=True)
     return Metrics(gateway)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_an_agent_has_settings_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (found.bundle, found.data, found.no_tuning, found.validation) == (Path("b.json"), "x.npz", False, 0.1)
     assert found.threads >= 1
     assert found.max_uplink_bps == 200_000
+
+
+def test_an_owners_limits_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['hours = "22:00-06:00"', "max_bytes_per_day = 100e6", "battery_floor = 30", "unmetered_only = true", 'metered = "wwan0"']
+    file = written(tmp_path, "\n".join(['bundle = "b"', 'data = "d"', *lines, ""]))
+    monkeypatch.setenv("REGROW_MAX_TEMPERATURE", "70")
+    found = resolved("agent", "--config", file, "--max-joules-per-round", "12.5")
+    assert (found.hours, found.max_bytes_per_day, found.battery_floor, found.unmetered_only) == ("22:00-06:00", 10**8, 30.0, True)
+    assert (found.max_temperature, found.max_joules_per_round, found.metered) == (70.0, 12.5, "wwan0")
+    assert main(["config", "show", "--command", "agent", "--", "--config", file]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"^hours +22:00-06:00 +{re.escape(file)}:3$", shown, re.MULTILINE)
+    assert "REGROW_MAX_TEMPERATURE" in shown
+    assert main(["agent", "--config", written(tmp_path, 'bundle = "b"\ndata = "d"\nmax_bytes_per_day = 1.5\n')]) == 2
+    assert "max_bytes_per_day: '1.5' is not a whole number above 0" in capsys.readouterr().err
 
 
 def test_of_two_that_exclude_each_other_the_later_wins(

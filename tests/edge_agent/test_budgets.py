@@ -96,19 +96,27 @@ def manager(metered: str, device: str = 'o "/org/freedesktop/NetworkManager/Devi
 
 
 def test_networkmanager_says_what_is_metered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_agent.budgets.interface_to", lambda _: "wlan0")
+    way: list[str | None] = ["wlan0"]
+    monkeypatch.setattr("edge_agent.budgets.interface_to", lambda _: way[0])
     answers = {"u 0\n": None, "u 1\n": True, "u 2\n": False, "u 3\n": True, "u 4\n": False, "u 9\n": None, "": None, "nonsense": None}
-    assert {said: is_metered(BROKER, None, manager(said)) for said in answers} == answers
-    assert is_metered(BROKER, None, manager("u 2\n", device="")) is None
-    assert is_metered(BROKER, frozenset({"wlan0"}), manager("u 2\n")) is True, "the owner knows better"
-    assert is_metered(BROKER, frozenset(), manager("u 1\n")) is False
-    monkeypatch.setattr("edge_agent.budgets.interface_to", lambda _: None)
-    assert is_metered(BROKER, frozenset(), manager("u 2\n")) is None
+    assert {said: is_metered("wlan0", manager(said)) for said in answers} == answers
+    assert is_metered("wlan0", manager("u 2\n", device="")) is None
+    assert is_metered("lo", manager("u 1\n")) is False, "the broker is on this machine"
+    budget = Budget(unmetered_only=True)
+    assert Sensors(budget, BROKER, frozenset({"wlan0"}), ask=manager("u 2\n")).read().metered is True, "the owner knows better"
+    assert Sensors(budget, BROKER, frozenset(), ask=manager("u 1\n")).read().metered is False
+    sensors = Sensors(budget, BROKER, ask=manager("u 2\n"))
+    assert sensors.read().metered is False
+    sensors.ask = manager("u 1\n")
+    assert sensors.read().metered is False, "it is not asked all the time"
+    way[0] = "wwan0"
+    assert sensors.read().metered is True, "but when the way is another"
+    way[0] = None
+    assert sensors.read().metered is None
 
 
 def test_the_interface_is_the_one_that_leads_to_the_broker() -> None:
     assert interface_to(BROKER) == "lo"
-    assert is_metered(BROKER, None, manager("u 1\n")) is False, "the broker is on this machine"
     assert interface_to("mqtt://no-such-host.invalid:1883") is None
 
 
@@ -239,11 +247,13 @@ def test_a_card_is_written_a_hundred_times_a_day_not_with_every_byte(folder: Sta
     assert folder.bytes_written - before < 60 * 400
 
 
-def test_a_look_costs_nothing_more_often_than_once_a_second(folder: StateFolder) -> None:
+def test_a_look_costs_nothing_where_little_has_passed(folder: StateFolder) -> None:
     life = Life(folder, Budget(bytes_per_day=10**7))
     assert life.look() is not None
-    assert life.look(10**6, seconds=0.5) is None
-    assert life.look(seconds=0.6).bytes_left == 8_500_000
+    assert life.look(99_999, seconds=0.5) is None
+    assert life.look(1, seconds=0.1).bytes_left == 9_400_000, "but many bytes in less"
+    assert life.look(50_000, seconds=0.5) is None
+    assert life.look(seconds=0.6).bytes_left == 9_350_000
     assert life.look() is None, "nothing has changed but the time"
 
 
