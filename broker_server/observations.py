@@ -100,17 +100,23 @@ def open_observations(home: Path) -> sqlite3.Connection:
         LocalError: there are none, or they cannot be read.
     """
     file = home / FILE
-    if not file.is_file():
-        raise LocalError(f"{file} is not there: no device has sent observations to this gateway yet")
     try:
-        return _open_to_read(file)
+        db = _open_to_read(file) if file.is_file() else None
     except sqlite3.Error as error:
         raise LocalError(f"cannot read {file}: {error}; check its owner, or move it away if it is damaged") from error
+    if db is None:
+        raise LocalError(f"there are no observations in {file}: no device has sent any to this gateway yet")
+    return db
 
 
-def _open_to_read(file: Path) -> sqlite3.Connection:
+def _open_to_read(file: Path) -> sqlite3.Connection | None:
+    """None: it was made, but holds no tables yet."""
     try:
-        return _connect(file, "mode=ro")
+        db = _connect(file, "mode=ro")
+        if db.execute("PRAGMA user_version").fetchone()[0]:
+            return db
+        db.close()
+        return None
     except sqlite3.OperationalError:
         journal = file.with_name(f"{file.name}-wal")
         if journal.exists() and journal.stat().st_size:
