@@ -2,6 +2,7 @@
 
     field/DEVICE.json      a `Field` as JSON, written by `announce`; published retained as long as it lies there
     field/DEVICE.report    what the device answered last, and its clock against ours
+    field/lock             held by the process that speaks
 
 While a field run goes on, an announcement is said again now and then with a higher number, because every answer measures the device's
 clock. Who keeps still gets no work, so nobody waits for it. Nothing here is durable: devices answer again, and clocks are kept with the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -22,14 +24,13 @@ from pathlib import Path
 import msgspec
 
 from broker_server.durable import write_private
-from broker_server.observations import ClockSeen
+from broker_server.observations import FOLDER, ClockSeen
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError, UsageError
 from regrow.machine import Connected, Disconnected, Effect, Event, Publish, Received, Standing, Subscribe
 from regrow.observations import Field, FieldReport, keeps_still
 
 log = logging.getLogger(__name__)
-FOLDER = "field"
 LOOK_S = 0.5
 REFRESH_S = 30.0
 POOR_CLOCK_S, AGAIN_S, TRIES = 0.5, 3.0, 3  # an answer to what lay on the broker tells little of a clock: ask again soon
@@ -242,7 +243,7 @@ def reports(home: Path) -> dict[str, Heard]:
 
 def _write(file: Path, data: bytes) -> None:
     """Whole or not at all for who reads it; not durable."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with suppress(OSError):
         aside.write_bytes(data)
         aside.replace(file)
