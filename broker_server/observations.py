@@ -43,7 +43,7 @@ from regrow.observations import (
 
 log = logging.getLogger(__name__)
 FILE = "observations.sqlite"
-FOLDER = "field"  # of what a field run says to devices; its lock is held by the process that records and announces
+LOCK = "field/lock"  # held by the process that records, and says to devices what a field run wants of them
 SCHEMA_VERSION = 1
 MOST_MB = 4000.0
 ROWS_A_DAY = 1_000_000
@@ -387,9 +387,9 @@ class Recorder:
 @contextmanager
 def recorder_of(home: Path, most_bytes: int = int(MOST_MB * 1e6)) -> Iterator[Recorder | None]:
     """The one recorder of a gateway's home for as long as the block takes, or None when another process is it."""
-    folder = home / FOLDER
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / "lock").open("a+") as lock:
+    file = home / LOCK
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with file.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -74,13 +74,14 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
             companions.append(_releases(options.updates, bundle.device, folder.path, lambda: not running.device.needs_link))
+        sealing = None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s)
         observer = None
         if not options.no_observations:
             observer = Observer(
                 bundle.device,
                 folder,
                 secrets.token_bytes(DIGEST_BYTES),
-                time.time,
+                time.time if sealing is None else lambda: sealing.now_s(time.monotonic()),
                 quiet=lambda: not running.device.needs_link,
                 uplink_bps=lambda: running.device.uplink_bps,
                 journal_bytes=int(options.journal_mb * 1e6),
@@ -100,7 +101,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             make=make,
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
             member=member,
-            sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
+            sealing=sealing,
             companions=companions,
             observer=observer,
             vitals=Vitals(folder.path, version(), watchdog),

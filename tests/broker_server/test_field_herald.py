@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from broker_server.field_herald import AGAIN_S, KEPT_S, LOOK_S, REFRESH_S, TRIES, FieldHerald, Heard, announce, reports
-from broker_server.observations import FOLDER, ClockSeen
+from broker_server.field_herald import AGAIN_S, FOLDER, KEPT_S, LOOK_S, REFRESH_S, TRIES, FieldHerald, Heard, announce, reports
+from broker_server.observations import ClockSeen
 from regrow import topics, wire
 from regrow.errors import LocalError
 from regrow.machine import Connected, Disconnected, Effect, Event, Publish, Received, Standing, Subscribe

@@ -274,6 +274,15 @@ def test_it_leaves_the_disk_to_training(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_of_others_are_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "zzz.rows").write_bytes(b"not ours")
+    for life in range(2):
+        journal = opened(tmp_path)
+        journal.append(marks(life, 1))
+        journal.close()
+    assert numbers(drained(opened(tmp_path))) == [0, 1]
+
+
 def test_it_needs_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LocalError, match="cannot use the journal"):
