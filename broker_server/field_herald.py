@@ -2,6 +2,7 @@
 
     field/DEVICE.json      a `Field` as JSON, written by `announce`; published retained as long as it lies there
     field/DEVICE.report    what the device answered last, and its clock against ours
+    field/lock             held by the process that speaks
 
 While a field run goes on, an announcement is said again now and then with a higher number, because every answer measures the device's
 clock. Who keeps still gets no work, so nobody waits for it. Nothing here is durable: devices answer again, and clocks are kept with the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -31,6 +33,7 @@ from regrow.observations import Field, FieldReport, keeps_still
 log = logging.getLogger(__name__)
 FOLDER = "field"
 LOOK_S = 0.5
+SETTLED_S = 2.0  # a folder that has changed later than this ago may change again in the same tick of its clock
 REFRESH_S = 30.0
 POOR_CLOCK_S, AGAIN_S, TRIES = 0.5, 3.0, 3  # an answer to what lay on the broker tells little of a clock: ask again soon
 KEPT_CLOCKS = 8
@@ -83,8 +86,8 @@ class FieldHerald:
         self._connected = False
         self._look_s = float("-inf")
         self._devices: dict[str, _Told] = {}
+        self._read_s = float("-inf")
         self._still: frozenset[str] = frozenset()
-        self._refused: set[tuple[str, int]] = set()
 
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:  # noqa: ARG002 - it is about no task
         """Take an event in, or None for the time alone. leads: of no concern here."""
@@ -123,7 +126,14 @@ class FieldHerald:
         return effects
 
     def _read(self, now: float) -> list[Effect]:
-        """See what the files say now."""
+        """See what the files say now, where the folder has changed."""
+        try:
+            changed_s = self._folder.stat().st_mtime
+        except OSError:
+            return []
+        if changed_s + SETTLED_S < self._read_s:
+            return []
+        self._read_s = time.time()
         effects: list[Effect] = []
         there = set()
         for file in self._folder.glob(f"*{_SUFFIX}"):
@@ -156,7 +166,7 @@ class FieldHerald:
     def _say(self, device: str, told: _Told, said: Field, now: float) -> Publish:
         """Publish with a number above all before; a field run that goes on is said again."""
         sent_s = self._clock()
-        told.number = max(told.number + 1, said.number if not told.first else int(1000 * sent_s))
+        told.number = max(told.number + 1, said.number, int(1000 * sent_s))
         told.first = told.first or told.number
         told.sent_s[told.number] = sent_s
         while len(told.sent_s) > KEPT_CLOCKS:
@@ -242,7 +252,7 @@ def reports(home: Path) -> dict[str, Heard]:
 
 def _write(file: Path, data: bytes) -> None:
     """Whole or not at all for who reads it; not durable."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with suppress(OSError):
         aside.write_bytes(data)
         aside.replace(file)

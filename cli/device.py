@@ -121,8 +121,10 @@ def _run(
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
             companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.link_is_free))
-        observer = None if options.no_observations else _observer(options, bundle.device, folder, lambda: running)
-        senses = Senses(observer, partial(energy_of, options), partial(_budgets, options, bundle.broker, folder))
+        sealing = None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s)
+        clock = time.time if sealing is None else lambda: sealing.now_s(time.monotonic())
+        observer = None if options.no_observations else _observer(options, bundle.device, folder, clock, lambda: running)
+        senses = Senses(clock, observer, partial(energy_of, options, clock), partial(_budgets, options, bundle.broker, folder))
         running = Agent(
             bundle,
             folder,
@@ -137,7 +139,7 @@ def _run(
             make=make,
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
             member=member,
-            sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
+            sealing=sealing,
             companions=companions,
             vitals=Vitals(folder.path, version(), watchdog),
             senses=senses,
@@ -157,12 +159,14 @@ def _run(
     return 0
 
 
-def _observer(options: argparse.Namespace, device: str, folder: StateFolder, running: Callable[[], Agent]) -> Observer:
+def _observer(
+    options: argparse.Namespace, device: str, folder: StateFolder, clock: Callable[[], float], running: Callable[[], Agent]
+) -> Observer:
     return Observer(
         device,
         folder,
         secrets.token_bytes(DIGEST_BYTES),
-        time.time,
+        clock,
         quiet=lambda: running().link_is_free,
         uplink_bps=lambda: running().device.uplink_bps,
         journal_bytes=int(options.journal_mb * 1e6),

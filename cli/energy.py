@@ -17,7 +17,7 @@ from regrow.observations import Row
 from regrow.power_model import PowerModel
 
 
-def energy_of(options: argparse.Namespace, tell: Callable[[Row], None]) -> Energy:
+def energy_of(options: argparse.Namespace, clock: Callable[[], float], tell: Callable[[Row], None]) -> Energy:
     """What measures this device for its agent; without a meter it says why in its rows.
 
     Raises:
@@ -29,7 +29,7 @@ def energy_of(options: argparse.Namespace, tell: Callable[[Row], None]) -> Energ
     meter = meter_or_why(options.meter)
     if isinstance(meter, MqttMeter) and options.identity is not None:
         raise UsageError("--meter mqtt:... needs a device with a bundle: with --identity nothing unsealed is heard; use serial:...")
-    return Energy(meter, tell, known=known, guess=guess)
+    return Energy(meter, tell, known=known, guess=guess, unix_s=clock)
 
 
 def read_power_model(path: Path, board: str) -> PowerModel:

@@ -162,7 +162,7 @@ class Agent:
             max_downlink_bps=max_downlink_bps,
             tls=self._tls_of(member),
         )
-        self.traffic = Traffic(folder, self._link, observe=self._senses.take, wall_s=self._senses.unix_s)
+        self.traffic = Traffic(folder, self._link, observe=self._senses.take, wall_s=self._senses.clock)
         self.device = Device(self.identity, saved, self.traffic.meter.estimate_bps)
         self._results: queue.SimpleQueue[Trained | TrainingFailed | Settled | Tuned] = queue.SimpleQueue()
         self._worker = Worker(

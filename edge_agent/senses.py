@@ -23,30 +23,27 @@ class Senses:
     """One device's.
 
     Args:
+        clock: unix seconds, what every row is stamped with: the fleet's time where the device has an identity.
         observer: keeps rows and sends them; hears of field runs.
         energy: makes what measures the power, given what takes its rows.
         budgets: makes the owner's limits, given what counts a round's joules (None where nothing tells any).
-
-    Attributes:
-        unix_s: the clock that every row is stamped with: the board's own. The gateway learns its offset.
     """
-
-    unix_s = staticmethod(time.time)
 
     def __init__(
         self,
+        clock: Callable[[], float] = time.time,
         observer: Observer | None = None,
         energy: Callable[[Callable[[Row], None]], Energy] | None = None,
         budgets: Callable[[RoundJoules | None], Budgets | None] = lambda _: None,
     ) -> None:
-        self.observer = observer
+        self.clock, self.observer = clock, observer
         self._joules = RoundJoules()
         self.energy = None if energy is None else energy(self.take)
         self._budgets = budgets(self._joules if self.energy is not None and self.energy.tells_joules else None)
         self._round: tuple[int, float] | None = None  # number and share of the job that was last begun
         if observer is not None and self.energy is not None:
             orders, measured = observer.orders, self.energy
-            orders.on_rate, orders.on_still, orders.on_pulse = measured.record, measured.keep_still, lambda: measured.pulse(self.unix_s())
+            orders.on_rate, orders.on_still, orders.on_pulse = measured.record, measured.keep_still, lambda: measured.pulse(clock())
             orders.meter = lambda: measured.state().meter
 
     def take(self, row: Row) -> None:

@@ -23,7 +23,7 @@ from regrow import outgoing, wire
 from regrow.device import OUTGOING
 from regrow.errors import LocalError
 from regrow.fetching import PART
-from regrow.machine import Connected, Disconnected, Drop, Note, Save, Train, TrainingFailed
+from regrow.machine import Connected, Disconnected, Drop, Note, Save, Told, Train, TrainingFailed
 from regrow.observations import PhaseSeen, PowerSeen, Row
 from regrow.outage import Outage
 from tests.edge_agent.energy import boards
@@ -260,3 +260,22 @@ def test_energy_is_measured_while_it_runs_and_told_when_it_ends(folder: StateFol
     phases = [row for row in rows if isinstance(row, PhaseSeen) and row.joules is not None]
     assert {row.phase for row in phases} == {"idle"}
     assert sum(row.joules or 0.0 for row in phases) == pytest.approx(sum((row.watts or 0.0) * row.seconds for row in power))
+
+
+def test_one_companions_leave_to_work_does_not_end_anothers_pause(folder: StateFolder, data: DataSource) -> None:
+    class Tells:
+        def __init__(self) -> None:
+            self.says: list[str] = []
+
+        def step(self, *_: object) -> list[Told]:
+            return [Told(self.says.pop())] if self.says else []
+
+    fleet, field_run = Tells(), Tells()
+    one = Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, companions=[fleet, field_run])
+    found = []
+    for who, says in ((fleet, "drain"), (field_run, "pause"), (fleet, "pause"), (field_run, "work"), (fleet, "work")):
+        who.says.append(says)
+        one._accompany(None)
+        found.append(one.device.told)
+    assert found == ["drain", "pause", "pause", "pause", "work"]
+    end(one)

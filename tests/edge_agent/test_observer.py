@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,6 +195,7 @@ def test_a_row_that_no_receiver_takes_does_not_hold_up_the_others(device: Device
 
 
 def test_a_later_life_sends_what_an_earlier_one_left_and_tells_of_damage(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    device.step()
     device.observer.add(power(1.0))
     device.observer.close()
     device.observer.add(power(9.0))
@@ -223,7 +225,35 @@ def test_a_disk_that_fails_is_told_once_and_stops_nothing(
         for _ in range(5):
             device.observer.add(power(1.0))
             device.step(after_s=1.0)
-    assert [record.getMessage() for record in caplog.records] == ["observations are lost: disk full"]
+    assert [record.getMessage() for record in caplog.records] == ["observations are not kept: disk full"]
+
+
+def test_a_batch_that_cannot_be_made_durable_is_not_sent_now(
+    device: Device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    device.step(Connected())
+    with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
+        patched.setattr(os, "fsync", fail)
+        device.observer.add(power(1.0))
+        for _ in range(60):
+            assert batches(device.step(after_s=1.0)) == []
+    assert "Input/output error; check the disk" in caplog.text
+    ((_, rows),) = batches([*device.step(after_s=RECEIPT_MOST_S), *device.step()])
+    assert rows == [Mark(WALL_S, "start"), Mark(WALL_S, "connected"), power(1.0)]
+
+
+def test_a_clock_that_is_set_leaves_a_mark(device: Device) -> None:
+    device.step(Connected())
+    device.wall_s += 3600.0
+    device.step(after_s=1.0)
+    for _ in range(20):
+        device.wall_s -= 0.5  # slewed
+        device.step(after_s=1.0)
+    ((_, rows),) = batches(device.effects)
+    assert [row.text for row in rows if isinstance(row, Mark)] == ["start", "connected", "clock set by +3600.0 s"]
 
 
 def test_a_device_that_is_wiped_writes_nothing_any_more(device: Device) -> None:
