@@ -90,7 +90,6 @@ def list_devices(options: argparse.Namespace) -> int:
     """List the devices."""
     registry = Registry(fleet_folder(options))
     devices, seen = registry.devices(), read_seen(registry.folder)
-    deaf = coordinator_key.missed(registry.fleet(), devices)
     if options.json:
         print(json.dumps({name: _facts(device, seen.get(name, {})) for name, device in devices.items()}, indent=2))
         return 0
@@ -100,9 +99,13 @@ def list_devices(options: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not devices:
         print("no devices yet: regrow fleet add NAME")
-    for name in deaf:
-        print(f"{name} missed the change of the coordinator's key and hears nothing any more: {new_claim(name)}")
+    _tell_of_missed(coordinator_key.missed(registry.fleet(), devices))
     return 0
+
+
+def _tell_of_missed(names: list[str]) -> None:
+    for name in names:
+        print(f"{name} missed the change of the coordinator's key and hears nothing any more: {new_claim(name)}")
 
 
 def show(options: argparse.Namespace) -> int:
@@ -113,6 +116,7 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps({"device": options.name, **facts}, indent=2))
         return 0
     print(f"{options.name}: {facts['state']}")
+    _tell_of_missed(coordinator_key.missed(registry.fleet(), {options.name: registry.device(options.name)}))
     for name, value in facts.items():
         if name == "certificates":
             for number, certified in enumerate(value, 1):

@@ -42,8 +42,9 @@ def _coordinator(options: argparse.Namespace) -> int:
         fleet = coordinator_key.prolong(registry, options.days)
     devices = registry.devices()
     waits = coordinator_key.awaited(fleet, devices)
-    know = sum(device.state in MEMBERS and name not in waits for name, device in devices.items())
+    in_fleet = [name for name, device in devices.items() if device.state in MEMBERS]
+    know = len([name for name in in_fleet if name not in waits])
     lacking = f"; not yet: {', '.join(waits)}" if waits else ""
     until = "" if fleet.key_change_until_s is None else f", at the latest on {day(fleet.key_change_until_s)}"
-    print(f"{know} devices know the new key{lacking}; the old one goes when all know it{until} (--finish: now)")
+    print(f"{know} of {len(in_fleet)} devices know the new key{lacking}; the old one goes when all know it{until} (--finish: now)")
     return 0
