@@ -6,8 +6,7 @@ import argparse
 
 from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.registry import MEMBERS, Registry
-from cli.fleet import day, fleet_folder
-from edge_agent.identity_folder import new_claim
+from cli.fleet import day, fleet_folder, tell_of_missed
 from regrow.errors import UsageError
 
 
@@ -27,10 +26,9 @@ def rotate(options: argparse.Namespace) -> int:
 def _coordinator(options: argparse.Namespace) -> int:
     registry = Registry(fleet_folder(options))
     if options.finish:
-        late = coordinator_key.finish(registry)
+        coordinator_key.finish(registry)
         print("the old key is gone; devices and a running gateway follow at once")
-        for name in late:
-            print(f"{name} had not heard of the new key and hears nothing any more: {new_claim(name)}")
+        tell_of_missed(registry.fleet(), registry.devices())
         print(f"back up {registry.folder} now: with an older backup the devices would not believe their gateway")
         return 0
     fleet = registry.fleet()
