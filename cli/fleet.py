@@ -6,6 +6,7 @@ import argparse
 import json
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import psutil
 
 from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.authority import Authority, check_request
-from broker_server.fleet.registry import Device, Registry, now_s, read_seen
+from broker_server.fleet.registry import Device, Fleet, Registry, now_s, read_seen
 from cli.arguments import own_fleet
 from edge_agent import identity
 from edge_agent.identity_folder import adopt, new_claim
@@ -90,7 +91,6 @@ def list_devices(options: argparse.Namespace) -> int:
     """List the devices."""
     registry = Registry(fleet_folder(options))
     devices, seen = registry.devices(), read_seen(registry.folder)
-    deaf = coordinator_key.missed(registry.fleet(), devices)
     if options.json:
         print(json.dumps({name: _facts(device, seen.get(name, {})) for name, device in devices.items()}, indent=2))
         return 0
@@ -100,9 +100,17 @@ def list_devices(options: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not devices:
         print("no devices yet: regrow fleet add NAME")
-    for name in deaf:
-        print(f"{name} missed the change of the coordinator's key and hears nothing any more: {new_claim(name)}")
+    tell_of_missed(registry.fleet(), devices)
     return 0
+
+
+def tell_of_missed(fleet: Fleet, devices: Mapping[str, Device]) -> None:
+    """Say who of these does not know the key that the coordinator seals with, and what helps."""
+    for name in coordinator_key.missed(fleet, devices):
+        if devices[name].state == "claimed":
+            print(f"the claim of {name} is from before the change of the coordinator's key: `regrow fleet add {name}` makes another")
+        else:
+            print(f"{name} missed the change of the coordinator's key and hears nothing any more: {new_claim(name)}")
 
 
 def show(options: argparse.Namespace) -> int:
@@ -113,6 +121,7 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps({"device": options.name, **facts}, indent=2))
         return 0
     print(f"{options.name}: {facts['state']}")
+    tell_of_missed(registry.fleet(), {options.name: registry.device(options.name)})
     for name, value in facts.items():
         if name == "certificates":
             for number, certified in enumerate(value, 1):

@@ -6,8 +6,7 @@ import argparse
 
 from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.registry import MEMBERS, Registry
-from cli.fleet import day, fleet_folder
-from edge_agent.identity_folder import new_claim
+from cli.fleet import day, fleet_folder, tell_of_missed
 from regrow.errors import UsageError
 
 
@@ -27,10 +26,9 @@ def rotate(options: argparse.Namespace) -> int:
 def _coordinator(options: argparse.Namespace) -> int:
     registry = Registry(fleet_folder(options))
     if options.finish:
-        late = coordinator_key.finish(registry)
+        coordinator_key.finish(registry)
         print("the old key is gone; devices and a running gateway follow at once")
-        for name in late:
-            print(f"{name} had not heard of the new key and hears nothing any more: {new_claim(name)}")
+        tell_of_missed(registry.fleet(), registry.devices())
         print(f"back up {registry.folder} now: with an older backup the devices would not believe their gateway")
         return 0
     fleet = registry.fleet()
@@ -42,8 +40,9 @@ def _coordinator(options: argparse.Namespace) -> int:
         fleet = coordinator_key.prolong(registry, options.days)
     devices = registry.devices()
     waits = coordinator_key.awaited(fleet, devices)
-    know = sum(device.state in MEMBERS and name not in waits for name, device in devices.items())
+    in_fleet = [name for name, device in devices.items() if device.state in MEMBERS]
+    know = len([name for name in in_fleet if name not in waits])
     lacking = f"; not yet: {', '.join(waits)}" if waits else ""
     until = "" if fleet.key_change_until_s is None else f", at the latest on {day(fleet.key_change_until_s)}"
-    print(f"{know} devices know the new key{lacking}; the old one goes when all know it{until} (--finish: now)")
+    print(f"{know} of {len(in_fleet)} devices know the new key{lacking}; the old one goes when all know it{until} (--finish: now)")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from edge_agent.enrolment import enrol
-from edge_agent.identity_folder import adopt
+from edge_agent.identity_folder import adopt, in_use
 from regrow.errors import LocalError, PeerError, UsageError
 
 
@@ -13,9 +13,10 @@ def join(options: argparse.Namespace) -> int:
     """Get the certificate that the claim is for."""
     if not options.claim.is_file():
         raise UsageError(f"{options.claim} is not there: `regrow fleet add NAME` on the gateway writes it")
-    about = adopt(options.identity, options.claim)
     try:
-        joined = enrol(options.identity)
+        with in_use(options.identity):  # an agent at work would find other keys than its own
+            about = adopt(options.identity, options.claim)
+            joined = enrol(options.identity)
     except PeerError as error:
         raise LocalError(
             f"{error}; say the same again, or start `regrow agent --identity {options.identity}`, which goes on trying"

@@ -299,7 +299,7 @@ class Control(Message, frozen=True, kw_only=True, omit_defaults=True):
 class ControlReport(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Device -> coordinator after every connect and every Control: the last one it heard, what it does, the certificate it uses.
 
-    keys: number of the CoordinatorKeys that it believes, 0: those that it joined with.
+    keys: number of the CoordinatorKeys that it believes, heard or in its claim, 0: there were none yet.
     """
 
     number: Count

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from broker_server.durable import write_private
 from regrow.errors import LocalError, PeerError
 
+log = logging.getLogger(__name__)
 VALID_FROM = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
 AUTHORITY_DAYS = 20 * 365
 BROKER_DAYS = DEVICE_DAYS = 365
@@ -147,7 +149,11 @@ class Authority:
         path = self._folder / SIGNING_KEY
         stamp = _stamp(path)
         if stamp != self._signer_stamp:
-            self._signer, self._signer_stamp = _edwards(path), stamp
+            self._signer_stamp = stamp
+            try:
+                self._signer = _edwards(path)
+            except LocalError as error:  # a fleet at work does not end for it
+                log.error("%s; going on with the key of before", error)
         return self._signer.public_key().public_bytes_raw(), self._signer.sign
 
     def next_key(self) -> bytes | None:
@@ -334,10 +340,11 @@ def _load(path: Path) -> object:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
+    """Another one whenever the file is replaced; nothing where it cannot be looked at."""
     try:
         found = path.stat()
-    except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}; restore the fleet's folder from its backup") from error
+    except OSError:
+        return 0, 0
     return found.st_mtime_ns, found.st_ino
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("amqtt")
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from broker_server.durable import write_private
 from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.authority import SIGNING_KEY, Authority
 from broker_server.fleet.registry import Registry
@@ -26,6 +27,7 @@ from edge_agent.control import Control
 from edge_agent.identity import Identity
 from edge_agent.sealing import Sealing
 from regrow import seal, topics, wire
+from regrow.errors import LocalError
 from regrow.machine import Connected, Effect, Publish, Received
 from tests.attacks.sealed_fleet import enrolled
 
@@ -331,3 +333,26 @@ def test_a_cut_while_it_begins_leaves_the_old_key_alone(world: World, monkeypatc
         world.tick()
     assert world.authority.signing_key != old
     assert world.heeds("one")
+
+
+def test_a_backup_from_within_the_change_works_again_after_finish(world: World) -> None:
+    coordinator_key.begin(world.registry)
+    world.tick()
+    kept = {path.name: path.read_bytes() for path in world.registry.folder.iterdir() if path.is_file()}
+    world.tick()
+    world.tick()
+    assert world.devices["one"].owner.coordinator_keys == (world.authority.signing_key,)
+    for name in kept:
+        write_private(world.registry.folder / name, kept[name])
+    assert not world.heeds("one"), "the old key"
+    coordinator_key.finish(world.registry)
+    assert world.heeds("one")
+
+
+def test_a_signing_key_that_is_damaged_meanwhile_does_not_end_a_fleet_at_work(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    write_private(world.registry.folder / SIGNING_KEY, b"damaged")
+    assert world.heeds("one")
+    assert world.heeds("two")
+    assert caplog.text.count("going on with the key of before") == 1
+    with pytest.raises(LocalError, match=r"signing\.key: .*restore the fleet's folder from its backup"):
+        Authority(world.registry.folder)

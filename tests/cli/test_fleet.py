@@ -178,7 +178,8 @@ def test_a_claim_is_kept_while_another_agent_uses_the_identity(runs: list[str], 
     command = ["agent", "--identity", str(tmp_path / "d1"), "--claim", str(tmp_path / "d1.claim.json"), "--data", "x.npz"]
     with in_use(tmp_path / "d1"):
         assert main(command) == 1
-    assert f"another agent runs with the identity in {tmp_path / 'd1'}: stop it" in capsys.readouterr().err
+        assert main(["join", str(tmp_path / "d1.claim.json"), "--identity", str(tmp_path / "d1")]) == 1
+    assert capsys.readouterr().err.count(f"another agent runs with the identity in {tmp_path / 'd1'}: stop it") == 2
     assert (tmp_path / "d1" / "device.json").read_bytes() == about
 
 
@@ -261,6 +262,7 @@ def test_the_coordinators_key_is_changed_by_a_command_that_says_how_far_it_is(
 ) -> None:
     for name in ("a", "b"):
         main(["fleet", "add", name, "--offline", "--out", str(tmp_path), *runs])
+    main(["fleet", "add", "c", "--out", str(tmp_path), *runs])
     capsys.readouterr()
     rotate = ["fleet", "rotate", "--coordinator", *runs]
     assert main([*rotate, "--finish"]) == 2
@@ -269,20 +271,27 @@ def test_the_coordinators_key_is_changed_by_a_command_that_says_how_far_it_is(
     said = capsys.readouterr().out
     assert "announces to the devices under the old one" in said
     assert "back up" in said
-    assert "0 devices know the new key; not yet: a, b" in said
+    assert "0 of 2 devices know the new key; not yet: a, b, c" in said
     first = registry(runs).fleet().key_change_until_s
     coordinator_key.heard(registry(runs), "a", 1)
     assert main([*rotate, "--days", "60"]) == 0
-    assert "1 devices know the new key; not yet: b" in capsys.readouterr().out
+    assert "1 of 2 devices know the new key; not yet: b, c" in capsys.readouterr().out
     later = registry(runs).fleet().key_change_until_s
     assert first is not None
     assert later is not None
     assert later > first
     assert main([*rotate, "--finish"]) == 0
     said = capsys.readouterr().out
-    assert "b had not heard of the new key and hears nothing any more: `regrow fleet revoke b`" in said
-    assert main(["fleet", "list", *runs]) == 0
-    assert "b missed the change of the coordinator's key" in capsys.readouterr().out
+    assert "b missed the change of the coordinator's key and hears nothing any more: `regrow fleet revoke b`" in said
+    assert "the claim of c is from before the change of the coordinator's key: `regrow fleet add c` makes another" in said
+    assert main(["fleet", "add", "c", "--out", str(tmp_path), *runs]) == 0
+    assert main(["fleet", "show", "c", *runs]) == 0
+    assert "before the change" not in capsys.readouterr().out
+    for words in (["list"], ["show", "b"]):
+        assert main(["fleet", *words, *runs]) == 0
+        assert "b missed the change of the coordinator's key" in capsys.readouterr().out
+    assert main(["fleet", "show", "a", *runs]) == 0
+    assert "missed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,15 @@ def assert_starved(manager: Manager, child: Child) -> None:
     assert "hang_in_the_end" in child.text()
 
 
+def test_a_device_that_computes_without_end_still_ends_well_when_it_is_told_to(fleet: Fleet, manager: Manager) -> None:
+    """Not by an abort in C++, as the interpreter's end under a thread in onnxruntime would be."""
+    fleet.serve()
+    device = start(fleet, manager, "computing", *agent("d1"))
+    device.said("^hangs$")
+    assert device.stop() == 0
+    assert "terminate called" not in device.text()
+
+
 def test_a_device_is_fed_while_it_trains_and_starves_when_training_hangs(fleet: Fleet, manager: Manager, other: Manager) -> None:
     fleet.serve()
     control = start(fleet, other, "nothing", *agent("d2"))

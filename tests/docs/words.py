@@ -135,7 +135,7 @@ WIRE = {
     "ControlReport.number": "Of the last Control that it heard; 0: none since its start.",
     "ControlReport.doing": "`finishing`, then `drained`, after a drain; `wiped`: all but the keys is gone, and these go next.",
     "ControlReport.serial": "Of the certificate that it is connected with: older ones are revoked now.",
-    "ControlReport.keys": "Number of the CoordinatorKeys that it believes; 0: the keys that it joined with.",
+    "ControlReport.keys": "Number of the CoordinatorKeys that it believes, heard or in its claim; 0: there were none yet.",
     "CertificateRequest.csr": "PKCS #10, DER: an ECDSA key on P-256, the device's name as its only subject.",
     "CertificateRequest.signing_key": "Ed25519 public key, made together with the TLS key.",
     "CertificateRequest.proof": "Its signature over `regrow/v1 certificate request`, a zero byte and the CSR.",
