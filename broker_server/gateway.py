@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
+CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +245,8 @@ class Gateway:
             self._vitals.stopping()
             self._writer.close()
             self._bus.close()
+            if self._evaluating is not None:  # onnxruntime must not be at work when the interpreter ends: C++ would abort
+                self._evaluating.join(CLOSE_S)
         return self._finished
 
     def _take(self, event: Event) -> None:
