@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
         subject = subject_of(bundle, folder.path, member)
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
-            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: not running.device.needs_link))
+            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.quiet))
         sealing = None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s)
         observer = None
         if not options.no_observations:
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
                 folder,
                 secrets.token_bytes(DIGEST_BYTES),
                 time.time if sealing is None else lambda: sealing.now_s(time.monotonic()),
-                quiet=lambda: not running.device.needs_link,
+                quiet=lambda: running.quiet,
                 uplink_bps=lambda: running.device.uplink_bps,
                 journal_bytes=int(options.journal_mb * 1e6),
                 software=version(),

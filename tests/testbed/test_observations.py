@@ -76,7 +76,7 @@ class World:
         source = DataSource(20)
         source.append(np.zeros((20, 64), np.float32), np.zeros(20, np.int64))
         nonce = next(NONCES).to_bytes(16, "big")
-        self.observer = Observer("d1", folder, nonce, time.time, quiet=lambda: not agent.device.needs_link, journal_bytes=MIN_JOURNAL_BYTES)
+        self.observer = Observer("d1", folder, nonce, time.time, quiet=lambda: agent.quiet, journal_bytes=MIN_JOURNAL_BYTES)
         agent = self.agent = Agent(
             Bundle("d1", f"mqtt://127.0.0.1:{self.relay.port}", self.password), folder, source, observer=self.observer
         )
@@ -174,6 +174,7 @@ def test_a_baseline_is_kept_and_the_clock_known(world: World) -> None:
     assert abs(heard.offset_s) <= heard.error_s + 0.001, "both run on this machine's clock"
     until(lambda: world.coordinator.paused == {"d1"}, "no work for who keeps still")
     assert world.agent.device.told == "pause"
+    assert not world.agent.quiet, "nor are models or releases fetched"
     number = announce(world.home, ["d1"], Field(number=1))
     heard = until(report, "the end")
     assert heard.report.phase == ""
