@@ -26,11 +26,12 @@ from edge_agent.data.source import DataSource
 from edge_agent.field_journal import MIN_JOURNAL_BYTES
 from edge_agent.observer import Observer
 from edge_agent.state import StateFolder
+from export.models import digits_mlp
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.observations import Field, Mark, PowerSeen
 from tests.broker_server.histories import new_run
-from tests.testbed.processes import Relay, until
+from tests.testbed.processes import Fleet, Relay, task_text, until
 
 NONCES = itertools.count(1)
 
@@ -181,3 +182,27 @@ def test_a_baseline_is_kept_and_the_clock_known(world: World) -> None:
     until(lambda: not world.coordinator.paused, "work again")
     until(lambda: world.agent.device.told == "work", "work again")
     until(lambda: world.query("SELECT 1 FROM clocks WHERE error_s IS NOT NULL"), "its clock on record")
+
+
+def test_work_rests_in_a_baseline_and_goes_on_at_once_afterwards(tmp_path: Path) -> None:
+    with Fleet(tmp_path / "fleet", digits_mlp(1), task_text("used", stop="seconds = 300"), kind="amqtt") as fleet:
+        fleet.serve()
+        fleet.add({"one": 4000.0})
+        fleet.device("one")
+        fleet.reach_version(2)
+        home = fleet.runs / ".gateway"
+
+        def say(phase: str) -> bool:
+            heard = reports(home).get("one")
+            return heard is not None and heard.announced == number and heard.report.phase == phase
+
+        number = announce(home, ["one"], Field(number=1, name="walk", phase="baseline", end_s=time.time() + 5.0))
+        until(lambda: say("baseline"), "the baseline")
+        before = fleet.version()
+        until(lambda: say(""), "its end")
+        assert fleet.version() <= before + 1, "at most what had been sent"
+        number = announce(home, ["one"], Field(number=1, name="walk", phase="run", start_s=time.time() + 3.0, end_s=time.time() + 300.0))
+        until(lambda: say("run"), "the run")
+        before = fleet.version()
+        until(lambda: fleet.version() >= before + 2, "updates long before an assignment that nobody took would be over", 20.0)
+        fleet.check()
