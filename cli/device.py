@@ -75,18 +75,6 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
         if options.updates is not None:
             companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.quiet))
         sealing = None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s)
-        observer = None
-        if not options.no_observations:
-            observer = Observer(
-                bundle.device,
-                folder,
-                secrets.token_bytes(DIGEST_BYTES),
-                time.time if sealing is None else lambda: sealing.now_s(time.monotonic()),
-                quiet=lambda: running.quiet,
-                uplink_bps=lambda: running.device.uplink_bps,
-                journal_bytes=int(options.journal_mb * 1e6),
-                software=version(),
-            )
         running = Agent(
             bundle,
             folder,
@@ -103,7 +91,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             member=member,
             sealing=sealing,
             companions=companions,
-            observer=observer,
+            observer=_observer(options, bundle.device, folder, sealing, lambda: running),
             vitals=Vitals(folder.path, version(), watchdog),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
@@ -118,6 +106,24 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
 
 def _used(member: Identity | None, state: StateFolder) -> AbstractContextManager[None]:
     return nullcontext() if member is None else in_use(member.folder, state.path)
+
+
+def _observer(
+    options: argparse.Namespace, device: str, folder: StateFolder, sealing: Sealing | None, running: Callable[[], Agent]
+) -> Observer | None:
+    """What keeps and sends observations, stamped with the fleet's time where the device knows it."""
+    if options.no_observations:
+        return None
+    return Observer(
+        device,
+        folder,
+        secrets.token_bytes(DIGEST_BYTES),
+        time.time if sealing is None else lambda: sealing.now_s(time.monotonic()),
+        quiet=lambda: running().quiet,
+        uplink_bps=lambda: running().device.uplink_bps,
+        journal_bytes=int(options.journal_mb * 1e6),
+        software=version(),
+    )
 
 
 def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:
