@@ -28,7 +28,7 @@ from broker_server.observations import ClockSeen
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError, UsageError
 from regrow.machine import Connected, Disconnected, Effect, Event, Publish, Received, Standing, Subscribe
-from regrow.observations import Field, FieldReport, keeps_still
+from regrow.observations import Field, FieldReport, keeps_still, phase_at
 
 log = logging.getLogger(__name__)
 FOLDER = "field"
@@ -36,6 +36,7 @@ LOOK_S = 0.5
 SETTLED_S = 2.0  # a folder that has changed later than this ago may change again in the same tick of its clock
 REFRESH_S = 30.0
 POOR_CLOCK_S, AGAIN_S, TRIES = 0.5, 3.0, 3  # an answer to what lay on the broker tells little of a clock: ask again soon
+GRACE_S = 30.0  # so long a device that has not said that it works again gets no work
 KEPT_CLOCKS = 8
 KEPT_S = 86_400.0  # after its end
 _SUFFIX, _REPORT = ".json", ".report"
@@ -56,7 +57,10 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class _Told:
-    """One device: what its file says, and what was said of it. number: the newest; first: the first with this content."""
+    """One device: what its file says, and what was said of it.
+
+    number: the newest; first: the first with this content; phase: what the device said last; rested_s: when it kept still last.
+    """
 
     stamp: tuple[int, int] = (0, 0)
     said: Field | None = None
@@ -64,6 +68,8 @@ class _Told:
     first: int = 0
     due_s: float = float("-inf")
     tries: int = 0
+    phase: str = ""
+    rested_s: float = float("-inf")
     sent_s: dict[int, float] = field(default_factory=dict)
     clocks: deque[ClockSeen] = field(default_factory=lambda: deque(maxlen=KEPT_CLOCKS))
     heard: Heard | None = None
@@ -119,11 +125,19 @@ class FieldHerald:
             if self._connected and self._speaks and now >= told.due_s and told.said is not None:
                 effects.append(self._say(device, told, told.said, now))
         now_s = self._clock()
-        still = frozenset(device for device, told in self._devices.items() if told.said and keeps_still(told.said, now_s))
+        still = frozenset(device for device, told in self._devices.items() if told.said and self._rests(told, told.said, now_s))
         if still != self._still:
             self._still = still
             effects.append(Standing(paused=still))
         return effects
+
+    def _rests(self, told: _Told, said: Field, now_s: float) -> bool:
+        """Until the device says that it works again: what it is given before it does not take."""
+        if keeps_still(said, now_s):
+            told.rested_s = now_s
+            return True
+        waits = told.phase == "baseline" or (phase_at(said, now_s) == "run" != told.phase)
+        return self._speaks and waits and now_s < told.rested_s + GRACE_S
 
     def _read(self, now: float) -> list[Effect]:
         """See what the files say now, where the folder has changed."""
@@ -190,6 +204,7 @@ class FieldHerald:
         if report.number > told.number:  # our clock, or what we remember, is older than what it has heard
             told.number, told.due_s = report.number, now
             return
+        told.phase = report.phase
         received_s = self._clock()
         if (sent_s := told.sent_s.pop(report.number, None)) is not None:
             self._weigh_clock(device, told, report, (sent_s, received_s), now)
@@ -199,7 +214,8 @@ class FieldHerald:
         known = (None, None) if best is None else (best.offset_s, best.error_s)
         told.heard = Heard(report=report, announced=told.said.number, received_s=received_s, offset_s=known[0], error_s=known[1])
         if not told.said.name:
-            (self._folder / f"{device}{_SUFFIX}").unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._folder / f"{device}{_SUFFIX}").unlink()
 
     def _weigh_clock(self, device: str, told: _Told, report: FieldReport, ours: tuple[float, float], now: float) -> None:
         """From our two times and its two, as NTP does."""

@@ -120,10 +120,10 @@ def _run(
         subject = subject_of(bundle, folder.path, member)
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
-            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.link_is_free))
+            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.quiet))
         sealing = None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s)
         clock = time.time if sealing is None else lambda: sealing.now_s(time.monotonic())
-        observer = None if options.no_observations else _observer(options, bundle.device, folder, clock, lambda: running)
+        observer = _observer(options, bundle.device, folder, clock, lambda: running)
         senses = Senses(clock, observer, partial(energy_of, options, clock), partial(_budgets, options, bundle.broker, folder))
         running = Agent(
             bundle,
@@ -161,13 +161,16 @@ def _run(
 
 def _observer(
     options: argparse.Namespace, device: str, folder: StateFolder, clock: Callable[[], float], running: Callable[[], Agent]
-) -> Observer:
+) -> Observer | None:
+    """What keeps and sends observations. clock: the fleet's time where the device knows it."""
+    if options.no_observations:
+        return None
     return Observer(
         device,
         folder,
         secrets.token_bytes(DIGEST_BYTES),
         clock,
-        quiet=lambda: running().link_is_free,
+        quiet=lambda: running().quiet,
         uplink_bps=lambda: running().device.uplink_bps,
         journal_bytes=int(options.journal_mb * 1e6),
         software=version(),

@@ -248,7 +248,7 @@ class Agent:
         while not self._results.empty():
             self._take_result(self._results.get())
         if not self._clearing:
-            self._perform(self._models.go_on(time.monotonic(), quiet=self.link_is_free))
+            self._perform(self._models.go_on(time.monotonic(), quiet=self.quiet))
             self._start_anew(time.monotonic())
         self._look_at_link(time.monotonic())
         self._accompany(None)
@@ -279,9 +279,9 @@ class Agent:
             self._sealing.close(time.monotonic())
 
     @property
-    def link_is_free(self) -> bool:
-        """Whether what is no training may use the link now."""
-        return not self.device.needs_link and self.device.may_use_link
+    def quiet(self) -> bool:
+        """Training leaves the link alone, the owner lets it be used, and no field run wants the device to keep still."""
+        return not self.device.needs_link and self.device.may_use_link and not self._senses.still
 
     def _look_at_limits(self) -> None:
         if self._clearing:
@@ -305,7 +305,7 @@ class Agent:
         self._tell_of_outages(event)
         if not self._clearing:
             self._step(event)
-            self._perform(self._models.step(event, time.monotonic(), quiet=self.link_is_free))
+            self._perform(self._models.step(event, time.monotonic(), quiet=self.quiet))
         self._accompany(event)
 
     def _accompany(self, event: Event | None) -> None:

@@ -45,7 +45,7 @@ class FieldOrders:
         self.on_rate: Callable[[float | None], None] = lambda _: None
         self.on_still: Callable[[bool], None] = lambda _: None
         self.on_pulse: Callable[[], None] = lambda: None
-        self.meter: Callable[[], str] = lambda: ""
+        self.meter: Callable[[], str] = lambda: "unmeasured: this agent has no meter"
         self.software = ""
         self.still = False
         self._field: Field | None = None

@@ -72,6 +72,11 @@ class Senses:
             self.observer.abandon()
 
     @property
+    def still(self) -> bool:
+        """Whether a field run wants the device to keep still."""
+        return self.observer is not None and self.observer.orders.still
+
+    @property
     def marked(self) -> str:
         """What slows the board at this moment; nothing where it runs at its own pace."""
         return "" if self.energy is None else self.energy.marked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, config_option, journal_mb, memory_mb, not_negative, percent, positive, threads_of, whole
+from cli.arguments import Commands, add_command, config_option, disk_mb, memory_mb, not_negative, percent, positive, threads_of, whole
 from cli.commands.measure_power import meter_options
 
 
@@ -48,7 +48,7 @@ def add_parser(commands: Commands) -> None:
     updates = "fetch releases for the updater of this device, whose settings these are (/etc/regrow/update.json)"
     agent.add_argument("--updates", type=Path, metavar="FILE", help=updates)
     journal = "10^6 bytes of the disk for observations (transfers, power, phases) that the gateway has not got yet; at least 1"
-    agent.add_argument("--journal-mb", type=journal_mb, default=32.0, metavar="N", help=journal)
+    agent.add_argument("--journal-mb", type=disk_mb, default=32.0, metavar="N", help=journal)
     agent.add_argument("--no-observations", action="store_true", help="keep and send no observations, and take no part in field runs")
     meter_options(agent)
     model = "power model of this board type (`regrow measure fit`): joules, marked as modelled, where no meter tells them"

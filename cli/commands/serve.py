@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.arguments import FOR_ONE_START, Commands, add_command, broker_options, config_option, journal_mb, page_place, port, runs_option
+from cli.arguments import FOR_ONE_START, Commands, add_command, broker_options, config_option, disk_mb, page_place, port, runs_option
 
 
 def add_parser(commands: Commands) -> None:
@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
     serve.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="address for /metrics, which asks for no password")
     serve.add_argument("--no-observations", action="store_true", help="store no observations of devices, and announce no field runs")
     most = "10^6 bytes that the observations of all devices may take (RUNS/.gateway/observations.sqlite)"
-    serve.add_argument("--observations-mb", type=journal_mb, default=4000.0, metavar="N", help=most)
+    serve.add_argument("--observations-mb", type=disk_mb, default=4000.0, metavar="N", help=most)
     page = "where the page is shown, or off; another free port is taken when this one is in use. Beyond this machine it asks for its token"
     serve.add_argument("--page", type=page_place, default="127.0.0.1:8080", metavar="HOST:PORT", help=f"{page} (default: %(default)s)")
     once = serve.add_argument_group(FOR_ONE_START)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_server.field_herald import AGAIN_S, FOLDER, KEPT_S, LOOK_S, REFRESH_S, TRIES, FieldHerald, Heard, announce, reports
+from broker_server.field_herald import AGAIN_S, FOLDER, GRACE_S, KEPT_S, LOOK_S, REFRESH_S, TRIES, FieldHerald, Heard, announce, reports
 from broker_server.observations import ClockSeen
 from regrow import topics, wire
 from regrow.errors import LocalError
@@ -104,13 +104,29 @@ def test_a_field_run_that_goes_on_is_said_again_and_one_that_is_over_is_not(benc
 def test_who_keeps_still_gets_no_work(bench: Bench) -> None:
     for other in (bench, Bench(bench.home, speaks=False)):
         announce(bench.home, ["d1"], run(other, phase="baseline", start_s=other.wall_s + 10.0, end_s=other.wall_s + 20.0))
-        announce(bench.home, ["d2"], run(other, start_s=other.wall_s + 5.0))
+        announce(bench.home, ["d2"], run(other, phase="baseline", end_s=other.wall_s + 5.0))
         found = []
         for _ in range(int(30 / LOOK_S)):
             effects = other.step()
             assert other.speaks or not any(isinstance(effect, Publish) for effect in effects)
             found += resting(effects)
         assert found == [{"d2"}, set(), {"d1"}, set()]
+
+
+@pytest.mark.parametrize("phase", ["baseline", "run"])
+def test_who_has_kept_still_gets_work_when_it_says_that_it_works_again(bench: Bench, phase: str) -> None:
+    connected(bench)
+    times = {"end_s": bench.wall_s + 10.0} if phase == "baseline" else {"start_s": bench.wall_s + 10.0, "end_s": bench.wall_s + 90.0}
+    announce(bench.home, ["d1", "d2"], run(bench, phase=phase, **times))
+    effects = bench.step()
+    assert resting(effects) == [{"d1", "d2"}]
+    before, after = ("baseline", "") if phase == "baseline" else ("", "run")
+    for device in ("d1", "d2"):
+        bench.hear(FieldReport(number=said(effects, device)[0].number, phase=before), device=device)  # type: ignore[arg-type]
+    assert resting(bench.step(after_s=12.0)) == [], "the link or its clock may be late, and what it is given now it would not take"
+    bench.hear(FieldReport(number=said(effects)[0].number, phase=after))  # type: ignore[arg-type]
+    assert resting(bench.step()) == [{"d2"}]
+    assert resting(bench.step(after_s=GRACE_S)) == [set()], "it has lost its link"
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 40.0, -40.0])

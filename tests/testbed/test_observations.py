@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker_server.broker import Broker
+from broker_server.broker import Broker, Kind
 from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.field_herald import FieldHerald, announce, reports
 from broker_server.gateway import Gateway
@@ -26,11 +26,12 @@ from edge_agent.data.source import DataSource
 from edge_agent.field_journal import MIN_JOURNAL_BYTES
 from edge_agent.observer import Observer
 from edge_agent.state import StateFolder
+from export.models import digits_mlp
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
 from regrow.observations import Field, Mark, PowerSeen
 from tests.broker_server.histories import new_run
-from tests.testbed.processes import Relay, until
+from tests.testbed.processes import Fleet, Relay, task_text, until
 
 NONCES = itertools.count(1)
 
@@ -38,11 +39,11 @@ NONCES = itertools.count(1)
 class World:
     """A broker, a gateway that records, and one agent behind a link that can be cut; all in this process but the broker."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, kind: Kind) -> None:
         self.folder, self.home, self._stack = folder, folder / "home", stack
         credentials = Credentials(self.home)
         self.password = credentials.add_device("d1")
-        self.broker = Broker(self.home, credentials, port=0, kind="amqtt")
+        self.broker = Broker(self.home, credentials, port=0, kind=kind)
         self.broker.start()
         stack.callback(self.broker.stop)
         self.relay = Relay()
@@ -76,7 +77,7 @@ class World:
         source = DataSource(20)
         source.append(np.zeros((20, 64), np.float32), np.zeros(20, np.int64))
         nonce = next(NONCES).to_bytes(16, "big")
-        self.observer = Observer("d1", folder, nonce, time.time, quiet=lambda: not agent.device.needs_link, journal_bytes=MIN_JOURNAL_BYTES)
+        self.observer = Observer("d1", folder, nonce, time.time, quiet=lambda: agent.quiet, journal_bytes=MIN_JOURNAL_BYTES)
         agent = self.agent = Agent(
             Bundle("d1", f"mqtt://127.0.0.1:{self.relay.port}", self.password), folder, source, observer=self.observer
         )
@@ -106,12 +107,12 @@ class World:
             return db.execute(sql).fetchall()
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+@pytest.fixture(params=["amqtt", pytest.param("mosquitto", marks=pytest.mark.network)])
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[World]:
     for name, seconds in {"GATHER_S": 0.3, "KEEP_S": 0.05, "RECEIPT_S": 2.0}.items():
         monkeypatch.setattr(observer, name, seconds)
     with ExitStack() as stack:
-        yield World(tmp_path, stack)
+        yield World(tmp_path, stack, request.param)
 
 
 def watts(world: World) -> list[float]:
@@ -174,9 +175,34 @@ def test_a_baseline_is_kept_and_the_clock_known(world: World) -> None:
     assert abs(heard.offset_s) <= heard.error_s + 0.001, "both run on this machine's clock"
     until(lambda: world.coordinator.paused == {"d1"}, "no work for who keeps still")
     assert world.agent.device.told == "pause"
+    assert not world.agent.quiet, "nor are models or releases fetched"
     number = announce(world.home, ["d1"], Field(number=1))
     heard = until(report, "the end")
     assert heard.report.phase == ""
     until(lambda: not world.coordinator.paused, "work again")
     until(lambda: world.agent.device.told == "work", "work again")
     until(lambda: world.query("SELECT 1 FROM clocks WHERE error_s IS NOT NULL"), "its clock on record")
+
+
+def test_work_rests_in_a_baseline_and_goes_on_at_once_afterwards(tmp_path: Path) -> None:
+    with Fleet(tmp_path / "fleet", digits_mlp(1), task_text("used", stop="seconds = 300"), kind="amqtt") as fleet:
+        fleet.serve()
+        fleet.add({"one": 4000.0})
+        fleet.device("one")
+        fleet.reach_version(2)
+        home = fleet.runs / ".gateway"
+
+        def say(phase: str) -> bool:
+            heard = reports(home).get("one")
+            return heard is not None and heard.announced == number and heard.report.phase == phase
+
+        number = announce(home, ["one"], Field(number=1, name="walk", phase="baseline", end_s=time.time() + 5.0))
+        until(lambda: say("baseline"), "the baseline")
+        before = fleet.version()
+        until(lambda: say(""), "its end")
+        assert fleet.version() <= before + 1, "at most what had been sent"
+        number = announce(home, ["one"], Field(number=1, name="walk", phase="run", start_s=time.time() + 3.0, end_s=time.time() + 300.0))
+        until(lambda: say("run"), "the run")
+        before = fleet.version()
+        until(lambda: fleet.version() >= before + 2, "updates long before an assignment that nobody took would be over", 20.0)
+        fleet.check()
