@@ -34,7 +34,8 @@ class Interval:
     """A stretch of the measurement; times are seconds since its first byte.
 
     payload_bytes: of the chunks that were acknowledged or came whole in it. goodput_bps: of the bytes that came through, chunks or parts
-    of chunks, as TCP knows them; of whole chunks where it tells nothing. estimate_bps: what an agent would take the link for.
+    of chunks, as TCP knows them; of whole chunks where it tells nothing. estimate_bps: what an agent would take the link for, by
+    what was acknowledged from estimate_from_s to estimate_until_s.
     """
 
     start_s: float
@@ -44,6 +45,8 @@ class Interval:
     rtt_s: float | None
     retransmitted: int | None
     estimate_bps: float | None
+    estimate_from_s: float
+    estimate_until_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Measurement:
         self._topic = TOPICS.probe(device)
         self._samples: list[Piece] = []
         self._bytes = self._told_bytes = self._disconnects = 0
-        self._begin_s = self._end_s = self._told_s = now()
+        self._begin_s = self._end_s = self._told_s = self._sampled_s = now()
         self._retransmitted = self._told_retransmitted = 0
         self._passed_bytes: int | None = None
         self._first = self._tcp()
@@ -118,7 +121,7 @@ class Measurement:
 
     def run(self, seconds: float, every_s: float) -> Iterator[Interval]:
         """Measure for so long; an interval comes out every `every_s` seconds."""
-        self._begin_s = self._end_s = self._told_s = self._now()
+        self._begin_s = self._end_s = self._told_s = self._sampled_s = self._now()
         until_s = self._begin_s + seconds
         self._passed_bytes = self._through(self._tcp())
         self._begin()
@@ -161,6 +164,8 @@ class Measurement:
         """Feed the meter, and keep the sample when there is one."""
         taken, drifts = self.meter.taken, self.meter.drifts
         add()
+        if self.meter.taken > taken:
+            self._sampled_s = self._now()
         if self.meter.taken > taken and self.meter.drifts > drifts:
             self._samples = list(self.meter.samples)
         elif self.meter.taken > taken:
@@ -177,6 +182,8 @@ class Measurement:
             None if tcp is None else tcp.rtt_s,
             None if tcp is None else max(retransmitted, 0),
             self.meter.estimate_bps,
+            max(self._sampled_s - self._begin_s - self.meter.covers_s, 0.0),
+            self._sampled_s - self._begin_s,
         )
         self._told_s, self._told_bytes, self._told_retransmitted = now, self._bytes, self._retransmitted
         return told
