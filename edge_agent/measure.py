@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from edge_agent.link_facts import Counters, TcpFacts, Unknown, counted_since, counters_of, interface_of
 from edge_agent.transport import Event, MqttLink
-from edge_agent.uplink import Piece, UplinkMeter, interval_95, packet_bytes, trimmed_mean
+from edge_agent.uplink import Piece, UplinkMeter, interval_95, packet_bytes, robust_mean
 from regrow import wire
 from regrow.broadcast import chunk_bytes
 from regrow.errors import LocalError
@@ -53,7 +53,7 @@ class Interval:
 class Summary:
     """All of it.
 
-    mean_bps, low_bps, high_bps: trimmed mean of samples of a second or more since the link last changed, and its 95 % interval;
+    mean_bps, low_bps, high_bps: mean without outliers of samples of a second or more since the link last changed, and its 95 % interval;
     overall_bps: all bytes over all time.
     """
 
@@ -209,7 +209,7 @@ class Measurement:
             seconds=seconds,
             payload_bytes=self._bytes,
             overall_bps=self._bytes * 8 / seconds if seconds > 0 else None,
-            mean_bps=trimmed_mean(self._samples) if self._samples else self.meter.estimate_bps,
+            mean_bps=robust_mean(self._samples) if self._samples else self.meter.estimate_bps,
             low_bps=low,
             high_bps=high,
             samples=len(self._samples),
