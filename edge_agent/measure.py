@@ -123,6 +123,7 @@ class Measurement:
         """Measure for so long; an interval comes out every `every_s` seconds."""
         self._begin_s = self._end_s = self._told_s = self._sampled_s = self._now()
         until_s = self._begin_s + seconds
+        self._first, self._counters = self._tcp(), counters_of(self._interface)
         self._passed_bytes = self._through(self._tcp())
         self._begin()
         while (now := self._now()) < until_s:

@@ -17,6 +17,7 @@ HAND_WRITTEN = (
     "docs/deploy.md",
     "docs/fleet.md",
     "docs/images.md",
+    "docs/measuring.md",
     "docs/gateway.md",
     "docs/models.md",
     "docs/simulate.md",
