@@ -16,7 +16,7 @@ from regrow.broker_url import BrokerAddress
 CONNECT_TIMEOUT_S = 10.0
 # What was sent and not acknowledged by the other end's TCP for so long ends the connection: a flow that a NAT has forgotten is never
 # answered, and TCP alone would go on for a quarter of an hour. Longer than an outage of 10 s and the wait that TCP makes of it.
-UNACKNOWLEDGED_TIMEOUT_S = 30.0
+UNACKNOWLEDGED_TIMEOUT_S = 20.0
 
 
 class Dial:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from edge_agent.link_facts import Counters, TcpFacts, Unknown, counted_since, counters_of, interface_of
 from edge_agent.transport import Event, MqttLink
-from edge_agent.uplink import Piece, UplinkMeter, interval_95, packet_bytes, trimmed_mean
+from edge_agent.uplink import Piece, UplinkMeter, interval_95, packet_bytes, robust_mean
 from regrow import wire
 from regrow.broadcast import chunk_bytes
 from regrow.errors import LocalError
@@ -34,7 +34,8 @@ class Interval:
     """A stretch of the measurement; times are seconds since its first byte.
 
     payload_bytes: of the chunks that were acknowledged or came whole in it. goodput_bps: of the bytes that came through, chunks or parts
-    of chunks, as TCP knows them; of whole chunks where it tells nothing. estimate_bps: what an agent would take the link for.
+    of chunks, as TCP knows them; of whole chunks where it tells nothing. estimate_bps: what an agent would take the link for, by
+    what was acknowledged from estimate_from_s to estimate_until_s.
     """
 
     start_s: float
@@ -44,13 +45,15 @@ class Interval:
     rtt_s: float | None
     retransmitted: int | None
     estimate_bps: float | None
+    estimate_from_s: float
+    estimate_until_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """All of it.
 
-    mean_bps, low_bps, high_bps: trimmed mean of samples of a second or more since the link last changed, and its 95 % interval;
+    mean_bps, low_bps, high_bps: mean without outliers of samples of a second or more since the link last changed, and its 95 % interval;
     overall_bps: all bytes over all time.
     """
 
@@ -108,7 +111,7 @@ class Measurement:
         self._topic = TOPICS.probe(device)
         self._samples: list[Piece] = []
         self._bytes = self._told_bytes = self._disconnects = 0
-        self._begin_s = self._end_s = self._told_s = now()
+        self._begin_s = self._end_s = self._told_s = self._sampled_s = now()
         self._retransmitted = self._told_retransmitted = 0
         self._passed_bytes: int | None = None
         self._first = self._tcp()
@@ -118,8 +121,9 @@ class Measurement:
 
     def run(self, seconds: float, every_s: float) -> Iterator[Interval]:
         """Measure for so long; an interval comes out every `every_s` seconds."""
-        self._begin_s = self._end_s = self._told_s = self._now()
+        self._begin_s = self._end_s = self._told_s = self._sampled_s = self._now()
         until_s = self._begin_s + seconds
+        self._first, self._counters = self._tcp(), counters_of(self._interface)
         self._passed_bytes = self._through(self._tcp())
         self._begin()
         while (now := self._now()) < until_s:
@@ -161,6 +165,8 @@ class Measurement:
         """Feed the meter, and keep the sample when there is one."""
         taken, drifts = self.meter.taken, self.meter.drifts
         add()
+        if self.meter.taken > taken:
+            self._sampled_s = self._now()
         if self.meter.taken > taken and self.meter.drifts > drifts:
             self._samples = list(self.meter.samples)
         elif self.meter.taken > taken:
@@ -177,6 +183,8 @@ class Measurement:
             None if tcp is None else tcp.rtt_s,
             None if tcp is None else max(retransmitted, 0),
             self.meter.estimate_bps,
+            max(self._sampled_s - self._begin_s - self.meter.covers_s, 0.0),
+            self._sampled_s - self._begin_s,
         )
         self._told_s, self._told_bytes, self._told_retransmitted = now, self._bytes, self._retransmitted
         return told
@@ -202,7 +210,7 @@ class Measurement:
             seconds=seconds,
             payload_bytes=self._bytes,
             overall_bps=self._bytes * 8 / seconds if seconds > 0 else None,
-            mean_bps=trimmed_mean(self._samples) if self._samples else self.meter.estimate_bps,
+            mean_bps=robust_mean(self._samples) if self._samples else self.meter.estimate_bps,
             low_bps=low,
             high_bps=high,
             samples=len(self._samples),

@@ -86,8 +86,7 @@ class MqttLink:
         password: from the device's bundle; None: a certificate says who it is.
         will: topic and payload that the broker publishes (not retained) when the connection is lost; a hint only.
         max_uplink_bps, max_downlink_bps: wire bits per second; None = as fast as the link goes.
-        keepalive_s: a peer that is silent for up to twice as long counts as dead. Pings are sent more often where a connection died
-            of being quiet, as NATs make it that drop idle flows without a word.
+        keepalive_s: a peer that is silent for up to twice as long counts as dead.
         rng: draws the jitter of the waits.
         clock: monotonic seconds, the same as the state machine's `now`.
         tls: context for mqtts://; None = the system's certificates.
@@ -286,7 +285,6 @@ class MqttLink:
                 self._refusal = reason = certificate_refused(self._device_id)
             wait_s = self._retry.failed(now, turned_away=self._certified and closed_by_broker)
         else:
-            self._alive.lost()
             wait_s = self._retry.lost(now, now - self._connected_at_s, closed_by_broker=closed_by_broker)
         self._drop()
         self._retry_at_s = now + wait_s

@@ -3,8 +3,9 @@
 Strategy: publishes that overlap in time are one transfer (chunks go out two deep). Inside it every acknowledgement ends a
 piece: its bytes, and the seconds since the acknowledgement before, or since the first byte of the transfer. Only that first
 piece holds an acknowledgement latency, which is known from the quickest of the last tiny publishes (heartbeats), or from
-TCP, and taken off. Pieces are pooled until they hold a second; that is a sample. The estimate is the trimmed mean of the last
-I samples, bytes over seconds, so that one outage among them changes nothing, with its 95 % interval.
+TCP, and taken off. Pieces are pooled until they hold a second; that is a sample. The estimate is the mean of the last I
+samples, bytes over seconds, without outliers: an outage among them changes nothing, while common noise, slow seconds as well
+as quick ones, stays in. It comes with its 95 % interval.
 
 Drift: when the newest three samples lie on the same side of all that came before them, further than a fifth and than three
 robust deviations, the link has changed and the older samples are forgotten.
@@ -20,7 +21,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 from regrow.errors import LocalError
@@ -33,7 +34,8 @@ DRIFT_SAMPLES = 3
 DRIFT_DEVIATIONS = 3.0
 WINDOW_S = 1.0
 WINDOW_BYTES = 8 * 1024  # fewer segments than six say little
-TRIM = 0.2
+OUTLIER = 0.5
+OUTLIER_DEVIATIONS = 4.0
 _DEVIATION_OF_MAD = 1.4826
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 for more.
 _T95 = (
@@ -65,32 +67,27 @@ class Piece:
         return self.sent_bytes * 8 / self.seconds
 
 
-def trimmed_mean(samples: Sequence[Piece]) -> float:
-    """Bytes over seconds, in bit/s, of what is left without the slowest and the quickest fifth.
+def without_outliers(samples: Sequence[Piece]) -> list[Piece]:
+    """The samples without those that an outage or a burst spoiled: further from the median than half of it and four robust deviations."""
+    middle = median(sample.bps for sample in samples)
+    deviation = _DEVIATION_OF_MAD * median(abs(sample.bps - middle) for sample in samples)
+    gap = max(OUTLIER * middle, OUTLIER_DEVIATIONS * deviation)
+    return [sample for sample in samples if abs(sample.bps - middle) <= gap]
 
-    Args:
-        samples: at least one.
-    """
-    cut = int(TRIM * len(samples))
-    return sum(sorted(samples, key=lambda sample: sample.bps)[cut : len(samples) - cut], Piece()).bps
+
+def robust_mean(samples: Sequence[Piece]) -> float:
+    """Bytes over seconds of the samples without outliers, in bit/s; at least one sample."""
+    return sum(without_outliers(samples), Piece()).bps
 
 
 def interval_95(samples: Sequence[Piece]) -> tuple[float, float] | None:
-    """95 % interval of the trimmed mean of independent samples, in bit/s; None for fewer than two, which tell no spread.
-
-    Source: Tukey and McLaughlin 1963: Winsorised variance, Student's t with as many degrees of freedom as samples are left, less one.
-    """
-    count = len(samples)
-    if count < 2:
+    """95 % interval of the robust mean of independent samples, in bit/s (Student's t); None for fewer than two, which tell no spread."""
+    rates = [sample.bps for sample in without_outliers(samples)] if samples else []
+    if len(rates) < 2:
         return None
-    cut, ordered = int(TRIM * count), sorted(sample.bps for sample in samples)
-    winsorised = [min(max(bps, ordered[cut]), ordered[count - cut - 1]) for bps in ordered]
-    middle = math.fsum(winsorised) / count
-    deviation = math.sqrt(math.fsum((bps - middle) ** 2 for bps in winsorised) / (count - 1))
-    freedom = count - 2 * cut - 1
-    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
-    half = t * deviation / ((1 - 2 * cut / count) * math.sqrt(count))
-    mean = trimmed_mean(samples)
+    freedom = len(rates) - 1
+    half = (_T95[freedom - 1] if freedom <= len(_T95) else 1.96) * stdev(rates) / math.sqrt(len(rates))
+    mean = robust_mean(samples)
     return max(mean - half, 0.0), mean + half
 
 
@@ -174,10 +171,15 @@ class UplinkMeter:
 
     @property
     def estimate_bps(self) -> float | None:
-        """The trimmed mean of the samples, or of less than a second where there is no more; None while nothing was ever measured."""
+        """The robust mean of the samples, or of less than a second where there is no more; None while nothing was ever measured."""
         if self.samples:
-            return trimmed_mean(self.samples)
+            return robust_mean(self.samples)
         return self._less_latency(self._pool).bps if self._pool.sent_bytes and self._pool.seconds else None
+
+    @property
+    def covers_s(self) -> float:
+        """How many seconds of sending the estimate is made of."""
+        return math.fsum(sample.seconds for sample in self.samples)
 
     @property
     def interval_bps(self) -> tuple[float, float] | None:

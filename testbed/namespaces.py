@@ -70,8 +70,8 @@ class Namespaces:
         # A namespace may only use what the machine allows to everybody, and what some allow is one of those that they have.
         available = said("sysctl", "-n", "net.ipv4.tcp_available_congestion_control").strip()
         said("sysctl", "-qw", f"net.ipv4.tcp_allowed_congestion_control={available}")
-        self._add(self.hub)
         try:
+            self._add(self.hub)
             said("ip", "-n", self.hub, "link", "add", "br0", "type", "bridge")
             said("ip", "-n", self.hub, "addr", "add", f"{HUB_ADDRESS}/24", "dev", "br0")
             said("ip", "-n", self.hub, "link", "set", "br0", "up")

@@ -27,7 +27,6 @@ from testbed.namespaces import HUB_ADDRESS, Namespaces, Spot
 PORT = 1883
 DEVICE = "d1"
 LOOK_S = 0.2
-ESTIMATE_S = 10.0  # about what the last ten samples cover
 START_S = 15.0
 
 
@@ -138,8 +137,8 @@ def _followed(trial: Trial, namespaces: Namespaces, spot: Spot, process: subproc
             time.sleep(LOOK_S)
         edges_s.append(time.monotonic())
     reader.join(60)
-    steps = [_step(step, edges_s[at], edges_s[at + 1], said, truth) for at, step in enumerate(trial.steps)]
-    summary = said[-1][1] if "samples" in said[-1][1] else {}
+    *intervals, (_, summary) = said
+    steps = [_step(step, edges_s[at], edges_s[at + 1], intervals, truth) for at, step in enumerate(trial.steps)]
     return {"name": trial.name, "loss": trial.loss, "congestion": trial.congestion, "steps": steps, "summary": summary}
 
 
@@ -152,7 +151,7 @@ def _apply(namespaces: Namespaces, spot: Spot, step: Step) -> None:
 
 
 def _step(step: Step, start_s: float, end_s: float, said: Sequence[tuple[float, dict[str, Any]]], truth: Truth) -> dict[str, Any]:
-    """The estimate is compared with what came through in the last ten seconds before it, but after the change and its first second."""
+    """The estimate is compared with what came through in the seconds that it is made of, but after the change."""
     told: dict[str, Any] = {"wire_bps": step.up_bps, "seconds": round(end_s - start_s, 1)}
     if step.up_bps == 0:
         return told
@@ -160,7 +159,9 @@ def _step(step: Step, start_s: float, end_s: float, said: Sequence[tuple[float, 
         lines = [interval for heard_s, interval in said if start_s < heard_s <= min(at_s, end_s) + 0.1 and interval.get("estimate_bps")]
         if not lines or at_s > end_s + 0.5:
             continue
-        true_bps = truth.bps(max(start_s + 1.0, at_s - ESTIMATE_S), at_s)
+        begun_s = said[0][0] - said[0][1]["end_s"]
+        from_s, until_s = (begun_s + lines[-1][name] for name in ("estimate_from_s", "estimate_until_s"))
+        true_bps = truth.bps(*(max(from_s, start_s + 1.0), until_s) if until_s > start_s + 2.0 else (start_s + 1.0, at_s))
         measured_bps = lines[-1]["estimate_bps"]
         told[name] = {"true_bps": round(true_bps), "measured_bps": round(measured_bps), "error": round(measured_bps / true_bps - 1, 4)}
     return told

@@ -42,13 +42,15 @@ NAMES = (
     "deploy.md",
     "doctor.md",
     "images.md",
+    "measuring.md",
     "protocol.md",
     "store.md",
     "task.md",
     "zoo.md",
 )
 PAGES = tuple(Path("docs") / name for name in NAMES)
-ZOO, STEPS, SEALS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json", "seal.json"))
+_RESULTS = ROOT / "bench" / "results"
+ZOO, STEPS, SEALS, UPLINK = (_RESULTS / name for name in ("zoo.json", "train_step.json", "seal.json", "uplink.json"))
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -379,6 +381,24 @@ def _seal_cost(_: str) -> str:
     return table(head, ((name, *(f"{row[key]:g}" for key in keys)) for name, row in rows.items()))
 
 
+def _uplink(_: str) -> str:
+    """Measured and true rates of every step of every trial; cuts apart, which have none."""
+    result = json.loads(UPLINK.read_text())
+
+    def row(trial: Mapping[str, Any], step: Mapping[str, Any], number: int) -> tuple[str, ...]:
+        what = f"{step['wire_bps'] / 1e3:g} kbit/s"
+        name = trial["name"] if len(trial["steps"]) == 1 else f"{trial['name']}: {'then' if number else 'first'} {what}"
+        ends = [step[when] for when in ("after_10_s", "at_end")]
+        rates = (f"{end['true_bps'] / 1e3:.5g}, {end['measured_bps'] / 1e3:.5g}: {100 * end['error']:+.1f} %" for end in ends)
+        return (name, *rates)
+
+    trials = [(trial, step, number) for trial in result["trials"] for number, step in enumerate(trial["steps"]) if "at_end" in step]
+    worst = result["largest_error"]
+    last = ("largest error", f"{100 * worst['after_10_s']:.1f} %", f"{100 * worst['at_end']:.1f} %")
+    head = ("link", "after 10 s: true, measured (kbit/s), error", "at the end")
+    return table(head, [*(row(*trial) for trial in trials), last])
+
+
 def table(head: tuple[str, ...], rows: Any) -> str:
     """A Markdown table; cells are escaped where they would end early."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -400,6 +420,7 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "topics": _topics,
     "train-step": _train_step,
     "transitions": _transitions,
+    "uplink": _uplink,
     "wire": _wire,
     "systems": _systems,
     "zoo-curves": _zoo_curves,

@@ -18,6 +18,7 @@ HAND_WRITTEN = (
     "docs/energy.md",
     "docs/fleet.md",
     "docs/images.md",
+    "docs/measuring.md",
     "docs/gateway.md",
     "docs/models.md",
     "docs/simulate.md",

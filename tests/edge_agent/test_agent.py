@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.agent import ANEW_S, IDENTITY, TUNING, UPLINK, Agent, Bundle, Tuned
+from edge_agent.agent import ANEW_S, IDENTITY, TUNING, Agent, Bundle, Tuned
 from edge_agent.data.source import DataSource
 from edge_agent.energy.account import Energy
 from edge_agent.energy.hwmon import Hwmon
 from edge_agent.heat import Heat
 from edge_agent.state import StateFolder
+from edge_agent.traffic import UPLINK
 from edge_agent.tuning import Tuning
 from regrow import outgoing, wire
 from regrow.device import OUTGOING

@@ -1,0 +1,84 @@
+"""`regrow measure uplink` against a real broker: its figures, its words, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.main import main
+from tests.broker_server.scenarios import Rig
+from tests.testbed.processes import ROOT
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("amqtt"), "amqtt")
+    yield rig
+    rig.close()
+
+
+def bundle(rig: Rig, device: str, folder: Path) -> str:
+    return str(rig.credentials.write_bundle(device, rig.broker.url, folder))
+
+
+def test_it_measures_what_the_link_lets_through(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["measure", "uplink", "--bundle", bundle(rig, "d1", tmp_path), "--seconds", "4", "--json", "--max-uplink-bps", "1000000"]
+    assert main(words) == 0
+    *intervals, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert summary["direction"] == "up"
+    assert summary["overall_bps"] == pytest.approx(1e6, rel=0.1)
+    assert summary["mean_bps"] == pytest.approx(1e6, rel=0.1)
+    assert summary["low_bps"] <= summary["mean_bps"] <= summary["high_bps"]
+    assert summary["interface"] == "lo"
+    assert summary["interface_sent_bytes"] > summary["payload_bytes"] > 300_000
+    assert len(intervals) >= 3
+    assert intervals[-1]["rtt_s"] is not None
+
+
+def test_nothing_of_it_stays_on_the_broker(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ["--max-uplink-bps", "2000000", "--max-downlink-bps", "2000000"]
+    assert main(["measure", "uplink", "--bundle", bundle(rig, "d2", tmp_path), "--seconds", "2", "--down", *limits]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^up: mean \S+ [kM]bit/s \(95 %", said, re.MULTILINE)
+    assert (found := re.search(r"^down: mean (\S+) Mbit/s", said, re.MULTILINE))
+    assert float(found[1]) == pytest.approx(2.0, rel=0.15)
+    heard = [event for event in rig.flush() if "/measure/" in event.topic and event.topic.count("/") > 6]
+    last = {event.topic: event.payload for event in heard}
+    assert len(last) == 8
+    assert any(event.payload for event in heard)
+    assert not any(last.values())
+
+
+def test_ctrl_c_gives_the_summary(rig: Rig, tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "cli.main", "measure", "uplink", "--bundle", bundle(rig, "d3", tmp_path), "--seconds", "100"]
+    process = subprocess.Popen(
+        [*command, "--every", "0.3", "--max-uplink-bps", "1000000"], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        for _ in range(4):
+            assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert re.search(r"^up: mean \S+ [kM]bit/s", said, re.MULTILINE)
+
+
+def test_a_wrong_password_is_one_line(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "d4.json"
+    file.write_text(json.dumps({"device": "d4", "broker": rig.broker.url, "password": "wrong"}))
+    assert main(["measure", "uplink", "--bundle", str(file)]) == 1
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert "refused" in said.err
+    assert not said.out
