@@ -16,7 +16,7 @@ from typing import Any
 
 from cli.arguments import GATEWAY_HOME
 from edge_agent.board import board_name
-from edge_agent.energy.account import Energy
+from edge_agent.energy.account import SAMPLE_HZ, Energy
 from edge_agent.energy.board_file import Baseline, BoardFile, read_board_file, write_board_file
 from edge_agent.energy.choose import open_meter
 from edge_agent.energy.external import MqttMeter
@@ -45,8 +45,9 @@ def power(options: argparse.Namespace) -> int:
     joules = known_s = 0.0
     why = "the time was too short"
     began_s = time.monotonic()
-    with _sampling(options, options.hz) as (energy, rows):
-        board = board_name()
+    board = board_name()
+    known = None if options.calibration is None else read_board_file(options.calibration, board)
+    with _sampling(options.meter, known, options.hz) as (energy, rows):
         while options.seconds is None or time.monotonic() - began_s < options.seconds:
             for row in _next_second(rows):
                 joules += (row.watts or 0.0) * row.seconds
@@ -74,12 +75,11 @@ def _in_words(row: PowerSeen, joules: float, known_s: float, energy: Energy) -> 
 
 
 @contextmanager
-def _sampling(options: argparse.Namespace, hz: float) -> Iterator[tuple[Energy, list[PowerSeen]]]:
+def _sampling(said: str, known: BoardFile | None, hz: float) -> Iterator[tuple[Energy, list[PowerSeen]]]:
     """An `Energy` that gathers a row of power a second."""
-    meter = open_meter(options.meter)
+    meter = open_meter(said)
     if isinstance(meter, MqttMeter):
         raise UsageError("--meter mqtt:... needs the agent's link: give it to `regrow agent`")
-    known = read_board_file(options.calibration, board_name()) if options.calibration is not None and options.calibration.exists() else None
     rows: list[PowerSeen] = []
 
     def take(row: Row) -> None:
@@ -114,7 +114,7 @@ def baseline(options: argparse.Namespace) -> int:
     before = read_board_file(file, board) if file.exists() else BoardFile(board=board)
     gathered: list[PowerSeen] = []
     began_s = time.monotonic()
-    with _sampling(options, 10.0) as (energy, rows):
+    with _sampling(options.meter, before, SAMPLE_HZ) as (energy, rows):
         name = energy.meter.name
         print(f"{name}: keep this board idle for {options.seconds:g} s; Ctrl-C keeps nothing", flush=True)
         while time.monotonic() - began_s < options.seconds + 1.5:  # the last second's row comes after it
