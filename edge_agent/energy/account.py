@@ -30,9 +30,11 @@ from regrow.wire import PowerState
 
 log = logging.getLogger(__name__)
 SAMPLE_HZ = 10.0
-ROW_S, RECORDED_ROW_S = 60.0, 1.0
+ROW_S, RECORDED_ROW_S, EMPTY_ROW_S = 60.0, 1.0, 10.0
 TELL_S = 5.0  # what telemetry says is a mean over this long
 CONDITION_S = 1.0
+SILENT_S = 60.0  # after so long without a mean, telemetry has none
+LATE_S = 5.0
 IDLE: frozenset[Phase] = frozenset({"idle"})
 UNMEASURED: Certainty = "unmeasured"
 MODELLED: Certainty = "modelled"
@@ -84,10 +86,11 @@ class Energy:
     # ---- what others say ---------------------------------------------------------------------------------------------------------------
 
     def record(self, sample_hz: float | None) -> None:
-        """A field run asks for this rate, and for a row of power a second; None: it is over."""
+        """A field run asks for this rate, and for a row of power a second (ten, where there is no power to tell); None: it is over."""
         self._hz = min(sample_hz or SAMPLE_HZ, self.meter.most_hz)
         self._integral.gap_s = max(self.meter.gap_s, _MISSED / self._hz)
-        self._rows.length_s = ROW_S if sample_hz is None else RECORDED_ROW_S
+        recorded_s = EMPTY_ROW_S if self.meter.certainty == UNMEASURED and self._guess is None else RECORDED_ROW_S
+        self._rows.length_s = ROW_S if sample_hz is None else recorded_s
 
     def keep_still(self, still: bool) -> None:
         """The device does nothing on purpose: what it draws while nothing goes on is its baseline."""
@@ -121,7 +124,9 @@ class Energy:
         return []
 
     def pulse(self, at_s: float) -> None:
-        """Make a sync pulse at this unix time, in a thread of its own, and tell when it really began."""
+        """Make a sync pulse at this unix time, in a thread of its own, and tell when it really began; none when the time is past."""
+        if at_s < self._unix_s() - LATE_S:
+            return
 
         def make() -> None:
             if not self._stop.wait(max(at_s - self._unix_s(), 0.0)):
@@ -151,8 +156,8 @@ class Energy:
     def state(self) -> PowerState:
         """For telemetry."""
         seen = self._last
-        if seen is None:
-            return PowerState(None, f"{self.meter.name}: has said nothing yet", self._condition.temperature_c, bool(self._condition.marks))
+        if seen is None or self._unix_s() - seen.at_s > SILENT_S:
+            return PowerState(None, f"{self.meter.name}: no value", self._condition.temperature_c, bool(self._condition.marks))
         return PowerState(seen.watts, seen.meter, seen.temperature_c, bool(seen.marked))
 
     # ---- the thread --------------------------------------------------------------------------------------------------------------------
