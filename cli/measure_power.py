@@ -16,10 +16,11 @@ from typing import Any
 
 from cli.arguments import GATEWAY_HOME
 from edge_agent.board import board_name
-from edge_agent.energy.account import Energy
+from edge_agent.energy.account import SAMPLE_HZ, Energy
 from edge_agent.energy.board_file import Baseline, BoardFile, read_board_file, write_board_file
 from edge_agent.energy.choose import open_meter
 from edge_agent.energy.external import MqttMeter
+from edge_agent.energy.meter import NoMeter
 from edge_agent.energy.pulse import make_pulse
 from regrow import power_model
 from regrow.errors import LocalError, UsageError
@@ -45,13 +46,14 @@ def power(options: argparse.Namespace) -> int:
     joules = known_s = 0.0
     why = "the time was too short"
     began_s = time.monotonic()
-    with _sampling(options, options.hz) as (energy, rows):
-        board = board_name()
+    board = board_name()
+    known = None if options.calibration is None else read_board_file(options.calibration, board)
+    with _sampling(options.meter, known, options.hz) as (energy, rows):
         while options.seconds is None or time.monotonic() - began_s < options.seconds:
             for row in _next_second(rows):
                 joules += (row.watts or 0.0) * row.seconds
                 known_s += row.seconds if row.watts is not None else 0.0
-                why = why if row.watts is not None else row.meter
+                why = energy.why or why
                 said = _as_json(row, board, joules, known_s, energy) if options.json else _in_words(row, joules, known_s, energy)
                 print(said, flush=True)
     if not known_s:
@@ -61,6 +63,7 @@ def power(options: argparse.Namespace) -> int:
 
 def _as_json(row: PowerSeen, board: str, joules: float, known_s: float, energy: Energy) -> str:
     said: dict[str, Any] = {name: getattr(row, name) for name in row.__struct_fields__}
+    said |= {"meter": row.meter if row.watts is not None else energy.why}
     said |= {"board": board, "joules": joules if known_s else None, "measured_s": known_s, "overhead": round(energy.overhead, 5)}
     return json.dumps(said)
 
@@ -69,17 +72,16 @@ def _in_words(row: PowerSeen, joules: float, known_s: float, energy: Energy) -> 
     watts = "unmeasured" if row.watts is None else f"{row.watts:.2f} W"
     total = f"{joules:.1f} J in {known_s:.0f} s" if known_s else "no joules"
     heat = "temperature unknown" if row.temperature_c is None else f"{row.temperature_c:.0f} C"
-    said = f"{row.meter} ({row.certainty})" if row.watts is not None else row.meter
+    said = f"{row.meter} ({row.certainty})" if row.watts is not None else energy.why
     return f"{watts}; {total}; {heat}; {row.marked or 'not slowed'}; {said}; sampling {energy.overhead:.2%} of a core"
 
 
 @contextmanager
-def _sampling(options: argparse.Namespace, hz: float) -> Iterator[tuple[Energy, list[PowerSeen]]]:
+def _sampling(said: str, known: BoardFile | None, hz: float) -> Iterator[tuple[Energy, list[PowerSeen]]]:
     """An `Energy` that gathers a row of power a second."""
-    meter = open_meter(options.meter)
+    meter = open_meter(said)
     if isinstance(meter, MqttMeter):
         raise UsageError("--meter mqtt:... needs the agent's link: give it to `regrow agent`")
-    known = read_board_file(options.calibration, board_name()) if options.calibration is not None and options.calibration.exists() else None
     rows: list[PowerSeen] = []
 
     def take(row: Row) -> None:
@@ -87,7 +89,7 @@ def _sampling(options: argparse.Namespace, hz: float) -> Iterator[tuple[Energy, 
             rows.append(row)
 
     energy = Energy(meter, take, known=known)
-    energy.record(hz)
+    energy.record(hz, row_s=1.0)
     energy.start()
     try:
         yield energy, rows
@@ -114,7 +116,9 @@ def baseline(options: argparse.Namespace) -> int:
     before = read_board_file(file, board) if file.exists() else BoardFile(board=board)
     gathered: list[PowerSeen] = []
     began_s = time.monotonic()
-    with _sampling(options, 10.0) as (energy, rows):
+    with _sampling(options.meter, before, SAMPLE_HZ) as (energy, rows):
+        if isinstance(energy.meter, NoMeter):
+            raise LocalError(f"there is nothing to measure with: {energy.meter.reason}")
         name = energy.meter.name
         print(f"{name}: keep this board idle for {options.seconds:g} s; Ctrl-C keeps nothing", flush=True)
         while time.monotonic() - began_s < options.seconds + 1.5:  # the last second's row comes after it
@@ -123,17 +127,22 @@ def baseline(options: argparse.Namespace) -> int:
             for row in new[-1:]:
                 watts = f"{row.watts:.2f} W" if row.watts is not None else row.meter
                 print(f"{min(time.monotonic() - began_s, options.seconds):3.0f} of {options.seconds:g} s: {watts}", flush=True)
-    found = baseline_of(gathered, options.seconds)
+    found = baseline_of(gathered, options.seconds, energy.why)
     write_board_file(file, BoardFile(board=board, calibrations=before.calibrations, baselines={**before.baselines, name: found}))
     marked = f"; slowed for {found.marked_s:.0f} s, which are left out" if found.marked_s else ""
     print(f"{found.watts:.3f} W idle (95 %: {found.low_w:.3f} to {found.high_w:.3f}) over {found.seconds:.0f} s{marked}; kept in {file}")
     return 0
 
 
-def baseline_of(rows: list[PowerSeen], wanted_s: float) -> Baseline:
+def baseline_of(rows: list[PowerSeen], wanted_s: float, unknown: str) -> Baseline:
     """Mean and interval over the seconds that were measured while nothing slowed the board.
 
     The interval is over means of ten seconds, since neighbouring seconds are alike.
+
+    Args:
+        rows: of power, a second each.
+        wanted_s: that should have been measured.
+        unknown: why some were not, if any.
 
     Raises:
         LocalError: too little was measured.
@@ -141,7 +150,7 @@ def baseline_of(rows: list[PowerSeen], wanted_s: float) -> Baseline:
     known = [row for row in rows if row.watts is not None and not row.marked]
     seconds = sum(row.seconds for row in known)
     if seconds < LEAST_KNOWN * wanted_s:
-        why = next((row.meter for row in reversed(rows) if row.watts is None), "") or ", ".join({row.marked for row in rows if row.marked})
+        why = unknown or ", ".join(sorted({row.marked for row in rows if row.marked}))
         raise LocalError(f"only {seconds:.0f} of {wanted_s:g} s were measured undisturbed{': ' + why if why else ''}; nothing was kept")
     watts = _mean_w(known)
     blocks = [known[first : first + 10] for first in range(0, len(known), 10)]

@@ -30,6 +30,11 @@ def declare(kinds: Commands) -> None:
     )
     meter_options(baseline, written=True)
     baseline.add_argument("--seconds", type=positive, default=60.0, metavar="N", help="how long, 60 at least")
+    _declare_pulse(kinds)
+    _declare_fit(kinds)
+
+
+def _declare_pulse(kinds: Commands) -> None:
     pulse = add_command(
         kinds,
         "pulse",
@@ -48,6 +53,9 @@ def declare(kinds: Commands) -> None:
     align.add_argument("trace", type=Path, metavar="TRACE.csv", help="lines `seconds,watts` of the meter's clock; a head line is skipped")
     align.add_argument("--pulse-s", type=positive, required=True, metavar="S", help="when the pulse began by the device's clock")
     align.add_argument("--json", action="store_true", help="one object: offset_s, began_s, match, rise_w")
+
+
+def _declare_fit(kinds: Commands) -> None:
     fit = add_command(
         kinds,
         "fit",

@@ -30,9 +30,11 @@ from regrow.wire import PowerState
 
 log = logging.getLogger(__name__)
 SAMPLE_HZ = 10.0
-ROW_S, RECORDED_ROW_S = 60.0, 1.0
+ROW_S, RECORDED_ROW_S, EMPTY_ROW_S = 60.0, 1.0, 10.0
 TELL_S = 5.0  # what telemetry says is a mean over this long
 CONDITION_S = 1.0
+SILENT_S = 60.0  # after so long without a mean, telemetry has none
+LATE_S = 5.0
 IDLE: frozenset[Phase] = frozenset({"idle"})
 UNMEASURED: Certainty = "unmeasured"
 MODELLED: Certainty = "modelled"
@@ -41,6 +43,9 @@ _MISSED = 3  # samples that may be missing in a row, at low rates
 
 class Energy:
     """One device's, from `start` to `close`.
+
+    Attributes:
+        why: in full, why power was not known when it last was not; a row of power has room for its beginning only.
 
     Args:
         meter: closed here.
@@ -76,6 +81,7 @@ class Energy:
         self._condition, self._looked_s = Condition(None, ()), -math.inf
         self._doing, self._still, self._density = Doing(), False, 0.0
         self._last: PowerSeen | None = None
+        self.why = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._busy_s, self._began_s = 0.0, clock()
@@ -83,11 +89,16 @@ class Energy:
 
     # ---- what others say ---------------------------------------------------------------------------------------------------------------
 
-    def record(self, sample_hz: float | None) -> None:
-        """A field run asks for this rate, and for a row of power a second; None: it is over."""
+    def record(self, sample_hz: float | None, row_s: float | None = None) -> None:
+        """A field run asks for this rate; None: it is over.
+
+        Args:
+            row_s: seconds of a row of power; by default 1 s, 10 s where there is no power to tell, and a minute outside of field runs.
+        """
         self._hz = min(sample_hz or SAMPLE_HZ, self.meter.most_hz)
         self._integral.gap_s = max(self.meter.gap_s, _MISSED / self._hz)
-        self._rows.length_s = ROW_S if sample_hz is None else RECORDED_ROW_S
+        recorded_s = EMPTY_ROW_S if self.meter.certainty == UNMEASURED and self._guess is None else RECORDED_ROW_S
+        self._rows.length_s = row_s or (ROW_S if sample_hz is None else recorded_s)
 
     def keep_still(self, still: bool) -> None:
         """The device does nothing on purpose: what it draws while nothing goes on is its baseline."""
@@ -121,7 +132,9 @@ class Energy:
         return []
 
     def pulse(self, at_s: float) -> None:
-        """Make a sync pulse at this unix time, in a thread of its own, and tell when it really began."""
+        """Make a sync pulse at this unix time, in a thread of its own, and tell when it really began; none when the time is past."""
+        if at_s < self._unix_s() - LATE_S:
+            return
 
         def make() -> None:
             if not self._stop.wait(max(at_s - self._unix_s(), 0.0)):
@@ -138,11 +151,6 @@ class Energy:
         return ", ".join(self._condition.marks)
 
     @property
-    def last(self) -> PowerSeen | None:
-        """The mean over the last five seconds."""
-        return self._last
-
-    @property
     def overhead(self) -> float:
         """The sampling thread's processor time as a share of one core, since it began."""
         elapsed_s = self._clock() - self._began_s
@@ -156,9 +164,10 @@ class Energy:
     def state(self) -> PowerState:
         """For telemetry."""
         seen = self._last
-        if seen is None:
-            return PowerState(None, f"{self.meter.name}: has said nothing yet", self._condition.temperature_c, bool(self._condition.marks))
-        return PowerState(seen.watts, seen.meter, seen.temperature_c, bool(seen.marked))
+        if seen is None or self._unix_s() - seen.at_s > SILENT_S:
+            return PowerState(None, f"{self.meter.name}: no value", self._condition.temperature_c, bool(self._condition.marks))
+        meter = self.why if seen.certainty == UNMEASURED else seen.meter
+        return PowerState(seen.watts, meter, seen.temperature_c, bool(seen.marked))
 
     # ---- the thread --------------------------------------------------------------------------------------------------------------------
 
@@ -197,6 +206,8 @@ class Energy:
         piece = self._integral.add(self.meter.read(), now)
         if piece is None:
             return
+        if isinstance(piece, Gap):
+            self.why = piece.reason
         condition = self._condition
         for row in self._split.take(piece, condition.marks, condition.temperature_c):
             self._tell(row)

@@ -106,7 +106,7 @@ def _best(root: Path) -> Meter:
             meter.close()
     if silent is not None:
         return silent
-    return NoMeter("; ".join(reasons) or "no meter here; an INA219 or INA260 on I2C, or a USB or MQTT meter, measures it")
+    return NoMeter("; ".join(reasons) or "no meter here; an INA219 in the supply, or an external meter, measures it")
 
 
 def _pmic(root: Path) -> Pmic:

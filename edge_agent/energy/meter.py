@@ -72,10 +72,10 @@ class NoMeter:
     most_hz = 1.0
 
     def __init__(self, reason: str) -> None:
-        self._reading = Unmeasured(reason[:REASON_MOST])
+        self.reason = reason[:REASON_MOST]
 
     def read(self) -> Reading:
-        return self._reading
+        return Unmeasured(self.reason)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -90,6 +90,7 @@ MISUSES = [
     "measure power --meter mqtt:home/plug",
     "measure power --hz 1000",
     "measure power --calibration {text}",
+    "measure power --calibration {tmp}/none",
     "measure baseline --seconds 10",
     "measure baseline --calibration {text}",
     "measure pulse --bogus",

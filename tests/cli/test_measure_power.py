@@ -108,22 +108,28 @@ def seconds_of(count: int, watts: float | None, marked: str = "") -> list[PowerS
 
 
 def test_seconds_that_were_slowed_are_left_out_of_a_baseline() -> None:
-    found = measure_power.baseline_of([*seconds_of(30, 2.0), *seconds_of(30, 2.2), *seconds_of(5, 9.0, "throttled")], 60.0)
+    found = measure_power.baseline_of([*seconds_of(30, 2.0), *seconds_of(30, 2.2), *seconds_of(5, 9.0, "throttled")], 60.0, "")
     assert (found.watts, found.seconds, found.marked_s, found.temperature_c) == (pytest.approx(2.1), 60.0, 5.0, 50.0)
     assert 1.9 < found.low_w < 2.1 < found.high_w < 2.3
 
 
 @pytest.mark.parametrize(
-    ("rows", "why"),
+    ("rows", "unknown", "why"),
     [
-        (seconds_of(50, 2.0) + seconds_of(10, None), "only 50 of 60 s were measured undisturbed: unplugged; nothing was kept"),
-        (seconds_of(20, 2.0) + seconds_of(40, 2.0, "under-voltage"), "only 20 of 60 s .*: under-voltage"),
-        ([], "only 0 of 60 s"),
+        (seconds_of(50, 2.0) + seconds_of(10, None), "unplugged", "only 50 of 60 s were measured undisturbed: unplugged; nothing was kept"),
+        (seconds_of(20, 2.0) + seconds_of(40, 2.0, "under-voltage"), "", "only 20 of 60 s .*: under-voltage"),
+        ([], "", "only 0 of 60 s"),
     ],
 )
-def test_too_little_is_no_baseline(rows: list[PowerSeen], why: str) -> None:
+def test_too_little_is_no_baseline(rows: list[PowerSeen], unknown: str, why: str) -> None:
     with pytest.raises(LocalError, match=why):
-        measure_power.baseline_of(rows, 60.0)
+        measure_power.baseline_of(rows, 60.0, unknown)
+
+
+def test_without_a_meter_nobody_waits_a_minute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "baseline", "--meter", "none", "--calibration", str(tmp_path / "energy.json")]) == FAILED
+    assert "nothing to measure with: switched off" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # ---- pulse ---------------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 
 import msgspec
 
+from broker_server.credentials import may_read, may_write
 from edge_agent.energy.board_file import BoardFile
 from tests.docs.blocks import blocks
 from tests.docs.generate import ROOT
@@ -12,7 +13,7 @@ PAGE = ROOT / "docs" / "energy.md"
 
 
 def test_the_boards_file_of_the_page_is_one() -> None:
-    (shown,) = [block.text for block in blocks(PAGE) if block.language == "text"]
+    (shown,) = [block.text for block in blocks(PAGE) if block.text.startswith("{")]
     said = msgspec.json.decode(shown, type=BoardFile)
     assert said.baselines.keys() == said.calibrations.keys() == {"ina219 hwmon2"}
 
@@ -27,3 +28,10 @@ def test_sampling_costs_what_the_page_says_and_at_most_one_percent() -> None:
     assert len(shares) >= 10
     rows = [line for line in text.splitlines() if line.startswith("| ") and line.endswith(" % |")]
     assert [row.rsplit("|", 2)[1].strip() for row in rows][: len(shares)] == [f"{share:.2%}".replace("%", " %") for share in shares]
+
+
+def test_a_meter_with_the_devices_password_may_speak_where_the_device_listens() -> None:
+    topic = "regrow/v1/device/pi/watts"
+    assert may_write("pi", topic)
+    assert may_read("pi", topic)
+    assert not may_read("other", topic)

@@ -16,17 +16,20 @@ from edge_agent.energy.board_file import Baseline, BoardFile, Calibration
 from edge_agent.energy.external import MqttMeter
 from edge_agent.energy.hwmon import Hwmon
 from edge_agent.energy.meter import Meter, NoMeter, Reading, Unmeasured, Watts
-from edge_agent.energy.phases import Doing
+from edge_agent.energy.phases import Doing, doing_of
 from edge_agent.heat import Heat
-from regrow import observations
+from regrow import observations, topics
 from regrow.device import Device
-from regrow.machine import Connected, Received, Subscribe
+from regrow.device import Phase as DevicePhase
+from regrow.machine import Connected, Received, Subscribe, Train
 from regrow.observations import Mark, PhaseSeen, PowerSeen, Row
+from regrow.parameters import Layout, Tensor
 from regrow.presence import Identity
 from regrow.pulse import BITS, find_pulse
 from tests.edge_agent.energy import boards
 from tests.edge_agent.energy.boards import write
 from tests.edge_agent.energy.test_phases import MODEL
+from tests.golden.examples import EXAMPLES
 
 UNIX_S = 1_790_000_000.0
 
@@ -84,12 +87,17 @@ def test_a_row_a_minute_and_in_a_field_run_one_a_second(tmp_path: Path) -> None:
 def test_telemetry_says_what_the_meter_said_lately_or_why_not(tmp_path: Path) -> None:
     script = Script()
     bench = Bench(script, tmp_path)
-    assert bench.energy.state().meter == "script: has said nothing yet"
+    assert bench.energy.state().meter == "script: no value"
     bench.pass_s(6)
     assert bench.energy.state() == type(bench.energy.state())(pytest.approx(3.0), "script", 52.1)
     script.reading = Unmeasured("unplugged")
     bench.pass_s(11)
     assert (bench.energy.state().watts, bench.energy.state().meter) == (None, "unplugged")
+    script.reading = Watts(3.0)
+    bench.pass_s(11)
+    assert bench.energy.state().watts == pytest.approx(3.0)
+    bench.now += 100.0  # nobody samples any more: what was is not what is
+    assert bench.energy.state().watts is None
 
 
 def test_what_slows_the_board_is_marked_and_told_at_once(tmp_path: Path) -> None:
@@ -152,6 +160,38 @@ def test_joules_go_to_what_the_device_does(tmp_path: Path) -> None:
         ("idle", pytest.approx(3.0)),
     ]
     assert bench.energy.meter.closed  # type: ignore[attr-defined]
+
+
+def test_what_a_device_does_by_its_machine() -> None:
+    machine = device()
+    assert doing_of(machine, training=False) == Doing()
+    assert doing_of(machine, training=True).phases == {"train"}
+    machine.phase = DevicePhase.FETCHING
+    assert doing_of(machine, training=False).phases == set()  # there is no link: it waits
+    machine.connected = True
+    assert doing_of(machine, training=False).phases == {"receive"}
+    machine.phase = DevicePhase.PROBING
+    assert doing_of(machine, training=True).phases == {"train", "transmit"}
+    machine.phase = DevicePhase.SENDING
+    assert doing_of(machine, training=False).phases == set()  # it waits for its receipt
+    machine.phase = DevicePhase.SAVING
+    assert doing_of(machine, training=False).phases == {"train"}
+
+
+def test_the_density_of_the_job_at_hand_stands_in_its_rows(tmp_path: Path) -> None:
+    bench = Bench(Script(), tmp_path)
+    machine = device()
+    machine.names, machine.term = topics.Run("digits", "run-1"), 1
+    machine.assignment = EXAMPLES["assignment"][0]  # type: ignore[assignment]
+    layout = Layout((Tensor("w", (8,)),)).to_json()
+    values = np.zeros(2, np.float32)
+    bench.energy.trains(Train(1, 0, {"layout": layout}, values, np.arange(2, dtype=np.uint32), 2, {}, 5, 10, 0.1, 1))
+    bench.energy.follow(machine, training=True)
+    bench.pass_s(1)
+    bench.energy.close()
+    row = next(row for row in bench.rows if isinstance(row, PhaseSeen) and row.phase == "train")
+    assert machine.assignment is not None
+    assert (row.run, row.number, row.steps, row.density) == ("run-1", machine.assignment.number, machine.assignment.steps, 0.25)
 
 
 def test_without_a_meter_nothing_is_zero(tmp_path: Path) -> None:
@@ -224,6 +264,7 @@ def test_a_pulse_is_made_when_it_is_due_and_its_beginning_told(tmp_path: Path, m
         told.set()
 
     energy = Energy(Script(), take, heat=Heat(tmp_path), unix_s=lambda: UNIX_S)  # type: ignore[arg-type]
+    energy.pulse(UNIX_S - 3600)  # a retained wish that is long past
     energy.pulse(UNIX_S + 0.05)
     assert made.wait(20)
     assert told.wait(20)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.energy.external import SILENT_S, MqttMeter, SerialMeter, watts_in
@@ -94,6 +94,23 @@ def test_lines_from_a_serial_meter(line: tuple[int, Path]) -> None:
     now[0] = 60.0
     assert "silent for 20 s" in str(meter.read())
     meter.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=60) | st.sampled_from([b"4.5 W\n", b"\r\n", b"-1\n", b"0\n", b"1e9\n", b"4.\n"]), max_size=8))
+def test_any_bytes_on_the_line_give_a_reading_or_a_reason(said: list[bytes]) -> None:
+    theirs, ours = os.openpty()
+    tty.setraw(theirs)
+    meter = SerialMeter(Path(os.ttyname(ours)))
+    meter.read()
+    for data in said:
+        os.write(theirs, data)
+        reading = meter.read()
+        assert (isinstance(reading, Unmeasured) and reading.reason) or (isinstance(reading, Watts) and 0 < reading.watts <= MOST_W)
+    os.close(theirs)
+    assert isinstance(meter.read(), Unmeasured)  # unplugged
+    meter.close()
+    os.close(ours)
 
 
 def test_a_serial_meter_that_is_not_there_yet(tmp_path: Path) -> None:

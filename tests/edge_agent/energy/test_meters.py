@@ -357,6 +357,22 @@ def _opens_or_says_why(make: Callable[[Path], Meter], root: Path) -> None:
     meter.close()
 
 
+@settings(max_examples=60, deadline=None)
+@given(start=st.integers(0, 999_999), grown=st.lists(st.integers(0, 999_999), max_size=30))
+def test_whatever_a_counter_wraps_at_its_joules_add_up(start: int, grown: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = write(Path(folder), {**boards.LAPTOP, "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "1000000\n"})
+        file, meter = root / "sys/class/powercap/intel-rapl:0/energy_uj", Rapl(root)
+        file.write_text(f"{start}\n")
+        assert meter.read() == Joules(0.0)
+        now, total = start, 0
+        for more in grown:
+            now, total = (now + more) % 1_000_000, total + more
+            file.write_text(f"{now}\n")
+            assert meter.read() == Joules(total / 1e6)
+        meter.close()
+
+
 @given(text=st.text(max_size=200) | st.binary(max_size=200).map(lambda data: data.decode("latin-1")))
 def test_any_answer_of_the_firmware(text: str) -> None:
     assert plausible(Pmic(lambda _: text).read())
