@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
         subject = subject_of(bundle, folder.path, member)
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
-            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.link_is_free))
+            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.quiet))
         running = Agent(
             bundle,
             folder,

@@ -247,7 +247,7 @@ class Agent:
                 while not self._results.empty():
                     self._take_result(self._results.get())
                 if not self._clearing:
-                    self._perform(self._models.go_on(time.monotonic(), quiet=self.link_is_free))
+                    self._perform(self._models.go_on(time.monotonic(), quiet=self.quiet))
                     self._start_anew(time.monotonic())
                 self._accompany(None)
                 if self._sealing is not None:
@@ -269,8 +269,8 @@ class Agent:
                 self._budgets.close()
 
     @property
-    def link_is_free(self) -> bool:
-        """Whether what is no training may use the link now."""
+    def quiet(self) -> bool:
+        """Training leaves the link alone, and the owner's limits allow its use."""
         return not self.device.needs_link and self.device.may_use_link
 
     def _look_at_limits(self) -> None:
@@ -289,7 +289,7 @@ class Agent:
         self._tell_of_outages(event)
         if not self._clearing:
             self._step(event)
-            self._perform(self._models.step(event, time.monotonic(), quiet=self.link_is_free))
+            self._perform(self._models.step(event, time.monotonic(), quiet=self.quiet))
         self._accompany(event)
 
     def _accompany(self, event: Event | None) -> None:

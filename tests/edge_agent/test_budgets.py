@@ -387,7 +387,7 @@ def test_an_agent_knows_its_limits_before_it_connects_and_keeps_the_count_at_its
     one = agent(folder, life.budgets)
     one._look_at_limits()
     assert not one.device._restraint.allowed.train
-    assert one.link_is_free, "outside its hours the link is for others"
+    assert one.quiet, "outside its hours the link is for others"
     one._step(Limited(life.budgets.allowed))
     one.stop()
     one.run(heard.append)

@@ -159,14 +159,27 @@ def test_what_waited_for_an_unmetered_network_leaves_when_there_is_one() -> None
     world.finish()
 
 
-def test_a_probe_waits_for_the_link_too() -> None:
-    world = until(Phase.PROBING)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_probe_waits_for_the_link_too(early: bool) -> None:
+    world = running() if early else until(Phase.PROBING)
     allow(world, "d1", METERED)
     sent = len(world.sent)
-    world.run(world.now + 30.0)
+    world.run(world.now + 3.0)
+    world.cut("d1")
+    world.connect("d1")
+    world.run(world.now + 10.0)
+    assert world.device("d1").phase is Phase.PROBING
     assert not [topic for _, who, topic, _ in world.sent[sent:] if who == "d1" and "/probe" in topic]
     allow(world, "d1", Allowed())
     ended(world)
+
+
+def test_a_probe_takes_an_eighth_of_what_is_left_at_most() -> None:
+    world = running()
+    allow(world, "d0", Allowed(bytes_left=300_000, day_end_s=1e5))
+    world.run(10.0, stop=lambda: world.device("d0").phase is Phase.WAITING)
+    probes = sum(len(payload) for _, who, topic, payload in world.sent if who == "d0" and topic.endswith("/probe"))
+    assert 0 < probes <= 300_000 / 8 + 2 * wire.MIN_CHUNK_BYTES
 
 
 # ---- heat ----------------------------------------------------------------------------------------------------------------------------
@@ -315,7 +328,7 @@ def test_a_job_is_shrunk_to_what_the_bytes_of_the_day_hold() -> None:
     world.run(60.0)
     assert world.notes_of("fetching", "d0")
     assert accepted_by(world, "d0") == 0, "this task has no smaller level"
-    assert metered.used() < 300_000 + 40_000, "the probe, and no model"
+    assert metered.used() < 120_000, "a probe, and no model"
     told = limits_told(world, "d0")[-1]
     assert told is not None
     assert told.said.startswith(f"{BYTES}: ")
