@@ -248,7 +248,7 @@ def in_words(budget: Budget) -> str:
         "{:g} J a round": budget.joules_per_round,
         "battery from {:g} %": budget.battery_floor,
         "below {:g} C": budget.max_temperature_c,
-        "from {}": budget.hours,
+        "hours {}": budget.hours,
         "unmetered networks only": budget.unmetered_only or None,
     }
     return ", ".join(words.format(value) for words, value in said.items() if value is not None)

@@ -43,6 +43,7 @@ from regrow.sending import PROBE_MAX_BYTES, Sending
 from regrow.wire import DECLINED
 
 OUTGOING = "outgoing"
+PROBE_PART = 8  # of the bytes that its owner still allows today, a probe takes one in so many at most
 
 
 class Phase(Enum):
@@ -314,10 +315,11 @@ class Device:
     # ---- probing -------------------------------------------------------------------------------------------------------------------
 
     def _begin_probe(self) -> None:
-        if not self._restraint.may_send(PROBE_MAX_BYTES):
-            return
-        self._sending.begin_probe(self.now)
-        self._probe_on()
+        left = self._restraint.allowed.bytes_left
+        most = PROBE_MAX_BYTES if left is None else min(PROBE_MAX_BYTES, left // PROBE_PART)
+        if self._restraint.may_send(max(most, wire.MIN_CHUNK_BYTES)):
+            self._sending.begin_probe(self.now, most)
+            self._probe_on()
 
     def _probe_on(self) -> None:
         if self.names is not None:

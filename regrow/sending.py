@@ -34,6 +34,7 @@ class Sending:
     _receipt_wait_s: float = RECEIPT_WAIT_S
     _probe_start_s: float = 0.0
     _probe_bytes: int = 0
+    _probe_most_bytes: int = PROBE_MAX_BYTES
 
     def stop(self) -> None:
         """Forget what was under way: the link is cut, or there is nothing to send any more."""
@@ -64,13 +65,13 @@ class Sending:
         self.ask_s = now + self._receipt_wait_s
         self._receipt_wait_s = min(2 * self._receipt_wait_s, RECEIPT_WAIT_MAX_S)
 
-    def begin_probe(self, now: float) -> None:
-        self._probe_bytes, self._probe_start_s = 0, now
+    def begin_probe(self, now: float, most_bytes: int = PROBE_MAX_BYTES) -> None:
+        self._probe_bytes, self._probe_start_s, self._probe_most_bytes = 0, now, most_bytes
 
     def next_probes(self, boot: bytes, now: float) -> list[tuple[int, bytes]]:
-        """(token, noise) of what may leave now; nothing any more after a second or 256 KiB."""
+        """(token, noise) of what may leave now; nothing any more after a second, or all bytes of the probe."""
         leaving = []
-        while len(self.in_flight) < UNACKNOWLEDGED and now - self._probe_start_s < PROBE_S and self._probe_bytes < PROBE_MAX_BYTES:
+        while len(self.in_flight) < UNACKNOWLEDGED and now - self._probe_start_s < PROBE_S and self._probe_bytes < self._probe_most_bytes:
             noise = hashlib.shake_128(boot + bytes([self._probe_bytes % 251])).digest(wire.MIN_CHUNK_BYTES)
             self._probe_bytes += len(noise)
             leaving.append((self._token_for(_A_PROBE), noise))

@@ -164,7 +164,7 @@ def test_options_make_limits_and_words() -> None:
     everything = options(**numbers, hours="22:00-06:00", unmetered_only=True)
     assert everything == Budget(10**8, 20.0, 30.0, 75.0, Hours(1320, 360), True)
     assert in_words(everything) == (
-        "100000000 bytes a day, 20 J a round, battery from 30 %, below 75 C, from 22:00-06:00, unmetered networks only"
+        "100000000 bytes a day, 20 J a round, battery from 30 %, below 75 C, hours 22:00-06:00, unmetered networks only"
     )
     with pytest.raises(UsageError, match=r"^--hours 'at night' are no hours"):
         options(hours="at night")
@@ -306,7 +306,7 @@ def test_the_doctor_tells_what_is_set_and_what_holds(folder: StateFolder) -> Non
     life.look()
     found = limits_in(folder.path)
     assert found.state == "warn"
-    assert found.said.startswith(f"{HOURS}: it works from 22:00 to 06:00 only (set: 10000000 bytes a day, from 22:00-06:00; ")
+    assert found.said.startswith(f"{HOURS}: it works from 22:00 to 06:00 only (set: 10000000 bytes a day, hours 22:00-06:00; ")
     life.look(seconds=11 * 3600.0)
     assert (limits_in(folder.path).state, limits_in(folder.path).said[:10]) == ("ok", "none holds")
     (folder.path / BUDGET).write_bytes(b"torn")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from regrow import records, wire
+from regrow import coordinator as module
+from regrow import records, topics, wire
 from regrow.budget import BYTES, HOURS, JOULES, UNMETERED, Allowed, Budget, Seen, Used, judge
 from regrow.device import Device, Phase
 from regrow.machine import Limited, Steer, Train
@@ -16,7 +17,7 @@ from regrow.reported import limit_note
 from testbed.memory import COORDINATOR
 from tests.regrow.device_worlds import RUN, SLOW, accepted_by, big_world, ended, running, until
 from tests.regrow.fleet import LINKS, identity, task
-from tests.regrow.harness import TWO, Tape, begin, check_run, feed, fingerprint, replay_with_snapshot, restart_coordinator
+from tests.regrow.harness import TWO, Tape, begin, check_run, feed, fingerprint, inject, replay_with_snapshot, restart_coordinator
 
 NIGHT_ONLY = Allowed(train=False, said=f"{HOURS}: it works from 22:00 to 06:00 only", names=frozenset({HOURS}), until_s=1e6)
 METERED = Allowed(link=False, said=f"{UNMETERED}: this network is metered", names=frozenset({UNMETERED}))
@@ -87,6 +88,38 @@ def test_a_device_that_is_limited_from_its_start_is_never_given_parts() -> None:
     ended(world)
 
 
+def test_a_job_that_may_not_go_on_ends_in_the_training_thread_too() -> None:
+    world = until(Phase.TRAINING)
+    assert Steer("give up") in world.device("d1").step(Limited(NIGHT_ONLY), world.now)
+
+
+def test_work_whose_refusal_was_lost_is_taken_back_with_the_next_word() -> None:
+    """The device gives it back while there is no link, so the coordinator hears only that it rests."""
+    world = until(Phase.TRAINING)
+    world.cut("d1")
+    world.run(world.now + 0.2)
+    allow(world, "d1", NIGHT_ONLY)
+    leader = world.coordinator()
+    assert leader.ledger.devices["d1"].lease is not None
+    world.connect("d1")
+    world.run(world.now + 2.0)
+    assert leader.ledger.devices["d1"].lease is None
+    assert NIGHT_ONLY.said in world.notes_of("released")[-1]["reason"]
+
+
+def test_a_limited_device_says_so_before_its_hello() -> None:
+    world = until(Phase.TRAINING)
+    allow(world, "d1", NIGHT_ONLY)
+    world.cut("d1")
+    world.run(world.now + 1.0)
+    sent = len(world.sent)
+    world.connect("d1")
+    world.run(world.now + 0.5)
+    first, second = [topic for _, who, topic, _ in world.sent[sent:] if who == "d1"][:2]
+    assert first.endswith("/telemetry")
+    assert second.endswith("/hello")
+
+
 def test_metered_networks_carry_next_to_nothing() -> None:
     world = begin(task(fleet={"min_devices": 2}, stop={"aggregations": 100_000}, method={"ladder": (1.0,)}), SLOW)
     world.run(100.0, stop=lambda: world.device("d1").phase is Phase.TRAINING)
@@ -101,6 +134,12 @@ def test_metered_networks_carry_next_to_nothing() -> None:
     assert client.sent_bytes - before[0] < 2000
     assert client.received_bytes - before[1] < 2000, "no claim every two seconds"
     assert not world.device("d1").may_use_link
+    world.cut("d1")
+    world.connect("d1")
+    world.run(world.now + 5.0)
+    before = (client.sent_bytes, client.received_bytes)
+    world.run(world.now + 300.0)
+    assert client.received_bytes - before[1] < 500, "nor after another connect"
 
 
 def test_what_waited_for_an_unmetered_network_leaves_when_there_is_one() -> None:
@@ -120,14 +159,27 @@ def test_what_waited_for_an_unmetered_network_leaves_when_there_is_one() -> None
     world.finish()
 
 
-def test_a_probe_waits_for_the_link_too() -> None:
-    world = until(Phase.PROBING)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_probe_waits_for_the_link_too(early: bool) -> None:
+    world = running() if early else until(Phase.PROBING)
     allow(world, "d1", METERED)
     sent = len(world.sent)
-    world.run(world.now + 30.0)
+    world.run(world.now + 3.0)
+    world.cut("d1")
+    world.connect("d1")
+    world.run(world.now + 10.0)
+    assert world.device("d1").phase is Phase.PROBING
     assert not [topic for _, who, topic, _ in world.sent[sent:] if who == "d1" and "/probe" in topic]
     allow(world, "d1", Allowed())
     ended(world)
+
+
+def test_a_probe_takes_an_eighth_of_what_is_left_at_most() -> None:
+    world = running()
+    allow(world, "d0", Allowed(bytes_left=300_000, day_end_s=1e5))
+    world.run(10.0, stop=lambda: world.device("d0").phase is Phase.WAITING)
+    probes = sum(len(payload) for _, who, topic, payload in world.sent if who == "d0" and topic.endswith("/probe"))
+    assert 0 < probes <= 300_000 / 8 + 2 * wire.MIN_CHUNK_BYTES
 
 
 # ---- heat ----------------------------------------------------------------------------------------------------------------------------
@@ -164,7 +216,7 @@ def test_the_density_goes_down_with_the_limit_and_up_again() -> None:
     assert again.ledger.devices["d0"].density == 0.2
     before = len(assigned(world, "d0"))
     pass_rounds(world, 3)
-    assert {again.ledger.density_of(each.level) for each in assigned(world, "d0")[before:]} == {0.2}, "also before it is told again"
+    assert {again.ledger.density_of(each.level) for each in assigned(world, "d0")[before:]} == {0.2}
     allow(world, "d0", Allowed())
     pass_rounds(world, 3)
     assert again.ledger.devices["d0"].density == 1.0
@@ -172,6 +224,36 @@ def test_the_density_goes_down_with_the_limit_and_up_again() -> None:
     world.finish()
     assert fingerprint(replay_with_snapshot(world.log, settings, len(world.log) // 2)) == fingerprint(again.ledger)
     check_run(world, settings)
+
+
+def test_until_a_device_says_something_of_its_limits_the_last_ones_hold() -> None:
+    """A gateway that has just been started hears its hello, and no telemetry yet."""
+    settings = task(stop={"aggregations": 10_000}, restoration={"trigger": "none"})
+    world = begin(settings)
+    world.run(4.0)
+    allow(world, "d0", at_most(0.3))
+    pass_rounds(world, 4)
+    world.kill("d0")
+    again = restart_coordinator(world, settings)
+    world.run(world.now + 30.0, stop=lambda: again.ledger.devices["d0"].lease is None and again.phase is module.Phase.LEADING)
+    hello = wire.Hello(boot=identity("d0").boot, install=identity("d0").install, uplink_bps=4e6)
+    before = len(assigned(world, "d0"))
+    inject(world, topics.hello("d0"), wire.encode(hello))
+    assert "d0" not in again.telemetry
+    world.run(world.now + 8.0, stop=lambda: len(assigned(world, "d0")) > before)
+    assert [again.ledger.density_of(each.level) for each in assigned(world, "d0")[before:]] == [0.2]
+
+
+def test_telemetry_tells_of_link_and_power_where_the_runtime_measures_them() -> None:
+    world = until(Phase.TRAINING)
+    meters = world.device("d1").meters
+    meters.link, meters.power = wire.LinkState(3e4, 5e4, 0.2), wire.PowerState(None, "unmeasured: no meter", 51.0, throttled=True)
+    world.run(world.now + 5.0)
+    told = world.coordinator().telemetry["d1"]
+    assert (told.link, told.power) == (meters.link, meters.power)
+    note = world.notes_of("telemetry")[-1]
+    assert world.coordinator().telemetry["d0"].power is None
+    assert {"watts", "rtt_s", "limit", "temperature_c"} <= note.keys()
 
 
 def test_a_limit_below_every_level_means_rest() -> None:
@@ -246,7 +328,7 @@ def test_a_job_is_shrunk_to_what_the_bytes_of_the_day_hold() -> None:
     world.run(60.0)
     assert world.notes_of("fetching", "d0")
     assert accepted_by(world, "d0") == 0, "this task has no smaller level"
-    assert metered.used() < 300_000 + 40_000, "the probe, and no model"
+    assert metered.used() < 120_000, "a probe, and no model"
     told = limits_told(world, "d0")[-1]
     assert told is not None
     assert told.said.startswith(f"{BYTES}: ")

@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 
 from regrow import density, reference
+from regrow.budget import Allowed
 from regrow.coordinator import Coordinator, Phase
 from regrow.device import Device
 from regrow.levels import densities_of
-from regrow.machine import Effect, Event, Standing
+from regrow.machine import Effect, Event, Limited, Standing
 from regrow.roster import Least, Ranked, Tally
 from regrow.task import Task
 from testbed.memory import COORDINATOR
 from tests.regrow.fleet import PROGRAMS, identity, start_ledger, task
 from tests.regrow.harness import Tape, begin, check_run, feed, restart_coordinator
 
+LIMITS = (
+    Allowed(),
+    Allowed(train=False, said="hours: not now"),
+    Allowed(density=0.25, said="joules"),
+    Allowed(density=0.001, said="joules"),
+)
 FLEET = {f"d{number}": 4e6 / (1 + number % 5) for number in range(12)}
 
 
@@ -30,7 +37,12 @@ def expected(leader: Coordinator) -> dict[str, Any]:
     live = {who for who in devices if leader.live(who)}
     leased = {who for who, device in devices.items() if device.lease is not None}
     fit = [who for who in live if devices[who].rejections < ledger.task.fleet.max_rejections and devices[who].memory_density > 0.0]
-    working = [who for who in fit if who not in leader.roster.resting]
+    last = {who: telemetry.limit for who, telemetry in leader.telemetry.items()}
+    assert leader.roster.limits == {who: limit for who, limit in last.items() if limit is not None}
+    least = ledger.order.lengths[0] / ledger.order.size
+    limited = {who for who, limit in leader.roster.limits.items() if (limit.density or 0.0) < least}
+    resting = leader.roster.resting | limited
+    working = [who for who in fit if who not in resting]
     first = [devices[who].first_density for who in working]
     transfers = {who: device.density / device.uplink_bps for who, device in devices.items()}
     rounds = [mean for device in devices.values() if (mean := density.mean_round_s(device.full_round_s)) is not None]
@@ -45,7 +57,7 @@ def expected(leader: Coordinator) -> dict[str, Any]:
     ]
     return {
         "idle": {who for who in working if who not in leased and who not in ledger.arrived},
-        "outstanding": (leased & live) - leader.roster.overdue - leader.roster.resting,
+        "outstanding": (leased & live) - leader.roster.overdue - resting,
         "fastest": first.count(max(first)) if first else 0,
         "leases": Counter(device.lease.version for device in devices.values() if device.lease is not None),
         "mean": float(np.mean([device.density for device in devices.values()])) if devices else None,
@@ -107,6 +119,7 @@ def troubled(settings: Task, seed: int) -> Tape:
             break
         who = chance.choice(sorted(FLEET))
         deed = chance.choice(["kill", "reboot", "reinstall", "cut", "offline"])
+        feed(world, chance.choice(sorted(FLEET)), Limited(chance.choice(LIMITS)))
         resting = frozenset(chance.sample(sorted(FLEET), 2))
         feed(world, COORDINATOR, Standing(resting, resting ^ {who}))
         if deed == "kill":
@@ -120,6 +133,8 @@ def troubled(settings: Task, seed: int) -> Tape:
         else:
             world.reboot(who, turn, turn if deed == "reinstall" else 0)
     feed(world, COORDINATOR, Standing())
+    for who in FLEET:
+        feed(world, who, Limited(Allowed()))
     world.finish()
     return world
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
-from edge_agent.budgets import BUDGET, limits_in
-from edge_agent.state import content_of
+from edge_agent.agent import Agent
+from edge_agent.budgets import BUDGET, Budgets, Reading, limits_in
+from edge_agent.bundle import read_bundle
+from edge_agent.data.sources import open_source
+from edge_agent.state import StateFolder, content_of
 from export.models import digits_mlp
+from regrow.budget import Budget
 from tests.testbed.processes import Child, Fleet, accepted, notes, task_text, until
 
 
@@ -57,6 +62,38 @@ def test_a_days_bytes_hold_through_a_kill(tmp_path: Path) -> None:
         assert last.stop() == 0
         assert f"{limit} bytes a day" in limits_in(fleet.folder / "d1.state").said
         fleet.check()
+
+
+def test_heat_stops_training_between_two_steps_and_cold_lets_it_go_on(tmp_path: Path) -> None:
+    """The agent itself with its thread and its link, in this process, so that its thermometer can be held."""
+    with fleet_of(tmp_path, "aggregations = 100000") as fleet:
+        serve = fleet.serve()
+        fleet.add({"d1": 8000.0, "d2": 8000.0})
+        reading = [Reading(temperature_c=40.0)]
+        with StateFolder(fleet.folder / "d1.state") as folder:
+            budgets = Budgets(Budget(max_temperature_c=70.0), folder, lambda: reading[0])
+            agent = Agent(read_bundle(fleet.folder / "d1.json"), folder, open_source(f"{fleet.folder / 'd1.npz'}", None), budgets=budgets)
+            running = threading.Thread(target=agent.run)
+            running.start()
+            try:
+                fleet.device("d2")
+                until(lambda: delivered(fleet, "d1") >= 2, "updates of the device")
+                reading[0] = Reading(temperature_c=71.0)
+                serve.said(r"limited device=d1 does=rests reason=temperature ceiling: 71 C, the ceiling is 70 C")
+                before = delivered(fleet, "d1")
+                fleet.reach_version(fleet.version() + 4)
+                assert delivered(fleet, "d1") <= before + 1, "one may have been on its way"
+                before = delivered(fleet, "d1")
+                reading[0] = Reading(temperature_c=68.0)
+                fleet.reach_version(fleet.version() + 4)
+                assert delivered(fleet, "d1") == before, "not yet cool enough"
+                reading[0] = Reading(temperature_c=66.0)
+                serve.said("free again device=d1")
+                until(lambda: delivered(fleet, "d1") > before, "it goes on")
+            finally:
+                agent.stop()
+                running.join(30.0)
+        assert not running.is_alive()
 
 
 def test_outside_its_hours_an_agent_does_nothing_and_says_so_on_both_sides(tmp_path: Path) -> None:
