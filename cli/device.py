@@ -103,6 +103,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
             companions=companions,
             observer=observer,
+            observe=(lambda _: None) if observer is None else observer.add,
             vitals=Vitals(folder.path, version(), watchdog),
         )
         samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"

@@ -53,11 +53,12 @@ class Replayed:
     updates: Mapping[str, int]
 
 
-def replay(run: Recorded, folder: Path, data: Spec) -> tuple[Replayed, list[str]]:
+def replay(run: Recorded, folder: Path, data: Spec, others: Sequence[Recorded] = ()) -> tuple[Replayed, list[str]]:
     """Simulate a recorded run; returns the devices whose traces were taken, in order.
 
     Args:
         folder: the traces are written there and stay.
+        others: as in write_traces.
         data: of which data, data_folder, split, validation and trainer count.
 
     Raises:
@@ -66,7 +67,7 @@ def replay(run: Recorded, folder: Path, data: Spec) -> tuple[Replayed, list[str]
     task_folder = load_task(run.path / "task")
     densities = unit_densities_of(task_folder.task)
     work = {} if densities is None else dict(relative_work(read_model(task_folder.model_path), densities))
-    names = write_traces(run, folder, work)
+    names = write_traces(run, folder, others, work)
     spec = msgspec.structs.replace(
         data,
         method=None,
