@@ -193,6 +193,7 @@ class _Conductor:
         self._stopped = threading.Event()
         self._absent: list[str] = []
         self._title = ""
+        self._served = False
 
     def conduct(self, lacking: list[Repetition]) -> None:
         plan = self._field.plan
@@ -302,7 +303,9 @@ class _Conductor:
 
     def _serve(self, repetition: Repetition, path: Path, start_s: float, absent: tuple[str, ...]) -> None:
         """The run itself, in this process."""
-        options = parser("serve").parse_args(["serve", str(path), "--runs", str(path.parent), "--plain"])
+        words = ["serve", str(path), "--runs", str(path.parent), "--plain"]
+        options = parser("serve").parse_args([*words, "--takeover"] if self._served else words)  # from itself, without waiting
+        self._served = True
         step = Step(kind="interrupted", at_s=0.0, number=repetition.number, run=path.name, start_s=start_s, absent=absent)
         reason = "stopped"
         try:

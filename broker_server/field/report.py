@@ -66,6 +66,10 @@ def _body(record: FieldRecord, target: float, pictures: Sequence[Picture], simul
     after = [repetitions(record), marks(record), clocks(record), gaps(record)]
     parts = [_intro(record, command), *(as_html(table) for table in tables if table is not None)]
     parts += [_figure(picture) for picture in pictures]
+    if not any(picture.name == "accuracy-joules" for picture in pictures):
+        parts.append(
+            f"<p>{html.escape(record.score.capitalize())} over joules: unmeasured, in every run a device that trained knows none.</p>\n"
+        )
     parts += ["<h2>Simulation against field</h2>\n", f"<p>{html.escape(why_not)}</p>\n" if simulated is None else as_html(simulated)]
     parts += ["<h2>What happened</h2>\n", *map(as_html, after)]
     parts += ["<h2>How to read this</h2>\n", *(f"<p>{html.escape(note)}</p>\n" for note in _notes(record)), _conditions(record)]

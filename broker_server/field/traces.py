@@ -31,7 +31,7 @@ def write_traces(run: Recorded, folder: Path, others: Sequence[Recorded] = (), w
         work: what a step costs by density, relative to the full model; nothing: the same at each, as with masks of single weights.
 
     Raises:
-        LocalError: a device that trained has no transfer in one direction in any of the runs, or no update: nothing could be replayed of it.
+        LocalError: a device that trained has no transfer in one direction in any of the runs, or no update: it could not be replayed.
     """
     task, devices = read_task(run.path / "task"), sorted(name for name, device in run.course.devices.items() if device.updates)
     if not devices:

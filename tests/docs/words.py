@@ -428,7 +428,7 @@ HANDLERS = {
     "coordinator._tick": "End leases past their deadline, beat, do all that is due: aggregate, restore, refresh, assign, finish (`done`).",
     "coordinator._announce_end": "Of a finished run: clear everything that is retained.",
     "coordinator._take_standing": "Give devices that rest no new work, do not wait for them; when leading, end the leases of paused ones.",
-    "device._hear_told": "`pause`: give up what it fetches or trains (`waiting`). `drain`: nothing after the job at hand. `work` again: say hello.",
+    "device._hear_told": "`pause`: give up what it fetches or trains (`waiting`). `drain`: nothing after this job. `work`: say hello.",
     "device._connect": "Subscribe, say hello, go on where it was: probe again, fetch what lacks, or ask for the receipt.",
     "device._disconnect": "Forget what was in flight; work that needs no link goes on.",
     "device._measure": "Remember the estimate; say hello with the first one.",
