@@ -85,6 +85,8 @@ def _intro(record: FieldRecord, command: str) -> str:
     ]
     if lacking:
         said.append(f"Not run yet: {', '.join(each.name for each in lacking)}.")
+    if record.deleted:
+        said.append(f"{', '.join(record.deleted)} was deleted, and is in nothing below.")
     if record.outsiders:
         said.append(f"Took part without being in the plan: {', '.join(record.outsiders)}.")
     if not record.observed:

@@ -31,7 +31,7 @@ from testbed.outcome import Spec
 from testbed.simulate import Earlier, Simulation, task_of
 from tests.testbed.processes import task_text, write_digits
 
-LINKS = {"pi-1": (100_000, 400_000), "pi-2": (50_000, 200_000), "pi-3": (20_000, 80_000)}  # bit/s up and down
+LINKS = {"pi-1": (300_000, 1_200_000), "pi-2": (150_000, 600_000), "pi-3": (60_000, 240_000)}  # bit/s up and down
 DEVICES = tuple(LINKS)
 BEGAN_S = 1_790_000_000.0
 RUN_S, BASELINE_S = 20.0, 5.0
@@ -44,7 +44,7 @@ def recorded_field(folder: Path, methods: Sequence[str], repetitions: int, *, ob
     """FOLDER/runs with a field run "orchard", FOLDER/data with the devices' data as `--data npz` takes them."""
     task, runs = folder / "task", folder / "runs"
     task.mkdir(parents=True)
-    (task / "task.toml").write_text(task_text("digits", stop="seconds = 20", fleet="min_devices = 3").replace("every = 5", "every = 2"))
+    (task / "task.toml").write_text(task_text("digits", stop="seconds = 20", fleet="min_devices = 3").replace("every = 5", "every = 1"))
     save_model(digits_mlp(1), task / "model.onnx")
     _write_data(folder / "data")
     (runs / ".gateway").mkdir(parents=True)

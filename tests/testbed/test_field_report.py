@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from broker_server.field.observed import TRAINING
 from broker_server.field.record import FieldRecord, reach, read_record
 from broker_server.field.summary import by_device, clocks, default_target, gaps, overview
 from broker_server.observations import open_observations
@@ -97,8 +98,8 @@ def test_bytes_are_those_of_training_and_telemetry_stands_apart(record: FieldRec
     for run in record.runs:
         assert run.has_transfers
         rows = [row for observed in run.observed.values() for row in observed.rows["transfers"]]
-        training = sum(row["packet_bytes"] for row in rows if row["what"] in ("update", "model"))
-        assert run.transferred("packet_bytes", ("update", "model")) == pytest.approx(training, rel=0.01)
+        training = sum(row["packet_bytes"] for row in rows if row["what"] in TRAINING)
+        assert run.transferred("packet_bytes", TRAINING) == pytest.approx(training, rel=0.01)
         assert 0 < run.bytes_until(run.course.points[-1]) <= training
         assert sum(row["packet_bytes"] for row in rows if row["what"] == "telemetry") == 3 * 560
 
