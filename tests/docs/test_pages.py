@@ -15,6 +15,7 @@ HAND_WRITTEN = (
     "README.md",
     "docs/bring-your-own.md",
     "docs/deploy.md",
+    "docs/field.md",
     "docs/fleet.md",
     "docs/images.md",
     "docs/gateway.md",
