@@ -2,6 +2,7 @@
 
     field/DEVICE.json      a `Field` as JSON, written by `announce`; published retained as long as it lies there
     field/DEVICE.report    what the device answered last, and its clock against ours
+    field/lock             held by the process that speaks
 
 While a field run goes on, an announcement is said again now and then with a higher number, because every answer measures the device's
 clock. Who keeps still gets no work, so nobody waits for it. Nothing here is durable: devices answer again, and clocks are kept with the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -26,13 +28,15 @@ from broker_server.observations import ClockSeen
 from regrow import topics, wire
 from regrow.errors import LocalError, PeerError, UsageError
 from regrow.machine import Connected, Disconnected, Effect, Event, Publish, Received, Standing, Subscribe
-from regrow.observations import Field, FieldReport, keeps_still
+from regrow.observations import Field, FieldReport, keeps_still, phase_at
 
 log = logging.getLogger(__name__)
 FOLDER = "field"
 LOOK_S = 0.5
+SETTLED_S = 2.0  # a folder that has changed later than this ago may change again in the same tick of its clock
 REFRESH_S = 30.0
 POOR_CLOCK_S, AGAIN_S, TRIES = 0.5, 3.0, 3  # an answer to what lay on the broker tells little of a clock: ask again soon
+GRACE_S = 30.0  # so long a device that has not said that it works again gets no work
 KEPT_CLOCKS = 8
 KEPT_S = 86_400.0  # after its end
 _SUFFIX, _REPORT = ".json", ".report"
@@ -53,7 +57,10 @@ class Heard(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class _Told:
-    """One device: what its file says, and what was said of it. number: the newest; first: the first with this content."""
+    """One device: what its file says, and what was said of it.
+
+    number: the newest; first: the first with this content; phase: what the device said last; rested_s: when it kept still last.
+    """
 
     stamp: tuple[int, int] = (0, 0)
     said: Field | None = None
@@ -61,6 +68,8 @@ class _Told:
     first: int = 0
     due_s: float = float("-inf")
     tries: int = 0
+    phase: str = ""
+    rested_s: float = float("-inf")
     sent_s: dict[int, float] = field(default_factory=dict)
     clocks: deque[ClockSeen] = field(default_factory=lambda: deque(maxlen=KEPT_CLOCKS))
     heard: Heard | None = None
@@ -83,8 +92,8 @@ class FieldHerald:
         self._connected = False
         self._look_s = float("-inf")
         self._devices: dict[str, _Told] = {}
+        self._read_s = float("-inf")
         self._still: frozenset[str] = frozenset()
-        self._refused: set[tuple[str, int]] = set()
 
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:  # noqa: ARG002 - it is about no task
         """Take an event in, or None for the time alone. leads: of no concern here."""
@@ -116,14 +125,29 @@ class FieldHerald:
             if self._connected and self._speaks and now >= told.due_s and told.said is not None:
                 effects.append(self._say(device, told, told.said, now))
         now_s = self._clock()
-        still = frozenset(device for device, told in self._devices.items() if told.said and keeps_still(told.said, now_s))
+        still = frozenset(device for device, told in self._devices.items() if told.said and self._rests(told, told.said, now_s))
         if still != self._still:
             self._still = still
             effects.append(Standing(paused=still))
         return effects
 
+    def _rests(self, told: _Told, said: Field, now_s: float) -> bool:
+        """Until the device says that it works again: what it is given before it does not take."""
+        if keeps_still(said, now_s):
+            told.rested_s = now_s
+            return True
+        waits = told.phase == "baseline" or (phase_at(said, now_s) == "run" != told.phase)
+        return self._speaks and waits and now_s < told.rested_s + GRACE_S
+
     def _read(self, now: float) -> list[Effect]:
-        """See what the files say now."""
+        """See what the files say now, where the folder has changed."""
+        try:
+            changed_s = self._folder.stat().st_mtime
+        except OSError:
+            return []
+        if changed_s + SETTLED_S < self._read_s:
+            return []
+        self._read_s = time.time()
         effects: list[Effect] = []
         there = set()
         for file in self._folder.glob(f"*{_SUFFIX}"):
@@ -156,7 +180,7 @@ class FieldHerald:
     def _say(self, device: str, told: _Told, said: Field, now: float) -> Publish:
         """Publish with a number above all before; a field run that goes on is said again."""
         sent_s = self._clock()
-        told.number = max(told.number + 1, said.number if not told.first else int(1000 * sent_s))
+        told.number = max(told.number + 1, said.number, int(1000 * sent_s))
         told.first = told.first or told.number
         told.sent_s[told.number] = sent_s
         while len(told.sent_s) > KEPT_CLOCKS:
@@ -180,6 +204,7 @@ class FieldHerald:
         if report.number > told.number:  # our clock, or what we remember, is older than what it has heard
             told.number, told.due_s = report.number, now
             return
+        told.phase = report.phase
         received_s = self._clock()
         if (sent_s := told.sent_s.pop(report.number, None)) is not None:
             self._weigh_clock(device, told, report, (sent_s, received_s), now)
@@ -242,7 +267,7 @@ def reports(home: Path) -> dict[str, Heard]:
 
 def _write(file: Path, data: bytes) -> None:
     """Whole or not at all for who reads it; not durable."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with suppress(OSError):
         aside.write_bytes(data)
         aside.replace(file)

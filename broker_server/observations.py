@@ -42,7 +42,8 @@ from regrow.observations import (
 )
 
 log = logging.getLogger(__name__)
-FILE, LOCK = "observations.sqlite", "observations.lock"
+FILE = "observations.sqlite"
+LOCK = "field/lock"  # held by the process that records, and says to devices what a field run wants of them
 SCHEMA_VERSION = 1
 MOST_MB = 4000.0
 ROWS_A_DAY = 1_000_000
@@ -100,17 +101,23 @@ def open_observations(home: Path) -> sqlite3.Connection:
         LocalError: there are none, or they cannot be read.
     """
     file = home / FILE
-    if not file.is_file():
-        raise LocalError(f"{file} is not there: no device has sent observations to this gateway yet")
     try:
-        return _open_to_read(file)
+        db = _open_to_read(file) if file.is_file() else None
     except sqlite3.Error as error:
         raise LocalError(f"cannot read {file}: {error}; check its owner, or move it away if it is damaged") from error
+    if db is None:
+        raise LocalError(f"there are no observations in {file}: no device has sent any to this gateway yet")
+    return db
 
 
-def _open_to_read(file: Path) -> sqlite3.Connection:
+def _open_to_read(file: Path) -> sqlite3.Connection | None:
+    """None: it was made, but holds no tables yet."""
     try:
-        return _connect(file, "mode=ro")
+        db = _connect(file, "mode=ro")
+        if db.execute("PRAGMA user_version").fetchone()[0]:
+            return db
+        db.close()
+        return None
     except sqlite3.OperationalError:
         journal = file.with_name(f"{file.name}-wal")
         if journal.exists() and journal.stat().st_size:
@@ -380,8 +387,9 @@ class Recorder:
 @contextmanager
 def recorder_of(home: Path, most_bytes: int = int(MOST_MB * 1e6)) -> Iterator[Recorder | None]:
     """The one recorder of a gateway's home for as long as the block takes, or None when another process is it."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (home / LOCK).open("a+") as lock:
+    file = home / LOCK
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with file.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -145,7 +145,7 @@ def memory_mb(text: str) -> float:
     return value
 
 
-def journal_mb(text: str) -> float:
+def disk_mb(text: str) -> float:
     """Megabytes (10^6 bytes) of a disk for observations."""
     value = positive(text)
     if not 1 <= value <= 1e9:

@@ -73,19 +73,9 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
         subject = subject_of(bundle, folder.path, member)
         companions: list[Companion] = [Checkup(bundle.device, examined_by_agent(subject), lambda: running.identity.memory_bytes)]
         if options.updates is not None:
-            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: not running.device.needs_link))
-        observer = None
-        if not options.no_observations:
-            observer = Observer(
-                bundle.device,
-                folder,
-                secrets.token_bytes(DIGEST_BYTES),
-                time.time,
-                quiet=lambda: not running.device.needs_link,
-                uplink_bps=lambda: running.device.uplink_bps,
-                journal_bytes=int(options.journal_mb * 1e6),
-                software=version(),
-            )
+            companions.append(_releases(options.updates, bundle.device, folder.path, lambda: running.quiet))
+        sealing = None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s)
+        observer = _observer(options, bundle.device, folder, sealing, lambda: running)
         running = Agent(
             bundle,
             folder,
@@ -100,7 +90,7 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
             make=make,
             tune=options.trainer == "onnxruntime" and not options.no_tuning,
             member=member,
-            sealing=None if member is None else Sealing(member, verify, time.monotonic(), since_ms=1000 * member.about.since_s),
+            sealing=sealing,
             companions=companions,
             observer=observer,
             observe=(lambda _: None) if observer is None else observer.add,
@@ -118,6 +108,24 @@ def _run(options: argparse.Namespace, make: MakeTrainer, bundle: Bundle, member:
 
 def _used(member: Identity | None, state: StateFolder) -> AbstractContextManager[None]:
     return nullcontext() if member is None else in_use(member.folder, state.path)
+
+
+def _observer(
+    options: argparse.Namespace, device: str, folder: StateFolder, sealing: Sealing | None, running: Callable[[], Agent]
+) -> Observer | None:
+    """What keeps and sends observations, stamped with the fleet's time where the device knows it."""
+    if options.no_observations:
+        return None
+    return Observer(
+        device,
+        folder,
+        secrets.token_bytes(DIGEST_BYTES),
+        time.time if sealing is None else lambda: sealing.now_s(time.monotonic()),
+        quiet=lambda: running().quiet,
+        uplink_bps=lambda: running().device.uplink_bps,
+        journal_bytes=int(options.journal_mb * 1e6),
+        software=version(),
+    )
 
 
 def _releases(settings: Path, device: str, state: Path, quiet: Callable[[], bool]) -> Companion:

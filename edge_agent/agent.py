@@ -238,7 +238,7 @@ class Agent:
                 while not self._results.empty():
                     self._take_result(self._results.get())
                 if not self._clearing:
-                    self._perform(self._models.go_on(time.monotonic(), quiet=not self.device.needs_link))
+                    self._perform(self._models.go_on(time.monotonic(), quiet=self.quiet))
                     self._start_anew(time.monotonic())
                 self._look_at_link(time.monotonic())
                 self._accompany(None)
@@ -277,7 +277,7 @@ class Agent:
         self._tell_of_outages(event)
         if not self._clearing:
             self._step(event)
-            self._perform(self._models.step(event, time.monotonic(), quiet=not self.device.needs_link))
+            self._perform(self._models.step(event, time.monotonic(), quiet=self.quiet))
         self._accompany(event)
 
     def _accompany(self, event: Event | None) -> None:
@@ -289,6 +289,11 @@ class Agent:
         """What holds of all that the companions say of work: one that lets it go on does not end another's pause."""
         self._told[number] = told.action
         return Told(next((action for action in ("pause", "drain") if action in self._told.values()), told.action))
+
+    @property
+    def quiet(self) -> bool:
+        """Training leaves the link alone, and no field run wants the device to keep still."""
+        return not self.device.needs_link and not (self._observer is not None and self._observer.orders.still)
 
     # ---- what the fleet may ask of it (edge_agent.control.Body) -------------------------------------------------------------------
 

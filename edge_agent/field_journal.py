@@ -110,7 +110,7 @@ class FieldJournal:
         except OSError as error:
             raise LocalError(f"cannot use the journal {folder}: {error}; check its owner and the disk") from error
         self._bytes = sum(file.size for file in self._files)
-        self._sequence = int(self._files[-1].path.stem) if self._files and self._files[-1].path.stem.isdecimal() else 0
+        self._sequence = max((int(file.path.stem) for file in self._files if file.path.stem.isdecimal()), default=0)
         self._number = 0
         self._open: int | None = None
         self._open_rows = self._open_bytes = 0
@@ -253,20 +253,32 @@ class FieldJournal:
     # ---- sending -------------------------------------------------------------------------------------------------------------------
 
     def oldest(self) -> Batch | None:
-        """The batch to be sent next, or None: durable, and the same at every call until it is `receipted`."""
+        """The batch to be sent next, or None: durable, and the same at every call until it is `receipted`.
+
+        Raises:
+            LocalError: the disk failed, so it could not be made durable.
+        """
         while self._files:
             file = self._files[0]
             try:
                 if len(self._files) == 1 and self._open is not None:
                     self._seal()
-                batch = self._read(file)
-                if batch is not None and batch.rows:
-                    _make_durable(file)
-                    return batch
-                self._forget(file)
+                _make_durable(file)
             except OSError as error:
-                self._set_aside(file, f"cannot be read: {error.strerror or error}")
+                raise LocalError(f"cannot write the journal {self._folder}: {error}; check the disk") from error
+            batch = self._read_or_set_aside(file)
+            if batch is not None and batch.rows:
+                return batch
+            if file in self._files:
+                self._forget(file)
         return None
+
+    def _read_or_set_aside(self, file: _File) -> Batch | None:
+        try:
+            return self._read(file)
+        except OSError as error:
+            self._set_aside(file, f"cannot be read: {error.strerror or error}")
+            return None
 
     def receipted(self, journal: bytes, number: int) -> None:
         """The gateway has this journal's batches up to this number: forget them."""

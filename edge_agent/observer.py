@@ -30,6 +30,7 @@ SYNC_S = 60.0  # between two syncs: what a power cut may cost
 GATHER_S = 20.0  # so long rows wait for others to go with
 RECEIPT_S = 15.0  # a batch without a receipt is sent again after this, then after twice as long
 RECEIPT_MOST_S = 600.0
+CLOCK_SET_S = 1.0
 LINK_S = 2.0  # of the link for one batch
 UNKNOWN_LINK_BATCH_BYTES = 16 * 1024
 _encode = msgspec.msgpack.Encoder().encode
@@ -80,7 +81,7 @@ class Observer:
         self._since_s: float | None = None
         self._wait_s = RECEIPT_S
         self._failure = ""
-        self.add(Mark(clock(), "start"))
+        self._ahead_s: float | None = None
 
     def add(self, row: Row) -> None:
         """Keep a row; from any thread. One that no receiver would take is dropped, and told once a kind: it would hold up all others."""
@@ -100,6 +101,7 @@ class Observer:
         if self._ended:
             return []
         effects: list[Effect] = []
+        self._watch_clock(now)
         if isinstance(event, Connected):
             self._connected = True
             effects.append(Subscribe((topics.observations_receipt(self._device),)))
@@ -128,6 +130,14 @@ class Observer:
         self._ended = True
         self._journal.close()
 
+    def _watch_clock(self, now: float) -> None:
+        """Mark the start, and when the clock is set: rows before that go by another one."""
+        before_s, self._ahead_s = self._ahead_s, self.clock() - now
+        if before_s is None:
+            self.add(Mark(self.clock(), "start"))
+        elif abs(self._ahead_s - before_s) >= CLOCK_SET_S:
+            self.add(Mark(self.clock(), f"clock set by {self._ahead_s - before_s:+.1f} s"))
+
     # ---- keeping -------------------------------------------------------------------------------------------------------------------
 
     def _keep(self, now: float) -> None:
@@ -150,7 +160,7 @@ class Observer:
                 self._journal.sync()
         except (LocalError, OSError) as error:
             if not self._failure:
-                log.error("observations are lost: %s", error)
+                log.error("observations are not kept: %s", error)
             self._failure = str(error)
             return
         if rows:
@@ -170,14 +180,23 @@ class Observer:
             gathered = self._since_s is not None and now >= self._since_s + GATHER_S
             if not (self._journal.has_whole or gathered):
                 return []
-            self._out = self._journal.oldest()
-            if not self._journal.is_open:
-                self._since_s = None
+            self._out = self._oldest(now)
             if self._out is None:
                 return []
         self._due_s, self._wait_s = now + self._wait_s, min(2 * self._wait_s, RECEIPT_MOST_S)
         said = Observations(journal=self._out.journal, number=self._out.number, sent_s=max(self.clock(), 0.0))
         return [Publish(topics.observations(self._device), wire.encode(said, encode_rows(self._out.rows)))]
+
+    def _oldest(self, now: float) -> Batch | None:
+        try:
+            batch = self._journal.oldest()
+        except LocalError as error:
+            log.error("%s", error)
+            self._due_s = now + RECEIPT_MOST_S
+            return None
+        if not self._journal.is_open:
+            self._since_s = None
+        return batch
 
     def _hear(self, event: Received, now: float) -> None:
         """Forget what the gateway has; one that says less than was sent takes nothing now."""

@@ -110,8 +110,8 @@ def _notes(record: FieldRecord) -> list[str]:
         "Differences are taken within a block, so that what drifts over hours hits both sides alike.",
         f"The {record.score} is that of the global model on "
         + ("the gateway's held-out data." if _held_out(record) else "the devices' own validation data, weighted by examples."),
-        "Bytes are those of the packets of models, updates and probes, headers included, up and down, as devices observed their "
-        "transfers. What telemetry and observations took stands apart, by device."
+        "Bytes are those of the MQTT packets of models, updates and probes, up and down, as devices observed their transfers. What "
+        "telemetry and observations took stands apart, by device."
         if observed
         else "Bytes are MQTT payload, up and down, as devices meter it from their first word in the run on: not every device observed its "
         "transfers in every run.",

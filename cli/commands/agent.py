@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, config_option, journal_mb, memory_mb, positive, threads_of
+from cli.arguments import Commands, add_command, config_option, disk_mb, memory_mb, positive, threads_of
 
 
 def add_parser(commands: Commands) -> None:
@@ -45,5 +45,5 @@ def add_parser(commands: Commands) -> None:
     updates = "fetch releases for the updater of this device, whose settings these are (/etc/regrow/update.json)"
     agent.add_argument("--updates", type=Path, metavar="FILE", help=updates)
     journal = "10^6 bytes of the disk for observations (transfers, power, phases) that the gateway has not got yet; at least 1"
-    agent.add_argument("--journal-mb", type=journal_mb, default=32.0, metavar="N", help=journal)
+    agent.add_argument("--journal-mb", type=disk_mb, default=32.0, metavar="N", help=journal)
     agent.add_argument("--no-observations", action="store_true", help="keep and send no observations, and take no part in field runs")

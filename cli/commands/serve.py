@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.arguments import FOR_ONE_START, Commands, add_command, broker_options, config_option, journal_mb, port, runs_option
+from cli.arguments import FOR_ONE_START, Commands, add_command, broker_options, config_option, disk_mb, port, runs_option
 
 
 def add_parser(commands: Commands) -> None:
@@ -25,7 +25,7 @@ def add_parser(commands: Commands) -> None:
     serve.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="address for /metrics, which asks for no password")
     serve.add_argument("--no-observations", action="store_true", help="store no observations of devices, and announce no field runs")
     most = "10^6 bytes that the observations of all devices may take (RUNS/.gateway/observations.sqlite)"
-    serve.add_argument("--observations-mb", type=journal_mb, default=4000.0, metavar="N", help=most)
+    serve.add_argument("--observations-mb", type=disk_mb, default=4000.0, metavar="N", help=most)
     once = serve.add_argument_group(FOR_ONE_START)
     once.add_argument("--run", metavar="NAME", help="name of a new run (default: task and time)")
     once.add_argument("--new-run", action="store_true", help="start anew even if a run of this task is unfinished")

@@ -18,7 +18,7 @@ from broker_server.store import Store
 from regrow import records
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
-from regrow.machine import Connected, Disconnected, Effect, Event, Persist, Persisted, Record
+from regrow.machine import Connected, Disconnected, Effect, Event, Persist, Persisted, Record, Standing
 from regrow.records import to_record
 from regrow.task import StoreSettings
 from tests.broker_server.histories import new_run
@@ -164,3 +164,28 @@ def test_a_broker_that_cannot_be_kept_alive_ends_it(gateway: Gateway) -> None:
 
     with pytest.raises(LocalError, match="mosquitto is gone"):
         gateway.run(housekeeping=housekeeping)
+
+
+def test_who_rests_for_one_companion_rests_whatever_the_others_say(run: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tells:
+        def __init__(self, *says: Standing) -> None:
+            self.says = list(says)
+
+        def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:  # noqa: ARG002
+            return [self.says.pop(0)] if self.says and event is None else []
+
+    fleet = Tells(Standing(frozenset({"d1"}), frozenset({"d2"})), Standing())
+    field_run = Tells(Standing(frozenset({"d3"})))
+    folder = load_task(run / "task")
+    coordinator = Coordinator(recover(store, folder), run.name, folder.programs, 1)
+    one = Gateway(coordinator, store, url="mqtt://127.0.0.1:1", username="c", password="x", companions=[fleet, field_run])
+    heard: list[Effect] = []
+    monkeypatch.setattr(one, "_perform", heard.extend)
+    one._accompany(None)
+    one._accompany(None)
+    assert heard == [
+        Standing(frozenset({"d1"}), frozenset({"d2"})),
+        Standing(frozenset({"d1", "d3"}), frozenset({"d2"})),
+        Standing(frozenset({"d3"})),
+    ]
+    one._writer.close()

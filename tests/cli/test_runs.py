@@ -150,3 +150,14 @@ def test_a_log_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
     (run / "log.sqlite").write_bytes(b"not a database" * 500)
     with pytest.raises(LocalError):
         facts_of(run)
+
+
+def test_the_log_is_read_as_it_is_by_other_programs(place: Path) -> None:
+    run = place / names(place)[0]
+    wanted = {name: len(device.updates) for name, device in course_of(run).devices.items()}
+    query = "SELECT fields->>'device' AS device, count(*) AS updates FROM metrics WHERE kind = 'update' GROUP BY 1"
+    with closing(sqlite3.connect(f"{(run / 'log.sqlite').as_uri()}?mode=ro", uri=True)) as db:
+        assert dict(db.execute(query)) == wanted
+        pandas = pytest.importorskip("pandas")
+        found = pandas.read_sql(query, db)
+    assert dict(zip(found.device, found.updates, strict=True)) == wanted

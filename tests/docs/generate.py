@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import re
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +23,7 @@ from msgspec import inspect
 
 from broker_server import credentials
 from broker_server.fleet.boards import SYSTEMS
+from broker_server.observations import SCHEMA, TABLES
 from cli.doctor import fleet_checks, gateway_checks
 from cli.main import parser
 from edge_agent.doctor.device import Subject, device_checks, live_checks
@@ -32,7 +35,18 @@ from regrow.task import Task
 from tests.docs import words
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("architecture.md", "bring-your-own.md", "cli.md", "deploy.md", "doctor.md", "images.md", "protocol.md", "task.md", "zoo.md")
+NAMES = (
+    "architecture.md",
+    "bring-your-own.md",
+    "cli.md",
+    "deploy.md",
+    "doctor.md",
+    "images.md",
+    "protocol.md",
+    "store.md",
+    "task.md",
+    "zoo.md",
+)
 PAGES = tuple(Path("docs") / name for name in NAMES)
 ZOO, STEPS, SEALS = (ROOT / "bench" / "results" / name for name in ("zoo.json", "train_step.json", "seal.json"))
 _REGION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -112,6 +126,25 @@ def _wire(name: str) -> str:
         numbered = ((str(place), *row) for place, row in enumerate(rows))
         return table(("place", "field", "type and bounds", "default", "meaning"), numbered)
     return table(("field", "type and bounds", "default", "meaning"), rows)
+
+
+def _observations(_: str) -> str:
+    """Every column that SQLite makes of the schema."""
+    rows = []
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA)
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY rowid")]
+        for name in names:
+            for _, column, kind, is_needed, _, is_key in db.execute(f"PRAGMA table_info({name})"):
+                shown = kind if is_needed or is_key else f"{kind} or NULL"
+                rows.append((f"`{name}`", f"`{column}`", shown, _meaning(name, column)))
+    return table(("table", "column", "type", "meaning"), rows)
+
+
+def _meaning(name: str, column: str) -> str:
+    if name in TABLES and column in TABLES[name].__struct_fields__:
+        return words.WIRE[f"{TABLES[name].__name__}.{column}"]
+    return words.OBSERVATIONS.get(f"{name}.{column}") or words.OBSERVATIONS[column]
 
 
 def _task(section: str) -> str:
@@ -358,6 +391,7 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "doctor": _doctor,
     "methods": _methods,
     "mosquitto-access": _mosquitto_access,
+    "observations": _observations,
     "operators": _operators,
     "phases": _phases,
     "seal-cost": _seal_cost,

@@ -489,3 +489,16 @@ DOCTOR = {
     "gateway.runs": "Every run can be read.",
     "gateway.coordinator": "Who serves the unfinished runs is connected, leads, and gets somewhere.",
 }
+
+OBSERVATIONS = {
+    "device": "Which device says so.",
+    "received_s": "When it came, in the gateway's clock.",
+    "batches.journal": "Its journal: another one for every start of the agent.",
+    "batches.number": "Of the batch within that journal.",
+    "batches.rows": "How many rows it had.",
+    "clocks.at_s": "When this was measured, in the device's clock.",
+    "clocks.offset_s": "The device's clock minus the gateway's.",
+    "clocks.error_s": "The offset is wrong by at most this; NULL: only the way to the gateway was seen, which makes the offset too low.",
+    "annotations.at_s": "When, in the gateway's clock.",
+    "annotations.text": "What a person said of it.",
+}

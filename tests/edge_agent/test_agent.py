@@ -20,7 +20,7 @@ from regrow import outgoing, wire
 from regrow.device import OUTGOING
 from regrow.errors import LocalError
 from regrow.fetching import PART
-from regrow.machine import Connected, Disconnected, Drop, Note, Save, Train, TrainingFailed
+from regrow.machine import Connected, Disconnected, Drop, Note, Save, Told, Train, TrainingFailed
 from regrow.outage import Outage
 
 WAIT_S = 10.0
@@ -227,3 +227,22 @@ def test_what_was_found_out_about_speed_is_kept_and_if_damaged_found_out_again(f
     (folder.path / TUNING).write_bytes(b"torn")
     end(Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, tune=True))
     assert [name for name, _ in folder.rejected] == [TUNING]
+
+
+def test_one_companions_leave_to_work_does_not_end_anothers_pause(folder: StateFolder, data: DataSource) -> None:
+    class Tells:
+        def __init__(self) -> None:
+            self.says: list[str] = []
+
+        def step(self, *_: object) -> list[Told]:
+            return [Told(self.says.pop())] if self.says else []
+
+    fleet, field_run = Tells(), Tells()
+    one = Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, companions=[fleet, field_run])
+    found = []
+    for who, says in ((fleet, "drain"), (field_run, "pause"), (fleet, "pause"), (field_run, "work"), (fleet, "work")):
+        who.says.append(says)
+        one._accompany(None)
+        found.append(one.device.told)
+    assert found == ["drain", "pause", "pause", "pause", "work"]
+    end(one)

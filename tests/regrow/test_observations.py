@@ -15,6 +15,7 @@ from regrow.observations import (
     MAX_BATCH_BYTES,
     MAX_ROWS,
     Certainty,
+    Field,
     LinkSeen,
     Mark,
     Missing,
@@ -25,6 +26,8 @@ from regrow.observations import (
     What,
     decode_rows,
     encode_rows,
+    keeps_still,
+    phase_at,
 )
 
 RATES = st.floats(0, 1e12)
@@ -67,3 +70,19 @@ def test_a_batch_has_bounds_at_both_ends() -> None:
         decode_rows(msgspec.msgpack.encode(many))
     with pytest.raises(PeerError, match="bytes"):
         decode_rows(bytes(MAX_BATCH_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    ("phase", "start_s", "end_s", "expected"),
+    [
+        ("baseline", 10.0, 20.0, [(5, "", False), (10, "baseline", True), (19.9, "baseline", True), (20, "", False)]),
+        ("run", 10.0, 20.0, [(5, "", True), (10, "run", False), (20, "", False)]),
+        ("run", 0.0, 0.0, [(0, "run", False), (1e9, "run", False)]),
+        ("", 10.0, 20.0, [(5, "", False), (15, "", False)]),
+    ],
+)
+def test_when_a_device_keeps_still(phase: str, start_s: float, end_s: float, expected: list[tuple[float, str, bool]]) -> None:
+    said = msgspec.convert({"number": 1, "name": "walk", "phase": phase, "start_s": start_s, "end_s": end_s}, Field)
+    assert [(now_s, phase_at(said, now_s), keeps_still(said, now_s)) for now_s, _, _ in expected] == expected
+    over = msgspec.structs.replace(said, name="")
+    assert not any(phase_at(over, now_s) or keeps_still(over, now_s) for now_s, _, _ in expected)

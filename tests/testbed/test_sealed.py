@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from broker_server.broker import Kind
+from broker_server.observations import open_observations
 from edge_agent.model_folder import ModelFolder
+from regrow.errors import LocalError
 from tests.testbed.certified import CertifiedFleet
 from tests.testbed.processes import accepted, task_text, until, wide_mlp
 
@@ -28,6 +31,7 @@ def test_a_sealed_fleet_goes_on_after_kills_and_takes_a_promotion(tmp_path: Path
         agents["d0"].kill()
         fleet.member("d0")
         everybody_works(fleet)
+        until(lambda: observed(fleet) == {"d0", "d1"}, "observations of everybody, sealed like all else")
         assert serve.stop() == 0
 
         said = fleet.start(["promote", fleet.run, "--port", 0, "--host", "127.0.0.1", "--broker-kind", kind], "promote.log")
@@ -48,3 +52,13 @@ def everybody_works(fleet: CertifiedFleet) -> None:
 
 def updates(fleet: CertifiedFleet, name: str) -> int:
     return sum(device == name for device, _, _ in accepted(fleet.run)) if list(fleet.runs.glob("*/log.sqlite")) else 0
+
+
+def observed(fleet: CertifiedFleet) -> set[str]:
+    """Who has sent observations."""
+    try:
+        db = open_observations(fleet.runs / ".gateway")
+    except LocalError:  # nobody yet
+        return set()
+    with closing(db):
+        return {device for (device,) in db.execute("SELECT DISTINCT device FROM marks")}
