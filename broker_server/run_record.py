@@ -23,13 +23,15 @@ from regrow.machine import Record
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the log is certain about. rolled_back: its newest version was made by a rollback, so earlier scores are not its own."""
+    """What the log is certain about. rolled_back: its newest version was made by a rollback, so earlier scores are not its own; last_s:
+    unix seconds of the newest record, 0 without any."""
 
     version: int
     devices: frozenset[str]
     updates: int
     finished: str
     rolled_back: bool
+    last_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ def facts_of(path: Path) -> Facts:
     try:
         with closing(connect(path, read_only=True)) as db:
             updates = int(db.execute("SELECT count(*) FROM log WHERE kind = 'accepted'").fetchone()[0])
+            last_s = db.execute("SELECT wall_time FROM log ORDER BY id DESC LIMIT 1").fetchone()
             query = "SELECT kind, header FROM log WHERE kind IN ('joined', 'aggregated', 'rolledback', 'finished') ORDER BY id"
             for kind, header in db.execute(query):
                 entry = records.from_record(Record(kind, header.encode()))
@@ -110,7 +113,7 @@ def facts_of(path: Path) -> Facts:
                     version, rolled_back, finished = entry.version, True, ""
     except sqlite3.Error as error:
         raise LocalError(f"cannot read {path / 'log.sqlite'}: {error}; {CURE}") from error
-    return Facts(version, frozenset(devices), updates, finished, rolled_back)
+    return Facts(version, frozenset(devices), updates, finished, rolled_back, float(last_s[0]) if last_s else 0.0)
 
 
 def newest_score(path: Path) -> float | None:

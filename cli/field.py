@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import tomllib
 
+from broker_server.field.observed import told_until
 from broker_server.field.plan import Plan, Repetition, checked, in_hours, plan_text, read_plan, repetitions_of, task_folder, total_s
 from broker_server.field.progress import FieldFolder, Step, open_field, task_toml
 from broker_server.field_herald import FOLDER, FieldHerald, announce, reports
@@ -39,6 +40,7 @@ from testbed.machine import machine
 
 SAY_S = 15.0  # between two lines of progress
 EARLY_S = 1.0  # the coordinator begins before the run, so that it leads when the devices may work
+GATHER_S = 120.0  # at most, for what devices still hold at the end; they let rows wait for 20 s, to go together
 GOODBYE_S = 10.0  # for the end to reach the devices
 
 # ---- plan ----------------------------------------------------------------------------------------------------------------------------
@@ -189,6 +191,9 @@ class _Conductor:
         self._field, self._link, self._options = field, link, options
         self._home: Path = options.runs / GATEWAY_HOME
         self._stopped = threading.Event()
+        self._absent: list[str] = []
+        self._title = ""
+        self._served = False
 
     def conduct(self, lacking: list[Repetition]) -> None:
         plan = self._field.plan
@@ -203,10 +208,26 @@ class _Conductor:
                 if self._stopped.is_set():
                     return
                 self._repeat(repetition)
+            self._gather()
         finally:
             announce(self._home, plan.devices, Field(number=1))
             until_s = time.monotonic() + GOODBYE_S
             self._listen(lambda: time.monotonic() >= until_s or not any((self._home / FOLDER).glob("*.json")))
+
+    def _gather(self) -> None:
+        """Let devices send what they still hold; what does not come now comes when a gateway runs again."""
+        announce(self._home, self._field.plan.devices, Field(number=1))
+        ended_s, known = time.time(), {name for step in self._field.steps if step.kind == "heard" for name in step.facts}
+        print("waiting for the devices' last observations", flush=True)
+        looked = [0.0, False]
+
+        def over() -> bool:
+            if time.time() >= looked[0] + 1.0:
+                told = told_until(self._home, known)
+                looked[:] = time.time(), all(told.get(name, 0.0) >= ended_s for name in known)
+            return bool(looked[1]) or self._stopped.is_set() or time.time() >= ended_s + GATHER_S
+
+        self._listen(over)
 
     def _greet(self) -> None:
         """Wait until every planned device has answered.
@@ -215,6 +236,7 @@ class _Conductor:
             LocalError: one did not.
         """
         left = self._announce(Field(number=1, name=self._field.plan.name, sample_hz=self._field.plan.sample_hz), self._options.patience_s)
+        self._absent = left
         if left and not self._stopped.is_set():
             raise LocalError(
                 f"{', '.join(left)} did not answer in {self._options.patience_s:g} s: start the agents there, or take them out of the plan"
@@ -223,24 +245,26 @@ class _Conductor:
     def _repeat(self, repetition: Repetition) -> None:
         """Baseline, then the run."""
         field, plan = self._field, self._field.plan
-        name, total = field.run_name(repetition), len(repetitions_of(plan))
+        name, total, absent = field.run_name(repetition), len(repetitions_of(plan)), self._absent
         self._title = f"[{repetition.number}/{total}] {repetition.method}"
         if plan.baseline_s > 0:
             start_s = time.time() + plan.lead_s
             end_s, pulse_s = start_s + plan.baseline_s, start_s - plan.lead_s / 2
             print(f"{time.strftime('%H:%M:%S')} {self._title}: keeping still for {plan.baseline_s:g} s", flush=True)
             times = {"start_s": start_s, "end_s": end_s, "pulse_s": pulse_s}
-            self._announce(Field(number=1, name=plan.name, phase="baseline", sample_hz=plan.sample_hz, **times), plan.lead_s)
+            absent = self._announce(Field(number=1, name=plan.name, phase="baseline", sample_hz=plan.sample_hz, **times), plan.lead_s)
             self._listen(lambda: time.time() >= end_s or self._stopped.is_set())
             if self._stopped.is_set():
                 return
             field.add(Step(kind="baseline", at_s=time.time(), number=repetition.number, run=name, start_s=start_s, end_s=end_s))
+        task = _task_of(field, repetition.method, max(len(plan.devices) - len(absent), 1))
+        path = create_run(self._options.runs, built(task), name)  # before the start, for it takes a while
         start_s = time.time() + plan.lead_s
         times = {"start_s": start_s, "end_s": start_s + plan.run_s}
         absent = self._announce(Field(number=1, name=plan.name, phase="run", sample_hz=plan.sample_hz, **times), plan.lead_s)
         self._listen(lambda: time.time() >= start_s - EARLY_S or self._stopped.is_set())
         if not self._stopped.is_set():
-            self._serve(repetition, name, start_s, tuple(absent))
+            self._serve(repetition, path, start_s, tuple(absent))
 
     def _announce(self, said: Field, patience_s: float) -> list[str]:
         """Tell all devices, and wait so long for their answers; returns who did not answer."""
@@ -277,14 +301,13 @@ class _Conductor:
             herald = FieldHerald(self._home, recorder.note_clock)
             turn(self._link, [*self._link.companions, recorder, herald], over, self._link.sealing(f"field-{self._field.plan.name}"))
 
-    def _serve(self, repetition: Repetition, name: str, start_s: float, absent: tuple[str, ...]) -> None:
+    def _serve(self, repetition: Repetition, path: Path, start_s: float, absent: tuple[str, ...]) -> None:
         """The run itself, in this process."""
-        runs: Path = self._options.runs
-        task = _task_of(self._field, repetition.method, max(len(self._field.plan.devices) - len(absent), 1))
-        path = create_run(runs, built(task), name)
-        options = parser("serve").parse_args(["serve", str(path), "--runs", str(runs), "--plain"])
+        words = ["serve", str(path), "--runs", str(path.parent), "--plain"]
+        options = parser("serve").parse_args([*words, "--takeover"] if self._served else words)  # from itself, without waiting
         options.in_force = []
-        step = Step(kind="interrupted", at_s=0.0, number=repetition.number, run=name, start_s=start_s, absent=absent)
+        self._served = True
+        step = Step(kind="interrupted", at_s=0.0, number=repetition.number, run=path.name, start_s=start_s, absent=absent)
         reason = "stopped"
         try:
             with _signals_kept():
@@ -294,13 +317,11 @@ class _Conductor:
             reason = str(error)
             raise
         finally:
-            kind = "run" if facts_of(path).finished else "interrupted"
-            if kind == "interrupted":
+            facts = facts_of(path)
+            if not facts.finished:
                 self._stopped.set()
-            at_s = time.time()
-            self._field.add(
-                msgspec.structs.replace(step, kind=kind, at_s=at_s, end_s=min(at_s, start_s + self._field.plan.run_s), reason=reason)
-            )
+            kind = "run" if facts.finished else "interrupted"
+            self._field.add(msgspec.structs.replace(step, kind=kind, at_s=time.time(), end_s=max(facts.last_s, start_s), reason=reason))
 
     def _progress(self) -> Callable[[Note], None]:
         """A line now and then."""

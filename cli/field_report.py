@@ -57,7 +57,7 @@ def traces(options: argparse.Namespace) -> int:
             densities = unit_densities_of(task.task)
             work = {} if densities is None else dict(relative_work(read_model(task.model_path), densities))
             folder = out / run.step.run
-            devices = write_traces(run, folder, work)
+            devices = write_traces(run, folder, record.runs, work)
             words = ["--clients", str(len(devices)), "--links", f"trace:{folder / 'links'}", "--steps-trace", str(folder / "steps")]
             seconds = f"{run.step.end_s - run.step.start_s:.0f}"
             print(shlex.join(["regrow", "simulate", str(task.path), *words, "--latency", "0", "--seconds", seconds]))
@@ -96,7 +96,7 @@ def _replayed(options: argparse.Namespace, record: FieldRecord, target: float) -
         for run in record.runs:
             print(f"replaying {run.step.run}", flush=True)
             try:
-                replayed, _ = replay(run, Path(aside) / run.step.run, spec)
+                replayed, _ = replay(run, Path(aside) / run.step.run, spec, record.runs)
             except UsageError:
                 raise
             except LocalError as error:

@@ -22,13 +22,16 @@ from broker_server.html_report import Table
 from broker_server.runs import load_task
 from export.task import read_model
 from export.work import relative_work
+from regrow import wire
 from regrow.errors import LocalError
+from regrow.fetching import PART
 from regrow.intervals import half_interval
 from regrow.levels import unit_densities_of
+from regrow.publication import PIECE_BYTES
 from testbed.memory import COORDINATOR
 from testbed.outcome import Spec
 from testbed.scenario import TRACES
-from testbed.simulate import Simulation, task_of
+from testbed.simulate import Earlier, Simulation, task_of
 
 SLICES = 200
 
@@ -53,11 +56,12 @@ class Replayed:
     updates: Mapping[str, int]
 
 
-def replay(run: Recorded, folder: Path, data: Spec) -> tuple[Replayed, list[str]]:
+def replay(run: Recorded, folder: Path, data: Spec, others: Sequence[Recorded] = ()) -> tuple[Replayed, list[str]]:
     """Simulate a recorded run; returns the devices whose traces were taken, in order.
 
     Args:
         folder: the traces are written there and stay.
+        others: all runs of the field run, as in write_traces; of the one before, devices still have the programs.
         data: of which data, data_folder, split, validation and trainer count.
 
     Raises:
@@ -66,7 +70,7 @@ def replay(run: Recorded, folder: Path, data: Spec) -> tuple[Replayed, list[str]
     task_folder = load_task(run.path / "task")
     densities = unit_densities_of(task_folder.task)
     work = {} if densities is None else dict(relative_work(read_model(task_folder.model_path), densities))
-    names = write_traces(run, folder, work)
+    names = write_traces(run, folder, others, work)
     spec = msgspec.structs.replace(
         data,
         method=None,
@@ -82,7 +86,24 @@ def replay(run: Recorded, folder: Path, data: Spec) -> tuple[Replayed, list[str]
     )
     tables = tomllib.loads((task_folder.path / "task.toml").read_text())
     tables["fleet"] = {**tables.get("fleet", {}), "min_devices": min(tables.get("fleet", {}).get("min_devices", 1), len(names))}
-    return _simulated(Simulation(task_folder, task_of(task_folder, tables, spec), spec), spec.seconds, names), names
+    simulation = Simulation(task_folder, task_of(task_folder, tables, spec), spec, earlier=_earlier(run, names, others))
+    return _simulated(simulation, spec.seconds, names), names
+
+
+def _earlier(run: Recorded, names: Sequence[str], others: Sequence[Recorded]) -> Earlier:
+    """What the devices had when the run began: programs of the run before, and their uplinks where they did not probe."""
+    before = [other for other in others if other.repetition.number < run.repetition.number]
+    parts: dict[str, bytes] = {}
+    if before:
+        for program in load_task(max(before, key=lambda other: other.repetition.number).path / "task").programs.values():
+            parts |= {PART + wire.digest(piece).hex(): bytes(piece) for piece in wire.pieces(program, PIECE_BYTES)}
+    uplinks = {}
+    for index, name in enumerate(names):
+        told = run.course.devices[name].uplinks
+        probed = any(row["what"] == "probe" for row in run.observed[name].rows["transfers"])
+        if told and not probed:
+            uplinks[f"device-{index:04d}"] = told[0][1]
+    return Earlier(parts, uplinks)
 
 
 def _simulated(simulation: Simulation, seconds: float, names: Sequence[str]) -> Replayed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -127,6 +127,14 @@ def _set(tables: dict[str, Any], key: str, value: Any) -> None:
     tables[section] = {**table, name: value} if name else value
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What devices have from a run before this one: parts by their names in the device's folder, and uplinks that need no probe."""
+
+    parts: Mapping[str, bytes] = field(default_factory=dict)
+    uplinks_bps: Mapping[str, float] = field(default_factory=dict)
+
+
 class Simulation:
     """One run, ready to go.
 
@@ -140,8 +148,9 @@ class Simulation:
         LocalError: data, split, links or trainer that cannot be had, or data that does not fit the model.
     """
 
-    def __init__(self, folder: TaskFolder, task: Task, spec: Spec, journal: Journal | None = None) -> None:
+    def __init__(self, folder: TaskFolder, task: Task, spec: Spec, journal: Journal | None = None, earlier: Earlier | None = None) -> None:
         self.spec = spec
+        self._earlier = earlier or Earlier()
         self._staleness: list[int] = []
         data = _loaded(spec)
         programs, units, layout, by_density = _programs(folder, task, with_memory=spec.memory is not UNSET)
@@ -212,7 +221,7 @@ class Simulation:
         identity = Identity(name, token, token)
         if name in self._memory:
             identity = replace(identity, validation_examples=self._sources[name].validation_size, memory_bytes=self._memory[name])
-        device = Device(identity, {})
+        device = Device(identity, dict(self._earlier.parts), self._earlier.uplinks_bps.get(name))
         device.meters.full_step_s = self._told_steps_s.get(name)
         self.world.add(name, device, up=links[0], down=links[1], latency=latency)
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from broker_server.observations import FILE, open_observations
 from regrow.observations import Certainty
 
 DRIFT = 100e-6
@@ -153,6 +156,20 @@ def offset_at(offsets: Sequence[Offset], at_s: float) -> Offset:
 def observed_devices(db: sqlite3.Connection) -> list[str]:
     """Every device that has sent a batch."""
     return [row[0] for row in db.execute("SELECT DISTINCT device FROM batches ORDER BY device")]
+
+
+def told_until(home: Path, devices: Iterable[str]) -> dict[str, float]:
+    """Of each device the time (gateway's clock) of its newest row; rows come oldest first, so all before it are there, too."""
+    if not (home / FILE).is_file():
+        return {}
+    newest = " UNION ALL ".join(f"SELECT max(at_s) AS at_s FROM {table} WHERE device = :device" for table in TABLES)
+    found = {}
+    with closing(open_observations(home)) as db:
+        for device in devices:
+            (at_s,) = db.execute(f"SELECT max(at_s) FROM ({newest})", {"device": device}).fetchone()
+            if at_s is not None:
+                found[device] = at_s - offset_at(offsets_of(db, device), at_s).seconds
+    return found
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:

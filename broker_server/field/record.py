@@ -118,6 +118,12 @@ class FieldRecord:
         return min((step.start_s for step in steps), default=0.0), max((step.end_s for step in steps), default=0.0)
 
     @property
+    def deleted(self) -> list[str]:
+        """Runs that were made and are no longer there."""
+        there = {recorded.step.run for recorded in self.runs}
+        return [step.run for step in self.field.done().values() if step.run not in there]
+
+    @property
     def outsiders(self) -> list[str]:
         """Who took part without being in the plan."""
         return [name for name in self.devices if name not in self.field.plan.devices]
@@ -140,9 +146,9 @@ def read_record(field: FieldFolder, db: sqlite3.Connection | None) -> FieldRecor
     recorded = []
     for repetition in repetitions_of(field.plan):
         step = done.get(repetition.number)
-        if step is None:
+        path = runs / (step.run if step is not None else repetition.name)
+        if step is None or not (path / "log.sqlite").is_file():
             continue
-        path = runs / step.run
         devices = sorted(there & {*field.plan.devices, *facts_of(path).devices})
         baseline = baselines.get(step.run)
         recorded.append(
@@ -155,6 +161,8 @@ def read_record(field: FieldFolder, db: sqlite3.Connection | None) -> FieldRecor
                 {} if db is None or baseline is None else {name: observe(db, name, baseline.start_s, baseline.end_s) for name in devices},
             )
         )
+    if not recorded:
+        raise LocalError(f"{field.plan.name}: all of its runs were deleted from {runs}")
     task = read_task(recorded[0].path / "task")
     interrupted = tuple(step for step in field.steps if step.kind == "interrupted")
     marks = tuple(_marks(db, field)) if db is not None else ()

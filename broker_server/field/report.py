@@ -66,6 +66,10 @@ def _body(record: FieldRecord, target: float, pictures: Sequence[Picture], simul
     after = [repetitions(record), marks(record), clocks(record), gaps(record)]
     parts = [_intro(record, command), *(as_html(table) for table in tables if table is not None)]
     parts += [_figure(picture) for picture in pictures]
+    if not any(picture.name == "accuracy-joules" for picture in pictures):
+        parts.append(
+            f"<p>{html.escape(record.score.capitalize())} over joules: unmeasured, in every run a device that trained knows none.</p>\n"
+        )
     parts += ["<h2>Simulation against field</h2>\n", f"<p>{html.escape(why_not)}</p>\n" if simulated is None else as_html(simulated)]
     parts += ["<h2>What happened</h2>\n", *map(as_html, after)]
     parts += ["<h2>How to read this</h2>\n", *(f"<p>{html.escape(note)}</p>\n" for note in _notes(record)), _conditions(record)]
@@ -81,6 +85,8 @@ def _intro(record: FieldRecord, command: str) -> str:
     ]
     if lacking:
         said.append(f"Not run yet: {', '.join(each.name for each in lacking)}.")
+    if record.deleted:
+        said.append(f"{', '.join(record.deleted)} was deleted, and is in nothing below.")
     if record.outsiders:
         said.append(f"Took part without being in the plan: {', '.join(record.outsiders)}.")
     if not record.observed:
@@ -104,8 +110,8 @@ def _notes(record: FieldRecord) -> list[str]:
         "Differences are taken within a block, so that what drifts over hours hits both sides alike.",
         f"The {record.score} is that of the global model on "
         + ("the gateway's held-out data." if _held_out(record) else "the devices' own validation data, weighted by examples."),
-        "Bytes are those of the packets of models, updates and probes, headers included, up and down, as devices observed their "
-        "transfers. What telemetry and observations took stands apart, by device."
+        "Bytes are those of the MQTT packets of models, updates and probes, up and down, as devices observed their transfers. What "
+        "telemetry and observations took stands apart, by device."
         if observed
         else "Bytes are MQTT payload, up and down, as devices meter it from their first word in the run on: not every device observed its "
         "transfers in every run.",

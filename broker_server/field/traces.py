@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from broker_server.field.observed import Observed, length_of
@@ -22,14 +23,15 @@ BIN_S = 5.0
 Rates = list[tuple[float, float]]
 
 
-def write_traces(run: Recorded, folder: Path, work: Mapping[float, float] | None = None) -> list[str]:
+def write_traces(run: Recorded, folder: Path, others: Sequence[Recorded] = (), work: Mapping[float, float] | None = None) -> list[str]:
     """Write the traces of one run; returns the devices that have them, in the order in which a simulation takes them.
 
     Args:
+        others: runs whose mean goodput stands in where a device had nothing to measure in one direction, as for a very small part.
         work: what a step costs by density, relative to the full model; nothing: the same at each, as with masks of single weights.
 
     Raises:
-        LocalError: a device that trained has no transfer in one direction, or no update: nothing could be replayed of it.
+        LocalError: a device that trained has no transfer in one direction in any of the runs, or no update: it could not be replayed.
     """
     task, devices = read_task(run.path / "task"), sorted(name for name, device in run.course.devices.items() if device.updates)
     if not devices:
@@ -37,6 +39,7 @@ def write_traces(run: Recorded, folder: Path, work: Mapping[float, float] | None
     for name in devices:
         for up, direction in ((True, "up"), (False, "down")):
             rates = rates_of(run.observed[name], up) if name in run.observed else []
+            rates = rates or _stand_in(others, name, up)
             if not rates:
                 raise LocalError(f"{run.step.run}: {name} observed no transfer {direction}, so its link cannot be replayed")
             rows = ({"seconds": f"{at:.3f}", "bits_per_second": f"{bps:.1f}"} for at, bps in rates)
@@ -64,6 +67,11 @@ def rates_of(observed: Observed, up: bool) -> Rates:
                 bins[index] = bits + bps * (last - first), [*busy, (first, last)]
     rates = [(index * BIN_S, bits / length_of(busy)) for index, (bits, busy) in sorted(bins.items())]
     return [(0.0, rates[0][1]), *rates[1:]] if rates else []
+
+
+def _stand_in(others: Sequence[Recorded], name: str, up: bool) -> Rates:
+    found = [bps for other in others if name in other.observed and (bps := other.observed[name].goodput_bps(up)) is not None]
+    return [(0.0, mean(found))] if found else []
 
 
 def steps_of(run: Recorded, device: str, local_steps: int, work: Mapping[float, float]) -> list[float]:

@@ -29,14 +29,8 @@ AGENT = ("numpy>=1.26", "onnxruntime>=1.23", "paho-mqtt>=2.1", "msgspec>=0.19", 
 WANTED: Mapping[Role, tuple[str, ...]] = {
     "agent": AGENT,
     "gateway": (
-        *AGENT,
-        "onnx>=1.18",
-        "amqtt>=0.11.3",
-        "rich>=13",
-        "matplotlib>=3.8",
-        "prometheus-client>=0.21",
-        "pyarrow>=17",
-        "safetensors>=0.5",
+        *(*AGENT, "onnx>=1.18", "amqtt>=0.11.3", "rich>=13", "matplotlib>=3.8"),
+        *("prometheus-client>=0.21", "pyarrow>=17", "safetensors>=0.5"),
     ),
 }
 _GLIBC_MINOR = range(28, 16, -1)  # manylinux_2_28 down to 2_17; the oldest system of the matrix has glibc 2.35

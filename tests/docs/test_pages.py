@@ -16,6 +16,7 @@ HAND_WRITTEN = (
     "docs/bring-your-own.md",
     "docs/deploy.md",
     "docs/energy.md",
+    "docs/field.md",
     "docs/fleet.md",
     "docs/images.md",
     "docs/measuring.md",

@@ -1,0 +1,173 @@
+"""What a field run's report says of rows that are known, of those that are modelled, and of those that nobody has."""
+
+from __future__ import annotations
+
+import csv
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker_server.field.observed import TRAINING
+from broker_server.field.record import FieldRecord, reach, read_record
+from broker_server.field.summary import by_device, clocks, default_target, gaps, overview
+from broker_server.observations import open_observations
+from cli.main import main
+from tests.testbed.recorded import AHEAD_S, BASELINE_S, FULL_S, WATTS, recorded_field
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods, three repetitions."""
+    folder = tmp_path_factory.mktemp("orchard")
+    recorded_field(folder, ("fedgmr", "fedavg"), 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(place: Path) -> FieldRecord:
+    from broker_server.field.progress import read_field
+
+    with closing(open_observations(place / "runs" / ".gateway")) as db:
+        return read_record(read_field(place / "runs", "orchard"), db)
+
+
+def column(table: Any, line: str, head: str) -> str:
+    (found,) = (each for each in table.lines if each[0] == line)
+    return str(found[list(table.head).index(head)])
+
+
+def test_joules_are_those_of_the_run_and_not_of_its_baseline(record: FieldRecord) -> None:
+    for run in record.runs:
+        energy, watched = run.observed["pi-1"].energy(), run.observed["pi-1"]
+        assert "baseline" not in energy
+        for phase in ("train", "transmit"):
+            assert energy[phase].joules == pytest.approx(WATTS[phase] * energy[phase].seconds)
+        assert run.baseline["pi-1"].energy()["baseline"].joules == pytest.approx(WATTS["idle"] * BASELINE_S, rel=1e-3)
+        assert watched.joules_until(run.step.end_s) == pytest.approx(sum(each.joules or 0.0 for each in energy.values()))
+
+
+def test_a_clock_that_is_an_hour_ahead_is_moved_back(record: FieldRecord) -> None:
+    for run in record.runs:
+        assert run.observed["pi-2"].offset.seconds == AHEAD_S
+        arrivals = [update.wall_s for update in run.course.devices["pi-2"].updates]
+        sent = [row["at_s"] + row["seconds"] for row in run.observed["pi-2"].rows["transfers"] if row["what"] == "update"]
+        assert sent
+        for at_s in sent:
+            assert min(abs(at_s - arrival) for arrival in arrivals) < 0.01
+    assert column(clocks(record), "pi-2", "offset") == "+3600000.0"
+    assert column(clocks(record), "pi-1", "error at most") == "one way only"
+
+
+def test_who_has_no_meter_is_unmeasured_everywhere_and_never_zero(record: FieldRecord) -> None:
+    target = default_target(record)
+    for method in record.methods:
+        table = by_device(record, method)
+        assert column(table, "pi-3", "J train") == "unmeasured"
+        assert column(table, "pi-3", "idle W before") == "unmeasured"
+        assert "modelled" in column(table, "pi-2", "J train")
+        assert "±" in column(table, "pi-1", "J train")
+        assert "modelled" not in column(table, "pi-1", "J train")
+        assert column(overview(record, target), method, f"J to {target:g}") in ("unmeasured", "never")
+    for run in record.runs:
+        assert run.joules_until(run.step.end_s) is None
+
+
+def test_modelled_joules_keep_the_models_interval(record: FieldRecord) -> None:
+    for run in record.runs:
+        train = run.observed["pi-2"].energy()["train"]
+        assert train.certainty == "modelled"
+        assert train.low_j == pytest.approx(0.9 * (train.joules or 0.0))
+        assert train.high_j == pytest.approx(1.1 * (train.joules or 0.0))
+
+
+def test_what_a_full_journal_let_go_is_missing_and_says_so(record: FieldRecord) -> None:
+    table = gaps(record)
+    for run in record.runs:
+        lost = run.observed["pi-1"].lost()
+        assert lost == [
+            (pytest.approx(run.step.start_s + FULL_S[0], abs=0.1, rel=0), pytest.approx(run.step.start_s + FULL_S[1], abs=0.1, rel=0))
+        ]
+        mine = [line for line in table.lines if line[0] == "pi-1" and line[1] == run.step.run]
+        assert any(line[3] == "its journal was full" for line in mine)
+
+
+def test_bytes_are_those_of_training_and_telemetry_stands_apart(record: FieldRecord) -> None:
+    for run in record.runs:
+        assert run.has_transfers
+        rows = [row for observed in run.observed.values() for row in observed.rows["transfers"]]
+        training = sum(row["packet_bytes"] for row in rows if row["what"] in TRAINING)
+        assert run.transferred("packet_bytes", TRAINING) == pytest.approx(training, rel=0.01)
+        assert 0 < run.bytes_until(run.course.points[-1]) <= training
+        assert sum(row["packet_bytes"] for row in rows if row["what"] == "telemetry") == 3 * 560
+
+
+def test_the_target_is_reached_where_the_curve_first_has_it(record: FieldRecord) -> None:
+    target = default_target(record)
+    for run in record.runs:
+        curve = run.curve()
+        found = reach(curve, target)
+        if found is None:
+            assert all(point.score < target for point in curve)
+        else:
+            assert found.score >= target
+            assert all(point.score < target for point in curve[: curve.index(found)])
+            assert [point.elapsed_s for point in run.curve()] == sorted(point.elapsed_s for point in curve)
+
+
+def test_the_files_of_the_report(place: Path, record: FieldRecord, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "report"
+    assert main(["field", "report", "orchard", "--runs", str(place / "runs"), "--out", str(out)]) == 0
+    assert "6 runs" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == len(list((out / "figures").glob("*.png"))) == len(list((out / "figures").glob("*.pdf"))) == 7
+    assert "Accuracy over joules: unmeasured" in page  # of pi-3, which trained too
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "run 2 moved behind the wall" in page
+    assert "ina3221 VDD_IN" in page
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for file in (out / "data").glob("*.csv"):
+        with file.open() as lines:
+            rows = list(csv.reader(lines))
+        table = parquet.read_table(file.with_suffix(".parquet"))
+        assert table.column_names == rows[0]
+        assert table.num_rows == len(rows) - 1
+    with (out / "data" / "devices.csv").open() as lines:
+        unknown = [row for row in csv.DictReader(lines) if row["device"] == "pi-3"]
+    assert len(unknown) == len(record.runs)
+    assert {(row["train_j"], row["train_certainty"]) for row in unknown} == {("", "unmeasured")}
+
+
+def test_the_file_of_observations_is_read_as_it_is_by_pandas(place: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    with closing(sqlite3.connect(place / "runs" / ".gateway" / "observations.sqlite")) as db:
+        found = pandas.read_sql("SELECT device, sum(payload_bytes) AS bytes FROM transfers WHERE up GROUP BY device", db)
+    assert list(found.device) == ["pi-1", "pi-2", "pi-3"]
+
+
+def test_one_repetition_has_no_interval_and_no_observations_are_said(tmp_path: Path) -> None:
+    field = recorded_field(tmp_path, ("fedavg",), 1, observed=False)
+    record = read_record(field, None)
+    assert "±" not in "".join(cell for line in overview(record, 0.5).lines for cell in line)
+    assert main(["field", "report", "orchard", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "No device has sent observations" in page
+    assert "no observations came from it" in page
+
+
+def test_a_replay_of_what_was_simulated_comes_close(place: Path) -> None:
+    """The rows hold the simulator's own updates, so its replay must need about as long and send about as much."""
+    out = place / "replayed"
+    words = ["field", "report", "orchard", "--runs", place / "runs", "--out", out, "--data", "npz", "--data-folder", place / "data"]
+    assert main([str(word) for word in words]) == 0
+    with (out / "data" / "simulated.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["method"] for row in rows} == {"fedgmr", "fedavg"}
+    for row in rows:
+        assert 0.5 < float(row["payload bytes"].split(" ")[0]) < 2.0
+        mean = float(row["updates per device: mean, least to most"].split(",")[0])
+        assert 0.5 < mean < 2.0
+    assert "Simulated by measured" in (out / "report.html").read_text()
