@@ -146,7 +146,8 @@ def settings_of(task: Task, file: Path) -> list[Option]:
         keys = value.items() if isinstance(value, dict) else ((None, value),)
         for key, each in keys if section != "stop" else ():
             table, name = (said, section) if key is None else (said.get(section, {}), key)
-            source = "task.toml" if name in table else f"method {task.method.name}" if name in by_method.get(section, {}) else "default"
+            of_method = key != "name" and name in by_method.get(section, {})
+            source = "task.toml" if name in table else f"method {task.method.name}" if of_method else "default"
             rows.append((section if key is None else f"{section}.{key}", msgspec.json.encode(each).decode(), source))
     return rows
 

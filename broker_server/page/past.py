@@ -204,7 +204,11 @@ def device_history(run: Path, home: Path, device: str) -> Table:
             (count,) = db.execute(f"SELECT count(*) FROM metrics WHERE {where}", values).fetchone()
             rows = ((at, json.loads(fields).get(key)) for _, at, fields in _thinned(db, where, count, values))
             found[name] = [(at, value) for at, value in rows if value is not None]
-    found["power"] = energy.power_of(home, device)
+        heartbeats = ("telemetry", device, RECENT_ROWS)
+        (count,) = db.execute(f"SELECT count(*) FROM metrics WHERE kind = ? AND {mine}", heartbeats).fetchone()
+        beats = [(at, json.loads(fields)) for _, at, fields in _thinned(db, f"kind = ? AND {mine}", count, heartbeats)]
+    said = [(at, beat.get("watts"), beat.get("temperature_c")) for at, beat in beats]
+    found["power"] = energy.power_of(home, device) or [each for each in said if each[1:] != (None, None)]
     found["energy"] = energy.spent_on(home, run.name, device).table()
     return found
 

@@ -57,10 +57,12 @@ export function deviceView(main, who) {
   return () => { clearInterval(again); unwatch(); for (const each of [density, uplink, watts, warm, staleness, loss]) each.end(); };
 }
 
+const unmeasured = (why) => (!why ? 'unmeasured' : why.startsWith('unmeasured') ? why : `unmeasured: ${why}`);
+
 function nowOf(row) {
   const [state, look] = stateOf(row);
   const interval = row.low_bps === undefined || row.low_bps === null ? '' : ` (95 %: ${rate(row.low_bps)} to ${rate(row.high_bps)})`;
-  const power = row.watts === undefined || row.watts === null ? `unmeasured${row.meter ? `: ${row.meter}` : ''}` : `${number(row.watts, 2)} W (${row.meter})`;
+  const power = row.watts === undefined || row.watts === null ? unmeasured(row.meter) : `${number(row.watts, 2)} W (${row.meter})`;
   return facts([
     ['State', el('span', { class: look }, state)], ['Why', row.declined || row.failed || row.limit],
     ['Phase', row.phase], ['Density', `${percent(row.density)} of the model; began with ${percent(row.first_density)}, bound by ${row.bound_by}`],
