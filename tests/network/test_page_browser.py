@@ -17,6 +17,8 @@ from tests.testbed.processes import until
 
 pytestmark = pytest.mark.network
 ROWS = "[...document.querySelectorAll('.fleet .space .row')].filter((row) => !row.hidden)"
+INSIDE = """((row) => [...row.children].every((cell) => { const [a, b] = [cell, row].map((e) => e.getBoundingClientRect());
+    return a.bottom <= b.bottom && a.right <= b.right; }))"""
 NAMED = ("button", "link", "textbox", "searchbox", "combobox", "checkbox", "meter", "table", "img", "spinbutton", "columnheader")
 
 
@@ -87,7 +89,7 @@ def test_it_shows_the_fleet_as_it_is_and_as_it_becomes(shown: tuple[Rig, Tab]) -
     assert {request["url"].split("/")[2] for request in tab.events if request["url"].startswith("http")} == {f"127.0.0.1:{rig.port}"}
 
 
-def test_it_goes_on_when_the_gateway_comes_back(shown: tuple[Rig, Tab], tmp_path: Path) -> None:
+def test_it_goes_on_when_the_gateway_comes_back(shown: tuple[Rig, Tab]) -> None:
     rig, tab = shown
     for listener in list(rig.page.stream._listeners):
         listener.end()
@@ -139,7 +141,7 @@ def test_the_token_lets_one_pause_start_and_change_the_end(shown: tuple[Rig, Tab
     assert tab.problems == []
 
 
-# ---- who does not use a mouse, or does not see --------------------------------------------------------------------------------------------
+# ---- who does not use a mouse, or does not see ---------------------------------------------------------------------------------------
 
 
 def test_a_keyboard_is_enough(shown: tuple[Rig, Tab]) -> None:
@@ -161,10 +163,8 @@ def test_a_keyboard_is_enough(shown: tuple[Rig, Tab]) -> None:
     tab.eval(f"{ROWS}[0].querySelector('a').focus()")
     tab.press("Enter")
     tab.until("location.hash.startsWith('#/device/') && document.activeElement.id === 'main'")
-    outline = tab.eval(
-        "(() => { document.querySelector('nav a').focus({focusVisible: true}); return getComputedStyle(document.activeElement).outlineStyle; })()"
-    )
-    assert outline == "solid"
+    tab.eval("document.querySelector('nav a').focus({focusVisible: true})")
+    assert tab.eval("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
 def test_everything_has_a_name_and_a_place(shown: tuple[Rig, Tab]) -> None:
@@ -254,13 +254,10 @@ def test_a_phone_shows_all_of_it(shown: tuple[Rig, Tab]) -> None:
         tab.until("document.documentElement.scrollWidth <= 360")
     go(tab, "#/", f"{ROWS}.length")
     tab.until(f"{ROWS}[0].getBoundingClientRect().height === 74")
-    inside = tab.eval(
-        f"[...{ROWS}[0].children].every((cell) => {{ const a = cell.getBoundingClientRect(), b = cell.parentElement.getBoundingClientRect(); return a.bottom <= b.bottom && a.right <= b.right; }})"
-    )
-    assert inside
+    assert tab.eval(f"{INSIDE}({ROWS}[0])")
 
 
-# ---- a large fleet ------------------------------------------------------------------------------------------------------------------------
+# ---- a large fleet -------------------------------------------------------------------------------------------------------------------
 
 SCROLL = """(async () => {
   const fleet = document.querySelector('.fleet');
@@ -291,6 +288,6 @@ def test_a_thousand_devices_stay_smooth(tmp_path: Path, tab: Tab) -> None:
         tab.until(f"{ROWS}.some((row) => row.textContent.startsWith('pi-0999'))")
         tab.eval("(() => { const f = document.getElementById('filter'); f.value = 'pi-0777'; f.dispatchEvent(new Event('input')); })()")
         tab.until(f"{ROWS}.length === 1 && {ROWS}[0].textContent.startsWith('pi-0777')")
-        assert tab.until("/frame \\d+\\.\\d ms, 95 %: .*, 1000 devices/.test(document.getElementById('frames').textContent)")
+        tab.until("/frame \\d+\\.\\d ms, 95 %: .*, 1000 devices/.test(document.getElementById('frames').textContent)")
         assert tab.problems == []
         tab.open("about:blank")

@@ -115,9 +115,9 @@ class Tab:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def until(self, expression: str) -> Any:
-        """The first true value of an expression."""
-        return until(lambda: self.eval(expression), lambda: f"{expression}; problems: {self.problems}; {self.text()[:1000]}")
+    def until(self, expression: str) -> None:
+        """Wait until an expression is true."""
+        until(lambda: self.eval(f"Boolean({expression})"), lambda: f"{expression}; problems: {self.problems}; {self.text()[:1000]}")
 
     def text(self) -> str:
         """What there is to read."""
