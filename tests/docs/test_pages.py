@@ -19,6 +19,7 @@ HAND_WRITTEN = (
     "docs/images.md",
     "docs/gateway.md",
     "docs/models.md",
+    "docs/page.md",
     "docs/simulate.md",
     "docs/updates.md",
     "docs/using-the-model.md",
