@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import write_result
-
 from broker_server.broker import find_mosquitto
 from tests.testbed.chromium import Tab, chromium
 from tests.testbed.processes import ROOT, Child, until
@@ -37,8 +36,8 @@ model = "model.onnx"
 name = "{method}"
 
 [training]
-local_steps = 5
-learning_rate = 0.02
+local_steps = 10
+learning_rate = 0.1
 
 [restoration]
 patience = 2
@@ -60,7 +59,7 @@ SCROLL = """(async (scrolls) => {
     if (at < 600) requestAnimationFrame(step); else done();
   }; requestAnimationFrame(step); });
   return frames.sort((a, b) => a - b);
-})(%s)"""
+})(SCROLLS)"""
 
 
 class Scene:
@@ -184,7 +183,7 @@ def frames(found: Scene, tab: Tab) -> dict[str, Any]:
     tab.until("document.querySelectorAll('.fleet .space .row').length > 10")
     result = {}
     for name, scrolls in (("watching", "false"), ("scrolling", "true")):
-        taken: list[float] = tab.eval(SCROLL % scrolls)
+        taken: list[float] = tab.eval(SCROLL.replace("SCROLLS", scrolls))
         result[name] = {f"{part}": round(taken[int(part / 100 * (len(taken) - 1))], 1) for part in (50, 95, 99, 100)}
     result["rows_in_the_document"] = tab.eval("document.querySelectorAll('.fleet .space .row').length")
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -53,6 +54,7 @@ class Controls:
     ) -> None:
         self._gateway, self._instructions, self._task, self._file = gateway, instructions, task, file
         self._registry, self._options = registry, options
+        self._one_at_a_time = threading.Lock()
         self.actions: Mapping[str, Callable[[bytes], str]] = {
             "pause": self._pause,
             "start": self._start,
@@ -80,7 +82,8 @@ class Controls:
         """
         if action not in self.actions:
             raise UsageError(f"there is no action {action!r}: {', '.join(self.actions)}")
-        return self.actions[action](body)
+        with self._one_at_a_time:
+            return self.actions[action](body)
 
     def _pause(self, _: bytes) -> str:
         return self._tell(paused=True, said="paused: devices finish what they have and get no new work")

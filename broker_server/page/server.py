@@ -25,7 +25,7 @@ import msgspec
 from broker_server.page.access import Access
 from broker_server.page.board import Board
 from broker_server.page.controls import Controls
-from broker_server.page.past import Runs, device_history, series_of
+from broker_server.page.past import Runs, curve_of, device_history, series_of
 from broker_server.page.stream import EVERY_S, Stream
 from regrow.errors import LocalError, UsageError
 from regrow.topics import NAME
@@ -206,6 +206,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """A file, the stream, or JSON."""
         path = urlsplit(self.path).path
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # a body that nobody reads would be taken for the next request
         file = self.server.files.get(path)
         if file is not None:
             self._file(file)
@@ -232,9 +234,9 @@ class Handler(BaseHTTPRequestHandler):
                 return {**server.controls.table(), "local": server.access.local}
             case ["api", "token"]:
                 return {"valid": server.access.may_act(self.headers)}
-            case ["api", "run", name]:
+            case ["api", "run" | "curve" as what, name]:
                 run = server.runs.path(name) if NAME.match(name) else None
-                return None if run is None else series_of(run, server.home)
+                return None if run is None else curve_of(run) if what == "curve" else series_of(run, server.home)
             case ["api", "device", name] if NAME.match(name) and server.board.device(name) is not None:
                 return device_history(server.run, server.home, name)
         return None

@@ -452,3 +452,25 @@ def test_what_the_store_knew_before_is_counted_on(tmp_path: Path) -> None:
         assert after.whole()["run"]["sent_bytes"] == before["sent_bytes"]
         assert after.whole()["run"]["contributions"] == before["contributions"]
         assert after.whole()["devices"]["pi-0000"]["updated_s"] is not None
+
+
+def test_a_device_of_a_fleet_is_told_to_rest_and_to_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    from broker_server.fleet import members
+    from broker_server.fleet.authority import Authority
+    from broker_server.fleet.registry import Registry
+    from tests.broker_server.fleet.test_members import joined
+
+    members.init(tmp_path / "fleet", "farm", ["192.0.2.1"])
+    registry = Registry(tmp_path / "fleet")
+    joined(registry, Authority(registry.folder), "pi-0000")
+    with page_of(tmp_path, 1) as rig:
+        rig.page.controls._registry = registry
+        assert rig.ask("/api/settings")[2]["fleet"] is True
+        for order, state in (("pause", "paused"), ("drain", "draining"), ("resume", "active")):
+            status, _, said = rig.ask("/api/device", "POST", {"device": "pi-0000", "do": order}, token=TOKEN)
+            assert (status, said) == (200, {"done": f"pi-0000: {state}"})
+            assert registry.devices()["pi-0000"].state == state
+        assert rig.ask("/api/device", "POST", {"device": "none", "do": "pause"}, token=TOKEN)[0] == 400
+        assert rig.ask("/api/device", "POST", {"device": "pi-0000", "do": "wipe"}, token=TOKEN)[0] == 400
+        assert rig.ask("/api/device", "POST", {"device": "pi-0000", "do": "pause"})[0] == 401

@@ -87,7 +87,13 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
         gateway = fleet.serve("--page", f"127.0.0.1:{port}", "--paused")
         assert gateway.said(rf"^page on http://127\.0\.0\.1:(\d+) \(port {port} is taken\)")[1] != str(port)
         gateway.said("the run is paused and gives out no work: start it on the page")
-        gateway.process.send_signal(signal.SIGINT)
+        found = int(gateway.said(r"^page on http://127\.0\.0\.1:(\d+)")[1])
+        with socket.create_connection(("127.0.0.1", found), timeout=20) as listener:
+            listener.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in listener.recv(65536)
+            gateway.process.send_signal(signal.SIGINT)
+            while listener.recv(65536):  # up to its end
+                pass
         assert gateway.ended() == 130
 
 

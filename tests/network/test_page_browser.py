@@ -152,7 +152,7 @@ def test_a_keyboard_is_enough(shown: tuple[Rig, Tab]) -> None:
         tab.press("Tab")
         seen.append(str(tab.eval(focused))[:20])
     assert seen[:5] == ["Skip to content", "Fleet", "Runs", "Control", "filter"]
-    assert {"Device", "Density", "Last update"} <= set(seen)
+    assert {"Device", "Density", "Updated"} <= set(seen)
     tab.eval("document.querySelector('[data-name=density] button').focus()")
     tab.press("Enter")
     assert tab.eval("document.querySelector('[data-name=density]').getAttribute('aria-sort')") == "ascending"

@@ -12,7 +12,7 @@ const COLUMNS = [
   ['phase', 'Phase', (who, row) => row.phase ?? ''],
   ['temperature', 'Temp.', (who, row) => row.temperature_c ?? -300],
   ['power', 'Power', (who, row) => row.watts ?? -1],
-  ['updated', 'Last update', (who, row) => row.updated_s ?? 0],
+  ['updated', 'Updated', (who, row) => row.updated_s ?? 0],
 ];
 
 /** The table and its tools; `end()` lets go of what it listens to. */
