@@ -61,10 +61,9 @@ class Looking:
     def __call__(self) -> State:
         if self._url is not None:
             return asked(self._url, self._token)
-        if self._run is None:
-            for url in pages(self._runs):
-                with suppress(LocalError):  # of a gateway that was killed
-                    return asked(url, self._token)
+        for url in pages(self._runs, self._run):
+            with suppress(LocalError):  # of a gateway that was killed
+                return asked(url, self._token)
         return last_state(self._folder())
 
     def _folder(self) -> Path:

@@ -261,14 +261,13 @@ def test_a_phone_shows_all_of_it(shown: tuple[Rig, Tab]) -> None:
 
 SCROLL = """(async () => {
   const fleet = document.querySelector('.fleet');
-  const frames = []; let before = null; let at = 0;
-  await new Promise((done) => { const step = (now) => {
-    if (before !== null) frames.push(now - before);
-    before = now; at += 1;
+  let frames = 0; let at = 0;
+  await new Promise((done) => { const step = () => {
+    frames += 1; at += 1;
     fleet.scrollTop = (fleet.scrollHeight - fleet.clientHeight) * (at % 60) / 60;
     if (at < 180) requestAnimationFrame(step); else done();
   }; requestAnimationFrame(step); });
-  return frames.sort((a, b) => a - b);
+  return frames;
 })()"""
 
 
@@ -281,8 +280,9 @@ def test_a_thousand_devices_stay_smooth(tmp_path: Path, tab: Tab) -> None:
         rig.live(3)
         tab.open(f"http://127.0.0.1:{rig.port}/")
         tab.until("document.querySelector('.fleet')?.getAttribute('aria-rowcount') === '1001'")
-        frames: list[float] = tab.eval(SCROLL)
-        assert frames[len(frames) // 2] < 34, "half of the frames at 30 a second or faster"
+        before = tab.busy_s()
+        frames = tab.eval(SCROLL)
+        assert (tab.busy_s() - before) / frames < 0.016, "processor time: the wall's depends on who else uses this machine"
         assert tab.eval("document.querySelectorAll('.fleet .row').length") < 80
         tab.eval("(() => { const f = document.querySelector('.fleet'); f.scrollTop = f.scrollHeight; })()")
         tab.until(f"{ROWS}.some((row) => row.textContent.startsWith('pi-0999'))")

@@ -53,6 +53,7 @@ class Tab:
         self.events: list[dict[str, Any]] = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
     def close(self) -> None:
         self._file.close()
@@ -122,6 +123,11 @@ class Tab:
     def text(self) -> str:
         """What there is to read."""
         return str(self.eval("document.body ? document.body.innerText : ''"))
+
+    def busy_s(self) -> float:
+        """Processor time of the page's main thread so far: scripts, style, layout, paint."""
+        metrics = {each["name"]: each["value"] for each in self.call("Performance.getMetrics")["metrics"]}
+        return float(metrics["TaskDuration"])
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """A key, by its DOM name."""
