@@ -78,7 +78,7 @@ class Board:
                 self._new_events = [*self._new_events, event][-EVENTS:]
 
     def _take(self, who: str, kind: str, fields: Mapping[str, Any]) -> None:
-        if kind in ("telemetry", "update", "joined"):
+        if kind in ("telemetry", "update", "joined", "declined"):
             self._heard_s[who] = time.time()
         if kind == "telemetry":
             self._spent[who] = self._spent.get(who, Spent()).after(fields["bytes_up"], fields["bytes_down"])
@@ -103,7 +103,11 @@ class Board:
         resting = coordinator.roster.resting
         dirty = self._dirty | (live ^ self._live) | (resting ^ self._resting)
         self._dirty, self._live, self._resting = set(), live, resting
-        rows = {who: self._row(who, device) for who in dirty if (device := coordinator.ledger.devices.get(who)) is not None}
+        known = coordinator.ledger.devices
+        rows = {
+            who: self._row(who, known[who]) if who in known else self._of_declined(who)
+            for who in dirty & (known.keys() | self._declined.keys())
+        }
         run = self._of_run()
         with self._lock:
             for who, row in rows.items():
@@ -138,6 +142,12 @@ class Board:
             **self._said.get(who, {}),
         }
         return row if telemetry is None else row | _of_telemetry(telemetry)
+
+    def _of_declined(self, who: str) -> Row:
+        """One that never joined: it is there, gets no work, and says why."""
+        nothing: Row = dict.fromkeys(("density", "first_density", "memory_density", "updated_s", "joules", "trains"))
+        here = {"online": True, "heard_s": self._heard_s.get(who), "declined": self._declined[who], "updates": 0, "bound_by": "memory"}
+        return {**nothing, **here, "standing": "", "excluded": True, "sent_bytes": 0, "received_bytes": 0}
 
     def _of_run(self) -> Row:
         gateway, coordinator = self._gateway, self._gateway.coordinator

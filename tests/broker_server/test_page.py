@@ -146,6 +146,15 @@ def test_a_run_a_device_and_the_list_of_runs(tmp_path: Path) -> None:
         assert sources["method.mixing"] == "default"
 
 
+def test_one_that_was_declined_before_it_joined_is_shown_with_the_reason(tmp_path: Path) -> None:
+    with page_of(tmp_path, 1) as rig:
+        rig.board.note(Note("declined", {"device": "small", "needs_bytes": 4000, "memory_bytes": 399}))
+        rig.live(5)
+        row = rig.ask("/api/state")[2]["devices"]["small"]
+        assert "training takes at least 4,000 bytes of memory, it offers 399" in row["declined"]
+        assert row["density"] is None
+
+
 # ---- what it refuses ---------------------------------------------------------------------------------------------------------------------
 
 NOTHING = (
