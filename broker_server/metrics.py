@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, start_http_server
 
 from broker_server.gateway import Gateway
+from broker_server.metering import Joules
 from regrow.errors import LocalError
 from regrow.machine import Note
 
@@ -37,6 +38,7 @@ class Metrics:
         self._told = 0, 0  # bytes written and restarts, as far as they were counted
         self._classes: set[str] = set()
         self._devices: set[str] = set()
+        self._joules = Joules(gateway.coordinator.ledger.task.fleet.heartbeat_s)
         self._bytes: dict[str, tuple[int, int]] = {}  # what each device had sent and received when it last said so
         registry = self.registry = CollectorRegistry()
         gauge, counter = self._gauge, self._counter
@@ -79,6 +81,14 @@ class Metrics:
     def _add_devices(self) -> None:
         self._sent = self._counter("device_sent_bytes", "Bytes that devices sent, as they meter it, by first density", "class")
         self._received = self._counter("device_received_bytes", "Bytes that devices received, as they meter it, by first density", "class")
+        self._energy = self._counter(
+            "device_energy_joules", "Energy that devices took, as far as heartbeats tell, by first density", "class"
+        )
+        self._device_power = self._gauge(
+            "device_power_watts", "Mean power of a device since its last heartbeat, as it measures it", "device"
+        )
+        self._device_warmth = self._gauge("device_temperature_celsius", "Temperature of a device", "device")
+        self._device_rtt = self._gauge("device_round_trip_seconds", "Round trip of a device's connection", "device")
         self._device_density = self._gauge("device_density", "Density of a device", "device")
         self._device_uplink = self._gauge("device_uplink_bytes_per_second", "Uplink of a device, as it measures it", "device")
         self._device_heard = self._gauge("device_heard_timestamp_seconds", "When a device last said something, unix time", "device")
@@ -142,6 +152,24 @@ class Metrics:
             self._device_density.labels(who).set(fields["density"])
         if fields.get("uplink_bps"):
             self._device_uplink.labels(who).set(fields["uplink_bps"] / 8)
+        if kind == "telemetry":
+            self._note_instruments(who)
+
+    def _note_instruments(self, who: str) -> None:
+        """What a device does not measure has no value: an old one would be wrong, and 0 too."""
+        telemetry = self._gateway.coordinator.telemetry[who]
+        link, power = telemetry.link, telemetry.power
+        found = (
+            (self._device_power, None if power is None else power.watts),
+            (self._device_warmth, None if power is None else power.temperature_c),
+            (self._device_rtt, None if link is None else link.rtt_s),
+        )
+        for gauge, value in found:
+            if value is not None:
+                gauge.labels(who).set(value)
+            else:
+                with suppress(KeyError):  # it never had one
+                    gauge.remove(who)
 
     def _meter(self, fields: dict[str, Any]) -> None:
         """What came on top of a device's last word; less than that means that the device began to count anew."""
@@ -150,6 +178,9 @@ class Metrics:
         self._bytes[who] = (up, down)
         known = self._gateway.coordinator.ledger.devices.get(who)
         name = OTHER if known is None else self._class_named(known.first_density)
+        joules = self._joules.hear(who, self._gateway.coordinator.telemetry[who], time.monotonic())
+        if joules is not None:
+            self._energy.labels(name).inc(joules)
         self._sent.labels(name).inc(up - old_up if up >= old_up else up)
         self._received.labels(name).inc(down - old_down if down >= old_down else down)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from broker_server.gateway import Gateway
@@ -59,7 +59,12 @@ def token(options: argparse.Namespace) -> int:
     return 0
 
 
-def pages(runs: Path) -> list[str]:
-    """Addresses of the pages of these runs, as the runs' folders say; the newest first."""
-    files = sorted(runs.glob(f"*/{PAGE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return [str(json.loads(file.read_text())["url"]) for file in files]
+def pages(runs: Path, run: str | None = None) -> list[str]:
+    """Addresses of the pages of these runs, or of one, the newest first; a gateway that was killed has left its own."""
+    found: list[tuple[float, str]] = []
+    for file in runs.glob(f"*/{PAGE_FILE}"):
+        if run not in (None, file.parent.name):
+            continue
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found.append((file.stat().st_mtime, str(json.loads(file.read_text())["url"])))
+    return [url for _, url in sorted(found, reverse=True)]

@@ -32,15 +32,15 @@ State = dict[str, Any]
 def command(options: argparse.Namespace) -> int:
     """Show it until Ctrl-C, or once; what is no terminal gets one picture, without colours."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    look = Looking(options)
+    look, plain = Looking(options), console.no_color or console.color_system is None
     if options.once or not sys.stdout.isatty():
-        console.print(picture(look(), options.rows or sys.maxsize, plain=not console.color_system))
+        console.print(picture(look(), options.rows or sys.maxsize, plain=plain))
         return 0
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:  # Ctrl-C ends it
             rows = options.rows or max(console.height - HEAD_LINES - EVENTS, 1)
             try:
-                shown = picture(look(), rows, plain=not console.color_system)
+                shown = picture(look(), rows, plain=plain)
             except LocalError as error:
                 shown = Text(str(error))
             live.update(shown, refresh=True)
@@ -61,10 +61,9 @@ class Looking:
     def __call__(self) -> State:
         if self._url is not None:
             return asked(self._url, self._token)
-        if self._run is None:
-            for url in pages(self._runs):
-                with suppress(LocalError):  # of a gateway that was killed
-                    return asked(url, self._token)
+        for url in pages(self._runs, self._run):
+            with suppress(LocalError):  # of a gateway that was killed
+                return asked(url, self._token)
         return last_state(self._folder())
 
     def _folder(self) -> Path:

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from broker_server.gateway import Gateway
+from broker_server.metering import Joules
 from broker_server.page.past import MOST_CHARACTERS, Spent, contributions
 from broker_server.view import in_words
 from regrow.levels import densities_of
 from regrow.machine import Note
 from regrow.member import Device
-from regrow.roster import HEARTBEATS
 from regrow.wire import Telemetry
 
 EVENTS = 200
@@ -45,8 +45,7 @@ class Board:
         self._gateway = gateway
         self._spent, self._updated_s, self._by_level = dict(spent or {}), dict(updated_s or {}), dict(by_level or {})
         self._heard_s: dict[str, float] = {}
-        self._joules: dict[str, float] = {}
-        self._metered_s: dict[str, float] = {}
+        self._joules = Joules(gateway.coordinator.ledger.task.fleet.heartbeat_s)
         self._declined: dict[str, str] = {}
         self._said: dict[str, Row] = {}
         self._dirty: set[str] = set(gateway.coordinator.ledger.devices)
@@ -79,11 +78,11 @@ class Board:
                 self._new_events = [*self._new_events, event][-EVENTS:]
 
     def _take(self, who: str, kind: str, fields: Mapping[str, Any]) -> None:
-        if kind in ("telemetry", "update", "joined"):
+        if kind in ("telemetry", "update", "joined", "declined"):
             self._heard_s[who] = time.time()
         if kind == "telemetry":
             self._spent[who] = self._spent.get(who, Spent()).after(fields["bytes_up"], fields["bytes_down"])
-            self._meter(who)
+            self._joules.hear(who, self._gateway.coordinator.telemetry[who], time.monotonic())
         elif kind == "update":
             self._updated_s[who] = time.time()
             updates, examples = self._by_level.get(fields["level"], (0, 0))
@@ -93,14 +92,6 @@ class Board:
             self._declined[who] = in_words(Note(kind, dict(fields)))
         elif kind in ("joined", "assigned"):
             self._declined.pop(who, None)
-
-    def _meter(self, who: str) -> None:
-        """Joules since this process began, as far as heartbeats tell the mean watts between them."""
-        power, now = self._gateway.coordinator.telemetry[who].power, time.monotonic()
-        before, self._metered_s[who] = self._metered_s.get(who), now
-        longest_s = HEARTBEATS * self._gateway.coordinator.ledger.task.fleet.heartbeat_s
-        if power is not None and power.watts is not None and before is not None and now - before <= longest_s:
-            self._joules[who] = self._joules.get(who, 0.0) + power.watts * (now - before)
 
     def look(self) -> None:
         """Take what the ledger says now; called about twice a second."""
@@ -112,7 +103,11 @@ class Board:
         resting = coordinator.roster.resting
         dirty = self._dirty | (live ^ self._live) | (resting ^ self._resting)
         self._dirty, self._live, self._resting = set(), live, resting
-        rows = {who: self._row(who, device) for who in dirty if (device := coordinator.ledger.devices.get(who)) is not None}
+        known = coordinator.ledger.devices
+        rows = {
+            who: self._row(who, known[who]) if who in known else self._of_declined(who)
+            for who in dirty & (known.keys() | self._declined.keys())
+        }
         run = self._of_run()
         with self._lock:
             for who, row in rows.items():
@@ -142,17 +137,23 @@ class Board:
             "heard_s": self._heard_s.get(who),
             "sent_bytes": spent.sent_bytes,
             "received_bytes": spent.received_bytes,
-            "joules": self._joules.get(who),
+            "joules": self._joules.by_device.get(who),
             "trains": None if device.lease is None else coordinator.ledger.density_of(device.lease.level),
             **self._said.get(who, {}),
         }
         return row if telemetry is None else row | _of_telemetry(telemetry)
 
+    def _of_declined(self, who: str) -> Row:
+        """One that never joined: it is there, gets no work, and says why."""
+        nothing: Row = dict.fromkeys(("density", "first_density", "memory_density", "updated_s", "joules", "trains"))
+        here = {"online": True, "heard_s": self._heard_s.get(who), "declined": self._declined[who], "updates": 0, "bound_by": "memory"}
+        return {**nothing, **here, "standing": "", "excluded": True, "sent_bytes": 0, "received_bytes": 0}
+
     def _of_run(self) -> Row:
         gateway, coordinator = self._gateway, self._gateway.coordinator
         ledger, roster = coordinator.ledger, coordinator.roster
         counts = {f"{density:g}": count for density, count in sorted(roster.densities.counts.items())}
-        joules = self._joules.values()
+        joules = self._joules.by_device.values()
         return {
             "run": coordinator.names.run,
             "task": coordinator.names.task,

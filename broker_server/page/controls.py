@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -53,6 +54,7 @@ class Controls:
     ) -> None:
         self._gateway, self._instructions, self._task, self._file = gateway, instructions, task, file
         self._registry, self._options = registry, options
+        self._one_at_a_time = threading.Lock()
         self.actions: Mapping[str, Callable[[bytes], str]] = {
             "pause": self._pause,
             "start": self._start,
@@ -80,7 +82,8 @@ class Controls:
         """
         if action not in self.actions:
             raise UsageError(f"there is no action {action!r}: {', '.join(self.actions)}")
-        return self.actions[action](body)
+        with self._one_at_a_time:
+            return self.actions[action](body)
 
     def _pause(self, _: bytes) -> str:
         return self._tell(paused=True, said="paused: devices finish what they have and get no new work")
@@ -146,7 +149,8 @@ def settings_of(task: Task, file: Path) -> list[Option]:
         keys = value.items() if isinstance(value, dict) else ((None, value),)
         for key, each in keys if section != "stop" else ():
             table, name = (said, section) if key is None else (said.get(section, {}), key)
-            source = "task.toml" if name in table else f"method {task.method.name}" if name in by_method.get(section, {}) else "default"
+            of_method = key != "name" and name in by_method.get(section, {})
+            source = "task.toml" if name in table else f"method {task.method.name}" if of_method else "default"
             rows.append((section if key is None else f"{section}.{key}", msgspec.json.encode(each).decode(), source))
     return rows
 

@@ -24,6 +24,7 @@ from regrow.machine import Note
 from regrow.roster import HEARTBEATS
 
 POINTS = 600
+FRESH_S = 20.0
 MOST_CHARACTERS = 300  # of an event: devices have a say in some
 RECENT_ROWS = 300_000  # of the metrics table, for the history of one device
 Table = dict[str, Any]
@@ -99,6 +100,16 @@ def updates_by_level(run: Path) -> dict[int, tuple[int, int]]:
 # ---- a run -------------------------------------------------------------------------------------------------------------------------------
 
 
+def curve_of(run: Path) -> Table:
+    """How a run went; lists have one value for each of `elapsed_s`.
+
+    Raises:
+        LocalError: the run cannot be read.
+    """
+    with reading(run) as db:
+        return _curve(_made(db))
+
+
 def series_of(run: Path, home: Path) -> Table:
     """A run's page: what it was, how it went, and what it cost; lists have one value for each of `elapsed_s`.
 
@@ -110,29 +121,41 @@ def series_of(run: Path, home: Path) -> Table:
     """
     task = read_task(run / "task")
     with reading(run) as db:
-        (count, last) = db.execute("SELECT (SELECT count(*) FROM metrics WHERE kind = 'aggregated'), max(id) FROM metrics").fetchone()
-        made = _thinned(db, "kind = 'aggregated'", count)
-        sent, received = _bytes_at([row[0] for row in made], last or 1, db)
-    rows = [json.loads(fields) for _, _, fields in made]
-    at = [wall_time for _, wall_time, _ in made]
-    levels = sorted({level for row in rows for level in row["scores"]}, key=float)
+        made = _made(db)
+        (last,) = db.execute("SELECT coalesce(max(id), 1) FROM metrics").fetchone()
+        sent, received = _bytes_at([row[0] for row in made], last, db)
+    scores = json.loads(made[-1][2])["scores"] if made else {}
     spent = energy.spent_on(home, run.name)
     return {
         "run": run.name,
         "task": task.name,
         "method": task.method.name,
-        "at_s": at,
+        **_curve(made),
+        "sent_bytes": sent,
+        "received_bytes": received,
+        "joules": energy.joules_at(home, run.name, [at for _, at, _ in made]) if spent.joules is not None else None,
+        "energy": spent.table(),
+        "contributions": contributions(densities_of(task), updates_by_level(run), scores),
+        "events": _events(run),
+    }
+
+
+def _made(db: sqlite3.Connection) -> list[tuple[int, float, str]]:
+    """Versions as the store has them."""
+    (count,) = db.execute("SELECT count(*) FROM metrics WHERE kind = 'aggregated'").fetchone()
+    return _thinned(db, "kind = 'aggregated'", count)
+
+
+def _curve(made: Sequence[tuple[int, float, str]]) -> Table:
+    rows = [json.loads(fields) for _, _, fields in made]
+    levels = sorted({level for row in rows for level in row["scores"]}, key=float)
+    return {
+        "at_s": [wall_time for _, wall_time, _ in made],
         "version": [row["version"] for row in rows],
         "elapsed_s": [row["elapsed_s"] for row in rows],
         "mean_density": [row["mean_density"] for row in rows],
         "score": [row["global_score"] for row in rows],
         "levels": {f"{float(level):g}": [row["scores"].get(level) for row in rows] for level in levels},
-        "sent_bytes": sent,
-        "received_bytes": received,
-        "joules": energy.joules_at(home, run.name, at) if spent.joules is not None else None,
-        "energy": spent.table(),
-        "contributions": contributions(densities_of(task), updates_by_level(run), rows[-1]["scores"] if rows else {}),
-        "events": _events(run),
     }
 
 
@@ -204,7 +227,11 @@ def device_history(run: Path, home: Path, device: str) -> Table:
             (count,) = db.execute(f"SELECT count(*) FROM metrics WHERE {where}", values).fetchone()
             rows = ((at, json.loads(fields).get(key)) for _, at, fields in _thinned(db, where, count, values))
             found[name] = [(at, value) for at, value in rows if value is not None]
-    found["power"] = energy.power_of(home, device)
+        heartbeats = ("telemetry", device, RECENT_ROWS)
+        (count,) = db.execute(f"SELECT count(*) FROM metrics WHERE kind = ? AND {mine}", heartbeats).fetchone()
+        beats = [(at, json.loads(fields)) for _, at, fields in _thinned(db, f"kind = ? AND {mine}", count, heartbeats)]
+    said = [(at, beat.get("watts"), beat.get("temperature_c")) for at, beat in beats]
+    found["power"] = energy.power_of(home, device) or [each for each in said if each[1:] != (None, None)]
     found["energy"] = energy.spent_on(home, run.name, device).table()
     return found
 
@@ -213,11 +240,11 @@ def device_history(run: Path, home: Path, device: str) -> Table:
 
 
 class Runs:
-    """The list of runs; a run is read again only when its log has changed."""
+    """The list of runs; a run is read again only when its log has changed, and not all the time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known: dict[Path, tuple[tuple[int, ...], Table]] = {}
+        self._known: dict[Path, tuple[tuple[int, ...], float, Table]] = {}
 
     def all(self) -> list[Table]:
         """A line for every run, the newest first."""
@@ -231,9 +258,10 @@ class Runs:
     def _line(self, run: Path) -> Table:
         stamp = tuple(file.stat().st_mtime_ns for file in (run / "log.sqlite", run / "log.sqlite-wal") if file.exists())
         known = self._known.get(run)
-        if known is None or known[0] != stamp:
-            known = self._known[run] = stamp, _line_of(run)
-        return known[1]
+        now = time.monotonic()
+        if known is None or (known[0] != stamp and now - known[1] > FRESH_S):
+            known = self._known[run] = stamp, now, _line_of(run)
+        return known[2]
 
 
 def _line_of(run: Path) -> Table:

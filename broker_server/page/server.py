@@ -25,8 +25,8 @@ import msgspec
 from broker_server.page.access import Access
 from broker_server.page.board import Board
 from broker_server.page.controls import Controls
-from broker_server.page.past import Runs, device_history, series_of
-from broker_server.page.stream import Stream
+from broker_server.page.past import Runs, curve_of, device_history, series_of
+from broker_server.page.stream import EVERY_S, Stream
 from regrow.errors import LocalError, UsageError
 from regrow.topics import NAME
 
@@ -85,6 +85,7 @@ class Page(ThreadingHTTPServer):
         board, controls, runs: what there is to see and to do.
         home: the gateway's folder, with what devices have observed.
         run: folder of the run that is served.
+        every_s: between two messages of the stream.
 
     Raises:
         OSError: it cannot listen there.
@@ -94,7 +95,15 @@ class Page(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(
-        self, address: tuple[str, int], access: Access, board: Board, controls: Controls, runs: Runs, home: Path, run: Path
+        self,
+        address: tuple[str, int],
+        access: Access,
+        board: Board,
+        controls: Controls,
+        runs: Runs,
+        home: Path,
+        run: Path,
+        every_s: float = EVERY_S,
     ) -> None:
         self.access, self.board, self.controls, self.runs, self.home, self.run = access, board, controls, runs, home, run
         self.files = static_files()
@@ -103,7 +112,7 @@ class Page(ThreadingHTTPServer):
         self._open_lock = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
-        self.stream = Stream(board.whole, board.changes)
+        self.stream = Stream(board.whole, board.changes, every_s)
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.2}, name="page", daemon=True)
 
     def start(self) -> None:
@@ -188,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Errors that the standard library finds, as all others."""
-        self.close_connection = True
+        self.close_connection, self.request_version = True, self.protocol_version  # else it answers as HTTP/0.9 would: without a head
         status = HTTPStatus(code)
         self._json({"error": explain or message or status.phrase}, status)
 
@@ -197,6 +206,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """A file, the stream, or JSON."""
         path = urlsplit(self.path).path
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # a body that nobody reads would be taken for the next request
         file = self.server.files.get(path)
         if file is not None:
             self._file(file)
@@ -223,9 +234,9 @@ class Handler(BaseHTTPRequestHandler):
                 return {**server.controls.table(), "local": server.access.local}
             case ["api", "token"]:
                 return {"valid": server.access.may_act(self.headers)}
-            case ["api", "run", name]:
+            case ["api", "run" | "curve" as what, name]:
                 run = server.runs.path(name) if NAME.match(name) else None
-                return None if run is None else series_of(run, server.home)
+                return None if run is None else curve_of(run) if what == "curve" else series_of(run, server.home)
             case ["api", "device", name] if NAME.match(name) and server.board.device(name) is not None:
                 return device_history(server.run, server.home, name)
         return None

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from broker_server.metrics import CLASS_SERIES, DEVICE_SERIES, OTHER, Metrics, serving
 from cli.main import main
 from export.models import digits_mlp
+from regrow import wire
 from regrow.errors import LocalError
 from regrow.machine import Note
 from tests.docs.generate import ROOT
@@ -104,12 +105,18 @@ def made(**devices: float) -> Metrics:
     counts: dict[float, int] = {}
     for first in devices.values():
         counts[first] = counts.get(first, 0) + 1
-    task = SimpleNamespace(method=SimpleNamespace(name="fedgmr"))
+    task = SimpleNamespace(method=SimpleNamespace(name="fedgmr"), fleet=SimpleNamespace(heartbeat_s=10.0))
     ledger = SimpleNamespace(task=task, devices=known, version=3, global_score=None, level_scores={})
     roster = SimpleNamespace(classes=SimpleNamespace(counts=counts), mean_density=lambda: 0.5, limits={})
-    coordinator = SimpleNamespace(names=SimpleNamespace(run="r", task="t"), ledger=ledger, roster=roster)
+    told = {name: heartbeat(None, None, None) for name in devices}
+    coordinator = SimpleNamespace(names=SimpleNamespace(run="r", task="t"), ledger=ledger, roster=roster, telemetry=told)
     gateway: Any = SimpleNamespace(coordinator=coordinator, store=SimpleNamespace(bytes_written=0), store_lag_s=0.0, connected=True)
     return Metrics(gateway)
+
+
+def heartbeat(watts: float | None, temperature_c: float | None, rtt_s: float | None) -> wire.Telemetry:
+    power, link = wire.PowerState(watts, "test", temperature_c), wire.LinkState(1.0, 2.0, rtt_s)
+    return wire.Telemetry(install=bytes(16), phase="waiting", power=power, link=link)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -151,15 +158,35 @@ def test_a_device_that_counts_anew_takes_nothing_back() -> None:
     assert value(found, "regrow_device_uplink_bytes_per_second", device="d1") == 1000
 
 
+def test_what_a_device_does_not_measure_has_no_value() -> None:
+    metrics = made(d1=0.5, d2=0.5)
+    told = metrics._gateway.coordinator.telemetry
+    told["d1"] = heartbeat(4.0, 61.5, 0.03)
+    for who in ("d1", "d2", "d1", "d2"):
+        metrics.note(telemetry(who, 0, 0))
+    found = samples(metrics)
+    assert value(found, "regrow_device_power_watts", device="d1") == 4.0
+    assert value(found, "regrow_device_temperature_celsius", device="d1") == 61.5
+    assert value(found, "regrow_device_round_trip_seconds", device="d1") == 0.03
+    assert 0 < value(found, "regrow_device_energy_joules_total", **{"class": "0.5"}) < 4.0
+    assert not [labels for name, labels in found if name.startswith("regrow_device_power") and dict(labels)["device"] == "d2"]
+    told["d1"] = heartbeat(None, None, None)
+    metrics.note(telemetry("d1", 0, 0))
+    assert not [name for name, _ in samples(metrics) if name.endswith(("_watts", "_celsius", "_round_trip_seconds"))]
+
+
 # ---- what Grafana shows --------------------------------------------------------------------------------------------------------------
 
 # The units of Grafana that fit the ending of a name; "short" is a number without unit.
-UNITS = {"bytes": "bytes", "seconds": "s", "bytes_per_second": "Bps"}
+UNITS = {"bytes": "bytes", "seconds": "s", "bytes_per_second": "Bps", "watts": "watt", "joules": "joule", "celsius": "celsius"}
+ENDINGS = ("bytes_per_second", "bytes_total", "joules_total", "bytes", "seconds", "watts", "celsius")
 WORDS = {"rate", "increase", "sum", "by", "le", "class", "histogram_quantile", "time", "level", "device", "result"}
 
 
 def exported() -> set[str]:
     metrics = made(d1=0.5)
+    metrics._gateway.coordinator.telemetry["d1"] = heartbeat(4.0, 61.5, 0.03)
+    metrics.note(telemetry("d1", 1, 1))
     metrics.note(telemetry("d1", 1, 1))
     metrics.note(Note("update", {"device": "d1", "staleness": 1, "density": 0.5}))
     metrics._gateway.coordinator.ledger.level_scores = {0.5: 0.9}
@@ -186,17 +213,18 @@ def test_the_dashboard_asks_only_for_what_there_is() -> None:
 
 
 def test_every_panel_has_the_unit_of_what_it_shows() -> None:
-    ids = [panel["id"] for panel in panels()]
+    ids, there = [panel["id"] for panel in panels()], exported()
     assert len(set(ids)) == len(ids)
     for panel in panels():
         unit = panel["fieldConfig"]["defaults"]["unit"]
         for target in panel["targets"]:
             expression = target["expr"]
             wanted = "short"
-            for name in names_in(expression) & exported():
-                ending = next((ending for ending in ("bytes_per_second", "bytes_total", "bytes", "seconds") if name.endswith(ending)), "")
+            for name in names_in(expression) & there:
+                ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
                 wanted = UNITS.get(ending.removesuffix("_total"), wanted)
                 wanted = "Bps" if ending == "bytes_total" and "rate(" in expression else wanted
+                wanted = "watt" if ending == "joules_total" and "rate(" in expression else wanted
             assert unit == wanted or (wanted == "short" and unit in ("percentunit", "none", "ops")), (
                 f"{panel['title']}: {unit}, not {wanted}"
             )

@@ -189,7 +189,7 @@ def test_config_show_tells_where_each_comes_from(
     assert rows["host"] == ("::1", "REGROW_HOST")
     assert rows["runs"] == ("r", "flag")
     assert rows["broker_kind"] == ("auto", "default")
-    once = {"run", "new_run", "takeover", "config", "help", "command"}
+    once = {"run", "new_run", "takeover", "paused", "config", "help", "command"}
     assert rows.keys() == {action.dest for action in settings.command_of(parser("serve"), "serve")._actions} - once
     assert main(["config", "show", "--command", "agent"]) == 0
     assert "REGROW_HOST" not in (text := capsys.readouterr().out)

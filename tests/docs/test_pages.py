@@ -22,6 +22,7 @@ HAND_WRITTEN = (
     "docs/measuring.md",
     "docs/gateway.md",
     "docs/models.md",
+    "docs/page.md",
     "docs/simulate.md",
     "docs/updates.md",
     "docs/using-the-model.md",

@@ -57,14 +57,16 @@ export function deviceView(main, who) {
   return () => { clearInterval(again); unwatch(); for (const each of [density, uplink, watts, warm, staleness, loss]) each.end(); };
 }
 
+const unmeasured = (why) => (!why ? 'unmeasured' : why.startsWith('unmeasured') ? why : `unmeasured: ${why}`);
+
 function nowOf(row) {
   const [state, look] = stateOf(row);
   const interval = row.low_bps === undefined || row.low_bps === null ? '' : ` (95 %: ${rate(row.low_bps)} to ${rate(row.high_bps)})`;
-  const power = row.watts === undefined || row.watts === null ? `unmeasured${row.meter ? `: ${row.meter}` : ''}` : `${number(row.watts, 2)} W (${row.meter})`;
+  const power = row.watts === undefined || row.watts === null ? unmeasured(row.meter) : `${number(row.watts, 2)} W (${row.meter})`;
   return facts([
     ['State', el('span', { class: look }, state)], ['Why', row.declined || row.failed || row.limit],
-    ['Phase', row.phase], ['Density', `${percent(row.density)} of the model; began with ${percent(row.first_density)}, bound by ${row.bound_by}`],
-    ['Its memory holds', row.memory_density < 1 ? percent(row.memory_density) : null],
+    ['Phase', row.phase], ['Density', row.density === null ? 'none: it never joined' : `${percent(row.density)} of the model; began with ${percent(row.first_density)}, bound by ${row.bound_by}`],
+    ['Its memory holds', row.memory_density !== null && row.memory_density < 1 ? percent(row.memory_density) : null],
     ['Uplink', `${rate(row.uplink_bps)}${interval}`], ['Round trip', row.rtt_s ? `${number(1000 * row.rtt_s, 0)} ms` : null],
     ['Power', power], ['Temperature', row.temperature_c === undefined || row.temperature_c === null ? dash : `${number(row.temperature_c, 1)} °C${row.throttled ? ', throttled' : ''}`],
     ['Energy since the gateway began', joules(row.joules)],

@@ -10,7 +10,7 @@ const EVENTS = 100;
 /** Fill `main`; returns what ends it. */
 export function fleetView(main) {
   const values = {};
-  const tile = (name, title) => el('div', {}, el('dt', {}, title), values[name] = el('dd', {}, dash));
+  const tile = (name, title) => el('div', {}, el('dt', {}, title), el('dd', {}, values[name] = el('span', {}, dash), values[`${name}-more`] = el('small')));
   const tiles = el('dl', { class: 'tiles' }, tile('online', 'Devices online'), tile('version', 'Version'), tile('score', 'Accuracy'),
     tile('density', 'Mean density'), tile('up', 'Sent by devices'), tile('down', 'Received'), tile('joules', 'Energy, by heartbeats'), tile('elapsed', 'Running for'));
   const accuracy = plot('Accuracy over time', { top: 1 });
@@ -23,7 +23,8 @@ export function fleetView(main) {
     el('section', { 'aria-labelledby': 'levels' }, el('h2', { id: 'levels' }, 'What each level contributes'), levels),
     el('section', { 'aria-labelledby': 'events' }, el('h2', { id: 'events' }, 'Events'), events));
 
-  const say = (name, text) => { if (values[name].textContent !== text) values[name].textContent = text; };
+  const put = (node, text) => { if (node.textContent !== text) node.textContent = text; };
+  const say = (name, text, more = '') => { put(values[name], text); put(values[`${name}-more`], more); };
   const showRun = () => {
     const { run } = live;
     say('online', `${run.online ?? dash} of ${run.known ?? dash}`);
@@ -32,8 +33,10 @@ export function fleetView(main) {
     say('density', percent(run.mean_density));
     say('up', bytes(run.sent_bytes));
     say('down', bytes(run.received_bytes));
-    say('joules', run.joules === null || run.joules === undefined ? 'unmeasured' : `${joules(run.joules)}${run.metered < run.known ? ` of ${run.metered} devices` : ''}`);
-    say('elapsed', run.planned_s ? `${span(run.elapsed_s)} of ${span(run.planned_s)}` : span(run.elapsed_s));
+    const unmetered = run.metered < run.known;
+    if (run.joules === null || run.joules === undefined) say('joules', 'unmeasured');
+    else say('joules', joules(run.joules), unmetered ? `${run.metered} of ${run.known} devices measure it` : '');
+    say('elapsed', span(run.elapsed_s), run.planned_s ? `of ${span(run.planned_s)}` : '');
   };
   const showLines = () => {
     const { history } = live;
@@ -56,6 +59,7 @@ export function fleetView(main) {
     if (news.history || news.run.version !== undefined) showLines();
     if (news.run.contributions || news.run.densities) showLevels();
     if (news.whole) events.replaceChildren();
+    events.setAttribute('aria-busy', String(Boolean(news.whole))); // what is old is not announced
     showEvents(news.events);
   });
   return () => { unwatch(); devices.end(); accuracy.end(); density.end(); };

@@ -12,21 +12,20 @@ const COLUMNS = [
   ['phase', 'Phase', (who, row) => row.phase ?? ''],
   ['temperature', 'Temp.', (who, row) => row.temperature_c ?? -300],
   ['power', 'Power', (who, row) => row.watts ?? -1],
-  ['updated', 'Last update', (who, row) => row.updated_s ?? 0],
+  ['updated', 'Updated', (who, row) => row.updated_s ?? 0],
 ];
 
 /** The table and its tools; `end()` lets go of what it listens to. */
 export function fleetTable() {
-  const space = el('div', { class: 'space', role: 'presentation' });
-  const body = el('div', { class: 'body', role: 'rowgroup', tabindex: '0', 'aria-label': 'Devices; scroll with the arrow keys' }, space);
+  const space = el('div', { class: 'space', role: 'rowgroup' });
   const heads = COLUMNS.map(([name, title]) => el('div', { role: 'columnheader', 'data-name': name },
     el('button', { type: 'button', onclick: () => sortBy(name) }, title)));
   const head = el('div', { class: 'head', role: 'rowgroup' }, el('div', { class: 'row', role: 'row', 'aria-rowindex': '1' }, ...heads));
-  const table = el('div', { class: 'fleet', role: 'table', 'aria-label': 'Devices', 'aria-colcount': COLUMNS.length }, head, body);
+  const body = el('div', { class: 'fleet', role: 'table', tabindex: '0', 'aria-label': 'Devices', 'aria-colcount': COLUMNS.length }, head, space);
   const filter = el('input', { type: 'search', id: 'filter', placeholder: 'name or state', autocomplete: 'off', oninput: () => order() });
   const shown = el('span', { class: 'muted', role: 'status' });
   const place = el('section', { 'aria-labelledby': 'devices' }, el('h2', { id: 'devices' }, 'Devices'),
-    el('div', { class: 'tools' }, el('label', { for: 'filter' }, 'Find'), filter, shown), table);
+    el('div', { class: 'tools' }, el('label', { for: 'filter' }, 'Find'), filter, shown), body);
 
   let sort = 'device';
   let up = true;
@@ -55,7 +54,7 @@ export function fleetTable() {
     for (const each of heads) each.setAttribute('aria-sort', each.dataset.name === sort ? (up ? 'ascending' : 'descending') : 'none');
     const said = wanted ? `${names.length} of ${live.devices.size} devices` : `${names.length} devices`;
     if (shown.textContent !== said) shown.textContent = said;
-    table.setAttribute('aria-rowcount', names.length + 1);
+    body.setAttribute('aria-rowcount', names.length + 1);
     space.style.height = `${names.length * rowHeight}px`;
     draw();
   }

@@ -3,6 +3,7 @@
 export const live = { run: {}, devices: new Map(), events: [], connected: false, refused: '', ahead_s: 0, history: null };
 const watchers = new Set();
 const LONGEST_WAIT_MS = 15000;
+const SILENT_MS = 40000; // the gateway says something every 15 s
 const EVENTS = 200;
 
 /** Call back with {run, devices, events} whenever something is new; returns what ends it. */
@@ -58,7 +59,9 @@ export async function listen() {
 
 async function read(reader) {
   for (let text = ''; ;) {
+    const dead = setTimeout(() => reader.cancel(), SILENT_MS); // a link that broke without a word
     const { value, done } = await reader.read();
+    clearTimeout(dead);
     if (done) return;
     const parts = (text + value).split('\n\n');
     text = parts.pop();
@@ -93,9 +96,8 @@ function take(part) {
 
 async function remember() {
   try {
-    const series = await ask(`api/run/${live.run.run}`);
+    const series = await ask(`api/curve/${live.run.run}`);
     live.history = { elapsed_s: series.elapsed_s, version: series.version, score: series.score, mean_density: series.mean_density, levels: series.levels };
-    live.energy = series.energy;
     tell({ run: {}, devices: {}, events: [], history: true });
   } catch { /* said when the stream says it */ }
 }

@@ -61,7 +61,7 @@ function looks(options, lines, width) {
   return {
     width, height: HEIGHT, cursor: { drag: { x: true, y: false } },
     scales: { x: { time: Boolean(options.clock) }, y: { range: (_, low, high) => [Math.min(options.bottom ?? 0, low ?? 0), Math.max(options.top ?? 0, high ?? 1) || 1] } },
-    axes: [{ ...axis, label: options.x ?? 'seconds', labelFont: '12px system-ui', labelSize: 18 }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => options.tick?.(tick) ?? tick) }],
+    axes: [{ ...axis, label: options.x ?? 'seconds', labelFont: '12px system-ui', labelSize: 18 }, { ...axis, size: options.tick ? 92 : 56, values: (_, ticks) => ticks.map((tick) => options.tick?.(tick) ?? tick) }],
     series: [{ label: options.x ?? 'seconds', value: (_, x) => (options.clock ? (x === null ? '' : new Date(1000 * x).toLocaleString()) : x === null ? '' : Math.round(x).toLocaleString('en')) },
       ...lines.map((line, at) => ({ label: line.label, stroke: colours[at % colours.length], width: line.strong ? 2.5 : 1.5, dash: DASHES[Math.floor(at / colours.length) % 4],
         spanGaps: true, points: { show: false }, value: (_, value) => say(value) }))],

@@ -68,10 +68,13 @@ export function bar(wide = false) {
   const mark = el('b', { hidden: true });
   const made = el('div', { class: wide ? 'bar wide' : 'bar', role: 'meter', 'aria-valuemin': '0', 'aria-valuemax': '1' }, fill, mark);
   let shown = null;
+  let whose = null;
   made.set = (who, value, first) => {
     const key = `${who} ${value} ${first}`;
     if (key === shown) return;
     shown = key;
+    fill.className = who === whose ? '' : 'still'; // it regrows; another device's bar does not become this one's
+    whose = who;
     fill.style.transform = `scaleX(${value ?? 0})`;
     mark.hidden = !known(first) || first >= value;
     if (!mark.hidden) mark.style.left = `${100 * first}%`;
