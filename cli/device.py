@@ -22,9 +22,10 @@ from cli.energy import energy_of
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, Companion
-from edge_agent.budgets import BUDGET, Budgets, InBackground, RoundJoules, Sensors, budget_of, in_words
+from edge_agent.budgets import BUDGET, Budgets, RoundJoules, budget_of, in_words
 from edge_agent.bundle import Bundle, read_bundle
 from edge_agent.checkup import Checkup
+from edge_agent.conditions import InBackground, Sensors
 from edge_agent.data.sources import open_source
 from edge_agent.enrolment import enrol_until_done
 from edge_agent.identity import Identity, verify

@@ -17,23 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.agent import Agent
-from edge_agent.budgets import (
-    BUDGET,
-    LEAST_AHEAD_BYTES,
-    SETTLE_S,
-    Budgets,
-    InBackground,
-    Reading,
-    RoundJoules,
-    Sensors,
-    battery_percent,
-    budget_of,
-    in_words,
-    interface_to,
-    is_metered,
-    limits_in,
-)
+from edge_agent.budgets import BUDGET, LEAST_AHEAD_BYTES, SETTLE_S, Budgets, RoundJoules, budget_of, in_words, limits_in
 from edge_agent.bundle import Bundle
+from edge_agent.conditions import InBackground, Reading, Sensors, battery_percent, interface_to, is_metered
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
 from edge_agent.worker import Worker
@@ -97,7 +83,7 @@ def manager(metered: str, device: str = 'o "/org/freedesktop/NetworkManager/Devi
 
 def test_networkmanager_says_what_is_metered(monkeypatch: pytest.MonkeyPatch) -> None:
     way: list[str | None] = ["wlan0"]
-    monkeypatch.setattr("edge_agent.budgets.interface_to", lambda _: way[0])
+    monkeypatch.setattr("edge_agent.conditions.interface_to", lambda _: way[0])
     answers = {"u 0\n": None, "u 1\n": True, "u 2\n": False, "u 3\n": True, "u 4\n": False, "u 9\n": None, "": None, "nonsense": None}
     assert {said: is_metered("wlan0", manager(said)) for said in answers} == answers
     assert is_metered("wlan0", manager("u 2\n", device="")) is None

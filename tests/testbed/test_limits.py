@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from edge_agent.agent import Agent
-from edge_agent.budgets import BUDGET, Budgets, Reading, limits_in
+from edge_agent.budgets import BUDGET, Budgets, limits_in
 from edge_agent.bundle import read_bundle
+from edge_agent.conditions import Reading
 from edge_agent.data.sources import open_source
 from edge_agent.state import StateFolder, content_of
 from export.models import digits_mlp
