@@ -17,13 +17,8 @@ from typing import Annotated
 
 import msgspec
 
-<<<<<<< HEAD
-from edge_agent.doctor.host import EARLIEST_YEAR, hottest
-from edge_agent.firmware import said_by
-=======
 from edge_agent.conditions import Reading
 from edge_agent.doctor.host import EARLIEST_YEAR
->>>>>>> budgets
 from edge_agent.state import StateFolder, content_of
 from regrow.budget import JOULES, Allowed, Budget, Hours, Seen, Used, judge
 from regrow.errors import LocalError, UsageError

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from edge_agent.doctor.host import hottest, said_by
+from edge_agent.doctor.host import hottest
+from edge_agent.firmware import said_by
 from regrow.broker_url import parse_broker_url
 from regrow.budget import Budget
 from regrow.errors import LocalError
