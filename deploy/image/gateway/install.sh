@@ -30,11 +30,16 @@ systemctl disable --now mosquitto 2>/dev/null || true
 id regrow >/dev/null 2>&1 || useradd --system --home-dir "$state" --shell /usr/sbin/nologin regrow
 mkdir -p "$state"
 if [ -n "$REGROW_SSD" ]; then
-    grep -q " $state " /etc/fstab || echo "LABEL=$REGROW_SSD $state ext4 defaults,noatime,x-systemd.device-timeout=30s 0 2" >>/etc/fstab
+    device="/dev/disk/by-label/$REGROW_SSD"
+    check=systemd-fsck@$(systemd-escape --path "$device").service
+    # A unit, not fstab: without its SSD the board still comes up, so that somebody can log in, and the gateway alone waits.
+    printf '[Unit]\nDescription=Data of the Regrow gateway\nWants=%s\nAfter=%s\n\n[Mount]\nWhat=%s\nWhere=%s\nType=ext4\nOptions=noatime\n\n[Install]\nWantedBy=multi-user.target\n' \
+        "$check" "$check" "$device" "$state" >/etc/systemd/system/var-lib-regrow.mount
     mkdir -p /etc/systemd/system/regrow-gateway.service.d
-    printf '[Unit]\nRequiresMountsFor=%s\n' "$state" >/etc/systemd/system/regrow-gateway.service.d/ssd.conf
+    printf '[Unit]\nRequiresMountsFor=%s\nAssertPathIsMountPoint=%s\n' "$state" "$state" >/etc/systemd/system/regrow-gateway.service.d/ssd.conf
     systemctl daemon-reload
-    mountpoint -q "$state" || mount "$state" || fail "no file system with the label $REGROW_SSD: connect the SSD, make one with mkfs.ext4 -L $REGROW_SSD, restart"
+    systemctl enable --now var-lib-regrow.mount ||
+        fail "no file system with the label $REGROW_SSD: connect the SSD, make one with mkfs.ext4 -L $REGROW_SSD, restart"
 fi
 chown regrow:regrow "$state"
 chmod 700 "$state"
