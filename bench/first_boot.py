@@ -92,7 +92,7 @@ print(json.dumps({
     "gateway": said("systemctl", "is-active", "regrow-gateway"),
     "gateway_restarts": int(said("systemctl", "show", "-P", "NRestarts", "regrow-gateway")),
     "runs_as": said("systemctl", "show", "-P", "User", "regrow-gateway"),
-    "exposure": said("systemd-analyze", "security", "--no-pager", "regrow-gateway").splitlines()[-1].split(": ", 1)[-1],
+    "exposure": said("systemd-analyze", "security", "--no-pager", "regrow-gateway").split(": ")[-1].split()[0],
     "version": said("/opt/regrow/bin/regrow", "--version"),
     "broker": said("mosquitto", "-h").splitlines()[0],
     "broker_of_debian": said("systemctl", "is-enabled", "mosquitto"),
@@ -111,7 +111,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
     s.settimeout(5)
     s.sendto(bytes([0x23]) + bytes(47), ("{ADDRESS}", 123))
     answer = s.recv(48)
-print(answer[1], int.from_bytes(answer[40:44], "big") - 2208988800)
+print(answer[1], int.from_bytes(answer[40:48], "big") / 2**32 - 2208988800)
 """
 
 
@@ -190,8 +190,8 @@ def gateway_boots(board: Board, person: Login, seconds: dict[str, float]) -> Non
 
 def device_card(folder: Path, person: Login) -> Path:
     """A claim from the gateway, and what `regrow image pi` writes of it."""
-    print(person.says(f"{REGROW} fleet add {DEVICE} --runs {RUNS} --out {RUNS}/claims"), end="", flush=True)
-    claim = f"{RUNS}/claims/{DEVICE}.claim.json"
+    print(person.says(f"{REGROW} fleet add {DEVICE} --runs {RUNS} --out /var/lib/regrow/claims"), end="", flush=True)
+    claim = f"/var/lib/regrow/claims/{DEVICE}.claim.json"
     (folder / f"{DEVICE}.claim.json").write_text(person.says(f"sudo cat {claim} && sudo rm {claim}"))
     rng = np.random.default_rng(1)
     patterns, y = rng.standard_normal((10, 64)), rng.integers(0, 10, 300)
@@ -322,7 +322,7 @@ def look(person: Login) -> dict[str, Any]:
 def time_told(network: str) -> dict[str, float]:
     """What the gateway's clock says to a device that asks."""
     stratum, now = said("ip", "netns", "exec", network, sys.executable, "-c", ASK_TIME).split()
-    return {"stratum": int(stratum), "differs_s": round(int(now) - time.time())}
+    return {"stratum": int(stratum), "differs_s": round(float(now) - time.time(), 1)}
 
 
 def verified(person: Login) -> str:

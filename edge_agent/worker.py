@@ -27,6 +27,7 @@ from regrow.watchdog import Progress
 
 log = logging.getLogger(__name__)
 NICE = 5
+CLOSE_S = 5.0  # for a step that is longer nobody waits
 
 MakeTrainer = Callable[[Mapping[str, bytes], int], Training]
 """(programs of one model, threads) -> its trainer; raises PeerError, LocalError as edge_agent.trainer.Trainer."""
@@ -88,8 +89,13 @@ class Worker:
         self._progress.step(time.monotonic())
 
     def close(self) -> None:
-        """Let the job at hand go: what it would give is repeated after the next start."""
+        """End the thread at its next step, and wait for that: a process that ends while a thread is in onnxruntime is aborted.
+
+        What the job at hand would give is repeated after the next start.
+        """
+        self.abandon()
         self._jobs.put(None)
+        self._thread.join(CLOSE_S)
 
     @property
     def alive(self) -> bool:

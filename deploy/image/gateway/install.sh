@@ -64,6 +64,12 @@ if [ -f "$here/access-point.nmconnection" ]; then
     [ -z "$REGROW_COUNTRY" ] || ! command -v raspi-config >/dev/null || raspi-config nonint do_wifi_country "$REGROW_COUNTRY"
     [ ! -d /run/systemd/system ] || ! command -v nmcli >/dev/null || nmcli connection reload || true
 fi
+# Name look-ups need no port that answers the neighbours (LLMNR).
+if systemctl cat systemd-resolved >/dev/null 2>&1; then
+    install -d -m 755 /etc/systemd/resolved.conf.d
+    printf '[Resolve]\nLLMNR=no\n' >/etc/systemd/resolved.conf.d/regrow.conf
+    systemctl try-restart --no-block systemd-resolved
+fi
 # The fleet's clock: devices have none that survives a power cut.
 install -d -m 755 /etc/chrony/conf.d
 install -m 644 "$here/chrony.conf" /etc/chrony/conf.d/regrow.conf
