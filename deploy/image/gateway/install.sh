@@ -16,7 +16,7 @@ version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Packages of the system: from the card where they are there, else from the internet.
 export DEBIAN_FRONTEND=noninteractive
 apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
-dpkg --configure -a # what a power cut interrupted
+dpkg --configure -a || true # what a power cut interrupted; where another program holds the lock, apt waits for it
 if ls "$here"/debs/*.deb >/dev/null 2>&1; then
     apt install --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
 elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null; then
@@ -32,7 +32,7 @@ mkdir -p "$state"
 if [ -n "$REGROW_SSD" ]; then
     device="/dev/disk/by-label/$REGROW_SSD"
     check=systemd-fsck@$(systemd-escape --path "$device").service
-    # A unit, not fstab: without its SSD the board still comes up, so that somebody can log in, and the gateway alone waits.
+    # A unit, not fstab: without its SSD the board still comes up, so that somebody can log in, and the gateway alone stays down.
     printf '[Unit]\nDescription=Data of the Regrow gateway\nWants=%s\nAfter=%s\n\n[Mount]\nWhat=%s\nWhere=%s\nType=ext4\nOptions=noatime\n\n[Install]\nWantedBy=multi-user.target\n' \
         "$check" "$check" "$device" "$state" >/etc/systemd/system/var-lib-regrow.mount
     mkdir -p /etc/systemd/system/regrow-gateway.service.d
