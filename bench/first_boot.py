@@ -38,7 +38,7 @@ PACKAGES = (
     "systemd systemd-sysv systemd-resolved dbus cloud-init netplan.io openssh-server sudo "
     "python3 python3-venv iproute2 netbase ca-certificates"
 )
-GATEWAY_PACKAGES = f"{PACKAGES} network-manager dnsmasq-base e2fsprogs"  # which Raspberry Pi OS brings
+GATEWAY_PACKAGES = f"{PACKAGES} network-manager dnsmasq-base systemd-timesyncd e2fsprogs"  # which Raspberry Pi OS brings
 SYSTEM, PYTHON = "pi-os-trixie", "3.13"
 DEVICE, GATEWAY, ADDRESS, NEW_VERSION = "pi-07", "gateway.internal", "10.42.0.1", "0.1.1"
 REGROW = "sudo -u regrow /opt/regrow/bin/regrow"
@@ -98,6 +98,7 @@ print(json.dumps({
     "broker": said("mosquitto", "-h").splitlines()[0],
     "broker_of_debian": said("systemctl", "is-enabled", "mosquitto"),
     "chrony": said("systemctl", "is-active", "chrony"),
+    "time_is_saved": said("systemctl", "is-active", "fake-hwclock-save.timer"),
     "data_on": said("findmnt", "-no", "FSTYPE,LABEL", "/var/lib/regrow"),
     "fleet_modes": {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in sorted(fleet.glob("*.key"))},
     "logins_with_a_password": [line.split(":")[0] for line in open("/etc/shadow") if line.split(":")[1][:1] == "$"],
@@ -130,7 +131,7 @@ def main() -> None:
         systems = options.systems or folder / "systems"
         unpack(systems / "device", PACKAGES)
         unpack(systems / "gateway", GATEWAY_PACKAGES)
-        fetch_debs(systems / "gateway", "mosquitto chrony", systems / "debs")
+        fetch_debs(systems / "gateway", "mosquitto chrony fake-hwclock", systems / "debs")
         try:
             found = first_boot(stack, folder, systems)
         finally:
@@ -278,6 +279,7 @@ def first_boot(stack: ExitStack, folder: Path, systems: Path) -> dict[str, Any]:
         "device": json.loads(re.findall(r"FACTS (\{.*\})", text(device.console))[-1]),
         "fleet": json.loads(person.says(f"{REGROW} fleet show {DEVICE} --runs {RUNS} --json"))["state"],
         "verify": verified(person),
+        "gateway_without_its_ssd": without_its_ssd(person, gateway),
     }
 
 
@@ -336,6 +338,21 @@ def verified(person: Login) -> str:
     if len(runs) != 1:
         fail(f"expected one run, found {runs}")
     return person.says(f"{REGROW} verify {Path(runs[0]).parent}").strip().splitlines()[-1].partition(": ")[2]
+
+
+def without_its_ssd(person: Login, gateway: Board) -> dict[str, Any]:
+    """The board without the disk: somebody can log in, and no second fleet begins on the card."""
+    print("booting the gateway without its SSD", flush=True)
+    gateway.power_off()
+    gateway.plugged = []
+    gateway.power_on()
+    asked = ("is-system-running --wait", "is-active regrow-gateway")
+    gateway.wait(lambda: person.run("true").returncode == 0, PATIENCE_S)
+    state, service = (person.run(f"systemctl {words}").stdout.strip() for words in asked)
+    left = person.says("sudo ls -A /var/lib/regrow").split()
+    if service == "active" or left:
+        fail(f"without its SSD the gateway is {service}, and wrote {left} on the card")
+    return {"state": state, "gateway": service, "written_on_the_card": left}
 
 
 def timeline(log: str, booted: float) -> dict[str, float]:

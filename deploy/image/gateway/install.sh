@@ -13,14 +13,15 @@ fail() { echo "regrow install: $*" >&2; exit 1; }
 version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ "$version" = "$REGROW_PYTHON" ] || fail "the wheels here are for Python $REGROW_PYTHON, this system has $version: make the image with another --os"
 
-# Packages of the system: from the card where they are there, else from the internet.
+# Packages of the system: from the card where they are there, else from the internet. fake-hwclock: chrony takes the place of
+# systemd-timesyncd, which saved the time now and then, and without that a power cut outdoors sets the clock back to the system's making.
 export DEBIAN_FRONTEND=noninteractive
 apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
 dpkg --configure -a || true # what a power cut interrupted; where another program holds the lock, apt waits for it
 if ls "$here"/debs/*.deb >/dev/null 2>&1; then
     apt install --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
 elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null; then
-    { apt update && apt install --no-install-recommends mosquitto chrony; } ||
+    { apt update && apt install --no-install-recommends mosquitto chrony fake-hwclock; } ||
         fail "mosquitto and chrony are missing: connect this board to the internet and restart it, or put their .deb files into regrow/debs"
 fi
 # The gateway starts a mosquitto of its own, with the fleet's certificates.
@@ -33,10 +34,24 @@ if [ -n "$REGROW_SSD" ]; then
     device="/dev/disk/by-label/$REGROW_SSD"
     check=systemd-fsck@$(systemd-escape --path "$device").service
     # A unit, not fstab: without its SSD the board still comes up, so that somebody can log in, and the gateway alone stays down.
-    printf '[Unit]\nDescription=Data of the Regrow gateway\nWants=%s\nAfter=%s\n\n[Mount]\nWhat=%s\nWhere=%s\nType=ext4\nOptions=noatime\n\n[Install]\nWantedBy=multi-user.target\n' \
-        "$check" "$check" "$device" "$state" >/etc/systemd/system/var-lib-regrow.mount
+    cat >/etc/systemd/system/var-lib-regrow.mount <<EOF
+[Unit]
+Description=Data of the Regrow gateway
+Wants=$check
+After=$check
+
+[Mount]
+What=$device
+Where=$state
+Type=ext4
+Options=noatime
+
+[Install]
+WantedBy=multi-user.target
+EOF
     mkdir -p /etc/systemd/system/regrow-gateway.service.d
-    printf '[Unit]\nRequiresMountsFor=%s\nAssertPathIsMountPoint=%s\n' "$state" "$state" >/etc/systemd/system/regrow-gateway.service.d/ssd.conf
+    printf '[Unit]\nRequiresMountsFor=%s\nAssertPathIsMountPoint=%s\n' "$state" "$state" \
+        >/etc/systemd/system/regrow-gateway.service.d/ssd.conf
     systemctl daemon-reload
     systemctl enable --now var-lib-regrow.mount ||
         fail "no file system with the label $REGROW_SSD: connect the SSD, make one with mkfs.ext4 -L $REGROW_SSD, restart"
