@@ -101,7 +101,7 @@ import json, platform, ssl, sys
 from importlib.metadata import distributions
 import cli.device
 if "identity" in sys.argv:
-    import edge_agent.identity
+    import cryptography.hazmat.bindings._rust
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
 print(json.dumps({
     "architecture": platform.machine(),

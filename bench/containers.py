@@ -182,6 +182,14 @@ class Board:
         except subprocess.TimeoutExpired:
             self.cut()
 
+    def wait_for_end(self, patience_s: float) -> None:
+        """Until it has shut itself down."""
+        try:
+            if self.child is not None:
+                self.child.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            fail(f"{self.root.name} does not shut down: {text(self.console).splitlines()[-8:]}")
+
     def cut(self) -> None:
         """The power is gone: nothing in it runs any more."""
         if self.child is None or self.child.poll() is not None:

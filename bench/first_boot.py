@@ -3,7 +3,8 @@
 The gateway's files come from `regrow image gateway`, with its wheels and .deb files, so that it needs no internet; its data go to an SSD,
 an ext4 file system on a loop device. Its power fails in the middle of the installation. Then a person logs in as they would, by SSH, and
 runs `regrow fleet add`; the device's files come from that claim by `regrow image pi`. When the device has trained, a release with a higher
-version is staged, and when it trains with that, the gateway restarts, and the fleet must go on by itself.
+version is staged, and when it trains with that, the gateway restarts, and then loses its power; the fleet must go on by itself. (What was
+written before a cut is in the kernel, so that a cut is one for processes, not for disks.)
 
 Each boots under systemd-nspawn in a network namespace of its own, with one cable between the two. Needs root, and of Debian: debootstrap,
 systemd-container, iproute2, openssh-client, e2fsprogs. What only hardware has is not tried: radios (the access point's settings are given
@@ -37,7 +38,7 @@ PACKAGES = (
     "systemd systemd-sysv systemd-resolved dbus cloud-init netplan.io openssh-server sudo "
     "python3 python3-venv iproute2 netbase ca-certificates"
 )
-GATEWAY_PACKAGES = f"{PACKAGES} network-manager dnsmasq-base e2fsprogs"  # which Raspberry Pi OS brings
+GATEWAY_PACKAGES = f"{PACKAGES} network-manager dnsmasq-base systemd-timesyncd e2fsprogs"  # which Raspberry Pi OS brings
 SYSTEM, PYTHON = "pi-os-trixie", "3.13"
 DEVICE, GATEWAY, ADDRESS, NEW_VERSION = "pi-07", "gateway.internal", "10.42.0.1", "0.1.1"
 REGROW = "sudo -u regrow /opt/regrow/bin/regrow"
@@ -92,11 +93,12 @@ print(json.dumps({
     "gateway": said("systemctl", "is-active", "regrow-gateway"),
     "gateway_restarts": int(said("systemctl", "show", "-P", "NRestarts", "regrow-gateway")),
     "runs_as": said("systemctl", "show", "-P", "User", "regrow-gateway"),
-    "exposure": said("systemd-analyze", "security", "--no-pager", "regrow-gateway").splitlines()[-1].split(": ", 1)[-1],
+    "exposure": said("systemd-analyze", "security", "--no-pager", "regrow-gateway").split(": ")[-1].split()[0],
     "version": said("/opt/regrow/bin/regrow", "--version"),
     "broker": said("mosquitto", "-h").splitlines()[0],
     "broker_of_debian": said("systemctl", "is-enabled", "mosquitto"),
     "chrony": said("systemctl", "is-active", "chrony"),
+    "time_is_saved": said("systemctl", "is-active", "fake-hwclock-save.timer"),
     "data_on": said("findmnt", "-no", "FSTYPE,LABEL", "/var/lib/regrow"),
     "fleet_modes": {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in sorted(fleet.glob("*.key"))},
     "logins_with_a_password": [line.split(":")[0] for line in open("/etc/shadow") if line.split(":")[1][:1] == "$"],
@@ -111,7 +113,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
     s.settimeout(5)
     s.sendto(bytes([0x23]) + bytes(47), ("{ADDRESS}", 123))
     answer = s.recv(48)
-print(answer[1], int.from_bytes(answer[40:44], "big") - 2208988800)
+print(answer[1], int.from_bytes(answer[40:48], "big") / 2**32 - 2208988800)
 """
 
 
@@ -129,7 +131,7 @@ def main() -> None:
         systems = options.systems or folder / "systems"
         unpack(systems / "device", PACKAGES)
         unpack(systems / "gateway", GATEWAY_PACKAGES)
-        fetch_debs(systems / "gateway", "mosquitto chrony", systems / "debs")
+        fetch_debs(systems / "gateway", "mosquitto chrony fake-hwclock", systems / "debs")
         try:
             found = first_boot(stack, folder, systems)
         finally:
@@ -190,8 +192,8 @@ def gateway_boots(board: Board, person: Login, seconds: dict[str, float]) -> Non
 
 def device_card(folder: Path, person: Login) -> Path:
     """A claim from the gateway, and what `regrow image pi` writes of it."""
-    print(person.says(f"{REGROW} fleet add {DEVICE} --runs {RUNS} --out {RUNS}/claims"), end="", flush=True)
-    claim = f"{RUNS}/claims/{DEVICE}.claim.json"
+    print(person.says(f"{REGROW} fleet add {DEVICE} --runs {RUNS} --out /var/lib/regrow/claims"), end="", flush=True)
+    claim = f"/var/lib/regrow/claims/{DEVICE}.claim.json"
     (folder / f"{DEVICE}.claim.json").write_text(person.says(f"sudo cat {claim} && sudo rm {claim}"))
     rng = np.random.default_rng(1)
     patterns, y = rng.standard_normal((10, 64)), rng.integers(0, 10, 300)
@@ -265,17 +267,19 @@ def first_boot(stack: ExitStack, folder: Path, systems: Path) -> dict[str, Any]:
     times = timeline(text(gateway.console), booted)
     seconds["staged_to_trained_with_version_2"] = update(folder, person, gateway, device)
     before = look(person)
-    seconds["gateway_restart_to_next_aggregation"] = restart(person, gateway)
+    seconds["gateway_restart_to_next_aggregation"] = restarted(person, gateway, orderly=True)
+    seconds["gateway_power_cut_to_next_aggregation"] = restarted(person, gateway, orderly=False)
     return {
         "system": f"Debian {SUITE}, stands for {SYSTEM}",
         "seconds": seconds,
         "device_timeline_s": times,
-        "gateway_before_restart": before,
-        "gateway_after_restart": look(person),
+        "gateway_at_first": before,
+        "gateway_at_last": look(person),
         "time_for_devices": time_told(far),
         "device": json.loads(re.findall(r"FACTS (\{.*\})", text(device.console))[-1]),
         "fleet": json.loads(person.says(f"{REGROW} fleet show {DEVICE} --runs {RUNS} --json"))["state"],
         "verify": verified(person),
+        "gateway_without_its_ssd": without_its_ssd(person, gateway),
     }
 
 
@@ -295,13 +299,15 @@ def update(folder: Path, person: Login, gateway: Board, device: Board) -> float:
     return took_s
 
 
-def restart(person: Login, gateway: Board) -> float:
-    """Restart the gateway as a person would; seconds until the fleet has a next version."""
-    print("restarting the gateway", flush=True)
+def restarted(person: Login, gateway: Board, *, orderly: bool) -> float:
+    """Restart the gateway as a person would, or cut its power; seconds until the fleet has a next version."""
+    print("restarting the gateway" if orderly else "the gateway's power fails", flush=True)
     told, began_s = len(text(gateway.console)), time.monotonic()
-    person.run("sudo systemctl reboot")
-    if gateway.child is not None:
-        gateway.child.wait(PATIENCE_S)  # systemd-nspawn ends, for whoever runs it to start it again
+    if orderly:
+        person.run("sudo systemctl reboot")
+        gateway.wait_for_end(PATIENCE_S)  # systemd-nspawn ends, for whoever runs it to start it again
+    else:
+        gateway.cut()
     gateway.power_on()
     gateway.wait(lambda: " aggregated version=" in text(gateway.console)[told:].partition("going on with")[2], PATIENCE_S)
     return round(time.monotonic() - began_s, 1)
@@ -322,7 +328,7 @@ def look(person: Login) -> dict[str, Any]:
 def time_told(network: str) -> dict[str, float]:
     """What the gateway's clock says to a device that asks."""
     stratum, now = said("ip", "netns", "exec", network, sys.executable, "-c", ASK_TIME).split()
-    return {"stratum": int(stratum), "differs_s": round(int(now) - time.time())}
+    return {"stratum": int(stratum), "differs_s": round(float(now) - time.time(), 1)}
 
 
 def verified(person: Login) -> str:
@@ -332,6 +338,21 @@ def verified(person: Login) -> str:
     if len(runs) != 1:
         fail(f"expected one run, found {runs}")
     return person.says(f"{REGROW} verify {Path(runs[0]).parent}").strip().splitlines()[-1].partition(": ")[2]
+
+
+def without_its_ssd(person: Login, gateway: Board) -> dict[str, Any]:
+    """The board without the disk: somebody can log in, and no second fleet begins on the card."""
+    print("booting the gateway without its SSD", flush=True)
+    gateway.power_off()
+    gateway.plugged = []
+    gateway.power_on()
+    asked = ("is-system-running --wait", "is-active regrow-gateway")
+    gateway.wait(lambda: person.run("true").returncode == 0, PATIENCE_S)
+    state, service = (person.run(f"systemctl {words}").stdout.strip() for words in asked)
+    left = person.says("sudo ls -A /var/lib/regrow").split()
+    if service == "active" or left:
+        fail(f"without its SSD the gateway is {service}, and wrote {left} on the card")
+    return {"state": state, "gateway": service, "written_on_the_card": left}
 
 
 def timeline(log: str, booted: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False  # typing is imported by nobody but type checkers: Ctrl-C is not heeded before `main` has begun
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pressed: list[int] = []
     try:
         _heed_ctrl_c(pressed)
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # since 1.31 onnxruntime reports to its maker unless told not to
         status = _run(sys.argv[1:] if arguments is None else arguments)
         return INTERRUPTED if pressed else status
     except KeyboardInterrupt:

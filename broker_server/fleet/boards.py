@@ -72,7 +72,7 @@ SYSTEMS = {
             "cloud-init",
             "/boot/firmware",
             "Pi 3, 4, 5, Zero 2 W",
-            "first boot of Debian 13 with cloud-init in a container; no board",
+            "first boots of a gateway and a device on Debian 13 with cloud-init in containers; no board",
         ),
         System(
             "pi-os-bookworm",

@@ -53,6 +53,8 @@ class GatewayImage:
             raise UsageError(f"--ssd {self.ssd!r}: a label of 1 to 16 letters, digits, '_' and '-', as given to mkfs.ext4 -L")
         if self.access_point is not None and self.host.wifi is not None:
             raise UsageError("--wifi and --access-point: a Pi has one radio; connect the gateway by cable")
+        if self.access_point is not None and not self.host.system.name.startswith("pi-os"):
+            raise UsageError(f"--access-point: NetworkManager opens it, which {self.host.system.title} comes without; flash pi-os-trixie")
         for name in self.hosts:
             if not re.match(r"[A-Za-z0-9.:-]+\Z", name):
                 raise UsageError(f"--name {name!r}: expected a host name or an address")

@@ -265,3 +265,14 @@ def test_without_the_gateways_packages_a_device_still_examines_itself(fleet: Fle
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}
     assert states(found, "broker.login", "training.step", "model.fit") == ["ok"] * 3, found
     shutil.rmtree(tmp_path / "regrow-state-d1", ignore_errors=True)
+
+
+def test_onnxruntime_reports_to_nobody(tmp_path: Path) -> None:
+    """What it would send it first keeps below the user's home, so an empty home is what tells."""
+    home = tmp_path / "home"
+    home.mkdir()
+    ours = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    words = [sys.executable, "-m", "cli.main", "doctor", "--json", "--runs", str(tmp_path)]
+    done = subprocess.run(words, env={**ours, "HOME": str(home), "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60, check=False)
+    assert states({finding["check"]: finding for finding in json.loads(done.stdout)}, "onnxruntime", "training.step") == ["ok", "ok"]
+    assert list(home.rglob("*")) == []

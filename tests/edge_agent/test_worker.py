@@ -169,12 +169,12 @@ def test_another_model_forgets_what_a_step_of_the_last_one_took(worker: Worker, 
     assert (worker.step_s, worker.full_step_s) == (None, None)
 
 
-def test_close_ends_the_thread(results: Results) -> None:
+def test_close_ends_the_thread(results: Results, job: Train) -> None:
     worker = Worker(source(), results.queue.put)
     assert worker._thread.is_alive()
+    worker.put(replace(job, steps=10_000_000))
     worker.close()
-    worker._thread.join(WAIT_S)
-    assert not worker._thread.is_alive()
+    assert not worker._thread.is_alive(), "a job at hand ends at its next step"
 
 
 # ---- ordered dropout -----------------------------------------------------------------------------------------------------------------

@@ -13,14 +13,15 @@ fail() { echo "regrow install: $*" >&2; exit 1; }
 version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ "$version" = "$REGROW_PYTHON" ] || fail "the wheels here are for Python $REGROW_PYTHON, this system has $version: make the image with another --os"
 
-# Packages of the system: from the card where they are there, else from the internet.
+# Packages of the system: from the card where they are there, else from the internet. fake-hwclock: chrony takes the place of
+# systemd-timesyncd, which saved the time now and then, and without that a power cut outdoors sets the clock back to the system's making.
 export DEBIAN_FRONTEND=noninteractive
 apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
-dpkg --configure -a # what a power cut interrupted
+dpkg --configure -a || true # what a power cut interrupted; where another program holds the lock, apt waits for it
 if ls "$here"/debs/*.deb >/dev/null 2>&1; then
     apt install --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
 elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null; then
-    { apt update && apt install --no-install-recommends mosquitto chrony; } ||
+    { apt update && apt install --no-install-recommends mosquitto chrony fake-hwclock; } ||
         fail "mosquitto and chrony are missing: connect this board to the internet and restart it, or put their .deb files into regrow/debs"
 fi
 # The gateway starts a mosquitto of its own, with the fleet's certificates.
@@ -30,11 +31,30 @@ systemctl disable --now mosquitto 2>/dev/null || true
 id regrow >/dev/null 2>&1 || useradd --system --home-dir "$state" --shell /usr/sbin/nologin regrow
 mkdir -p "$state"
 if [ -n "$REGROW_SSD" ]; then
-    grep -q " $state " /etc/fstab || echo "LABEL=$REGROW_SSD $state ext4 defaults,noatime,x-systemd.device-timeout=30s 0 2" >>/etc/fstab
+    device="/dev/disk/by-label/$REGROW_SSD"
+    check=systemd-fsck@$(systemd-escape --path "$device").service
+    # A unit, not fstab: without its SSD the board still comes up, so that somebody can log in, and the gateway alone stays down.
+    cat >/etc/systemd/system/var-lib-regrow.mount <<EOF
+[Unit]
+Description=Data of the Regrow gateway
+Wants=$check
+After=$check
+
+[Mount]
+What=$device
+Where=$state
+Type=ext4
+Options=noatime
+
+[Install]
+WantedBy=multi-user.target
+EOF
     mkdir -p /etc/systemd/system/regrow-gateway.service.d
-    printf '[Unit]\nRequiresMountsFor=%s\n' "$state" >/etc/systemd/system/regrow-gateway.service.d/ssd.conf
+    printf '[Unit]\nRequiresMountsFor=%s\nAssertPathIsMountPoint=%s\n' "$state" "$state" \
+        >/etc/systemd/system/regrow-gateway.service.d/ssd.conf
     systemctl daemon-reload
-    mountpoint -q "$state" || mount "$state" || fail "no file system with the label $REGROW_SSD: connect the SSD, make one with mkfs.ext4 -L $REGROW_SSD, restart"
+    systemctl enable --now var-lib-regrow.mount ||
+        fail "no file system with the label $REGROW_SSD: connect the SSD, make one with mkfs.ext4 -L $REGROW_SSD, restart"
 fi
 chown regrow:regrow "$state"
 chmod 700 "$state"
@@ -58,6 +78,12 @@ if [ -f "$here/access-point.nmconnection" ]; then
     install -m 644 "$here/dnsmasq.conf" /etc/NetworkManager/dnsmasq-shared.d/regrow.conf
     [ -z "$REGROW_COUNTRY" ] || ! command -v raspi-config >/dev/null || raspi-config nonint do_wifi_country "$REGROW_COUNTRY"
     [ ! -d /run/systemd/system ] || ! command -v nmcli >/dev/null || nmcli connection reload || true
+fi
+# Name look-ups need no port that answers the neighbours (LLMNR).
+if systemctl cat systemd-resolved >/dev/null 2>&1; then
+    install -d -m 755 /etc/systemd/resolved.conf.d
+    printf '[Resolve]\nLLMNR=no\n' >/etc/systemd/resolved.conf.d/regrow.conf
+    systemctl try-restart --no-block systemd-resolved
 fi
 # The fleet's clock: devices have none that survives a power cut.
 install -d -m 755 /etc/chrony/conf.d

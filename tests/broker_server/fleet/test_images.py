@@ -149,6 +149,8 @@ def test_a_gateway_brings_its_task_and_opens_its_network(tmp_path: Path) -> None
     assert (tmp_path / "regrow" / "task" / "task.toml").is_file()
     with pytest.raises(LocalError, match="one radio"):
         GatewayImage(Host(SYSTEMS["pi-os-trixie"], "gateway", image.access_point), "field", task, image.access_point)
+    with pytest.raises(LocalError, match="flash pi-os-trixie"):
+        GatewayImage(Host(SYSTEMS["ubuntu-24.04"], "gateway"), "field", task, image.access_point)
 
 
 def test_a_jetson_gets_the_container_of_its_jetpack(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
