@@ -27,12 +27,8 @@ from regrow.watchdog import Progress
 
 log = logging.getLogger(__name__)
 NICE = 5
-<<<<<<< HEAD
 HOLD_LOOK_S = 1.0
 CLOSE_S = 5.0
-=======
-CLOSE_S = 5.0  # for a step that is longer nobody waits
->>>>>>> bootgw
 
 MakeTrainer = Callable[[Mapping[str, bytes], int], Training]
 """(programs of one model, threads) -> its trainer; raises PeerError, LocalError as edge_agent.trainer.Trainer."""
@@ -124,19 +120,11 @@ class Worker:
         return self._closing or job.number <= self._given_up
 
     def close(self) -> None:
-<<<<<<< HEAD
         """Let the job at hand go, which is repeated after the next start, and wait until it does, for CLOSE_S at most.
 
         onnxruntime must not be at work when the interpreter ends: its thread would come back into one that is gone, and C++ aborts.
         """
         self._closing = True
-=======
-        """End the thread at its next step, and wait for that: a process that ends while a thread is in onnxruntime is aborted.
-
-        What the job at hand would give is repeated after the next start.
-        """
-        self.abandon()
->>>>>>> bootgw
         self._jobs.put(None)
         self._thread.join(CLOSE_S)
 
