@@ -86,7 +86,7 @@ def _line(interval: Interval) -> str:
 
 def _end(summary: Summary) -> str:
     if summary.mean_bps is None:
-        return f"{summary.direction}: nothing was acknowledged in {summary.seconds:.1f} s, so the rate is unknown; try a longer --seconds"
+        return f"{summary.direction}: too little came through in {summary.seconds:.1f} s to tell a rate; try a longer --seconds"
     interval = "95 % interval unknown: fewer than two samples"
     if summary.low_bps is not None and summary.high_bps is not None:
         interval = f"95 % interval {rate(summary.low_bps)} to {rate(summary.high_bps)}, {summary.samples} samples"

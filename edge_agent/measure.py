@@ -276,7 +276,7 @@ class Down(Measurement):
     direction = "down"
 
     def __init__(self, link: MqttLink, device: str, uplink_bps: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._size = chunk_bytes(uplink_bps)
+        self._size = chunk_bytes(uplink_bps / 2)  # they are uploaded first, and two must come for a rate
         super().__init__(link, device, now)
         self._groups = [tuple(f"{self._topic}/{group}/{index}" for index in range(GROUP)) for group in range(2)]
         self._lacking: list[set[str]] = [set(), set()]

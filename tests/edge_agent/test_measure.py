@@ -1,4 +1,4 @@
-"""`regrow measure uplink` against a real broker: its figures, its words, and that it leaves nothing behind."""
+"""`regrow measure uplink` against a real broker: its figures, its words, and that it leaves nothing behind; and what an agent tells."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cli.main import main
+from edge_agent.agent import Agent
+from edge_agent.bundle import Bundle
+from edge_agent.data.source import DataSource
+from edge_agent.state import StateFolder
+from regrow import topics, wire
+from regrow.machine import Publish
+from regrow.observations import Row, TransferSeen
 from tests.broker_server.scenarios import Rig
-from tests.testbed.processes import ROOT
+from tests.testbed.processes import ROOT, until
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,7 @@ def test_it_measures_what_the_link_lets_through(rig: Rig, tmp_path: Path, capsys
 
 def test_nothing_of_it_stays_on_the_broker(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits = ["--max-uplink-bps", "2000000", "--max-downlink-bps", "2000000"]
-    assert main(["measure", "uplink", "--bundle", bundle(rig, "d2", tmp_path), "--seconds", "2", "--down", *limits]) == 0
+    assert main(["measure", "uplink", "--bundle", bundle(rig, "d2", tmp_path), "--seconds", "3", "--down", *limits]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^up: mean \S+ [kM]bit/s \(95 %", said, re.MULTILINE)
     assert (found := re.search(r"^down: mean (\S+) Mbit/s", said, re.MULTILINE))
@@ -82,3 +91,26 @@ def test_a_wrong_password_is_one_line(rig: Rig, tmp_path: Path, capsys: pytest.C
     assert len(said.err.splitlines()) == 1
     assert "refused" in said.err
     assert not said.out
+
+
+def test_an_agent_tells_of_its_probe_and_counts_telemetry_apart(rig: Rig, tmp_path: Path) -> None:
+    rows: list[Row] = []
+    source = DataSource(20)
+    source.append(np.zeros((20, 64), np.float32), np.zeros(20, np.int64))
+    tasks = wire.Tasks(tasks=[wire.TaskRef(task="t", run="r", term=1)], heartbeat_s=0.2)
+    rig.publish(Publish(topics.tasks("d5"), wire.encode(tasks), retain=True))
+    with StateFolder(tmp_path / "state") as folder:
+        credentials = Bundle("d5", rig.broker.url, rig.credentials.password("d5"))
+        agent = Agent(credentials, folder, source, max_uplink_bps=1e6, observe=rows.append)
+        thread = threading.Thread(target=agent.run)
+        thread.start()
+        try:
+            until(lambda: agent.device.phase.value == "waiting" and agent.traffic.payload_bytes.get((True, "telemetry"), 0), "a heartbeat")
+        finally:
+            agent.stop()
+            thread.join(20)
+    probes = [row for row in rows if isinstance(row, TransferSeen) and row.what == "probe"]
+    assert all(row.up and row.run == "r" for row in probes)
+    assert agent.traffic.payload_bytes[True, "probe"] == sum(row.payload_bytes for row in probes) <= 256 * 1024
+    assert sum(row.packet_bytes for row in probes) * 8 / sum(row.seconds for row in probes) == pytest.approx(1e6, rel=0.15)
+    assert agent.device.uplink_bps == pytest.approx(1e6, rel=0.15)
