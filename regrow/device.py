@@ -179,7 +179,8 @@ class Device:
         if self._presence.beat_s <= self.now:
             self._telemetry()
             self._presence.beaten(self.now)
-            self._effects += self._presence.complaints(self.now) if self.phase is Phase.WAITING else ()
+            may_work = self.phase is Phase.WAITING and not self._restraint.refuses
+            self._effects += self._presence.complaints(self.now) if may_work else ()
         if self.phase is Phase.FETCHING and self._fetching.stalled(self.now):
             self._give_up("the parts of this version are no longer on the broker")
 

@@ -12,7 +12,7 @@ from regrow import records, topics, wire
 from regrow.budget import BYTES, HOURS, JOULES, UNMETERED, Allowed, Budget, Seen, Used, judge
 from regrow.device import Device, Phase
 from regrow.machine import Limited, Steer, Train
-from regrow.presence import QUIET_S
+from regrow.presence import COMPLAINT_S, QUIET_S
 from regrow.reported import limit_note
 from testbed.memory import COORDINATOR
 from tests.regrow.device_worlds import RUN, SLOW, accepted_by, big_world, ended, running, until
@@ -91,6 +91,16 @@ def test_a_device_that_is_limited_from_its_start_is_never_given_parts() -> None:
 def test_a_job_that_may_not_go_on_ends_in_the_training_thread_too() -> None:
     world = until(Phase.TRAINING)
     assert Steer("give up") in world.device("d1").step(Limited(NIGHT_ONLY), world.now)
+
+
+def test_a_device_that_rests_does_not_wonder_why_it_has_no_work() -> None:
+    world = begin(task(fleet={"min_devices": 2}, stop={"aggregations": 100_000}), TWO)
+    world.run(3.0)
+    for name in TWO:
+        allow(world, name, NIGHT_ONLY)
+    world.run(world.now + 3 * COMPLAINT_S)
+    assert {world.device(name).phase for name in TWO} == {Phase.WAITING}
+    assert [note for kind in ("no work yet", "without work") for note in world.notes_of(kind)] == []
 
 
 def test_work_whose_refusal_was_lost_is_taken_back_with_the_next_word() -> None:
