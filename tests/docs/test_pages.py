@@ -21,6 +21,7 @@ HAND_WRITTEN = (
     "docs/gateway.md",
     "docs/models.md",
     "docs/simulate.md",
+    "docs/store.md",
     "docs/updates.md",
     "docs/using-the-model.md",
     "docs/zoo.md",
