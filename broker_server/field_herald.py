@@ -214,7 +214,8 @@ class FieldHerald:
         known = (None, None) if best is None else (best.offset_s, best.error_s)
         told.heard = Heard(report=report, announced=told.said.number, received_s=received_s, offset_s=known[0], error_s=known[1])
         if not told.said.name:
-            (self._folder / f"{device}{_SUFFIX}").unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._folder / f"{device}{_SUFFIX}").unlink()
 
     def _weigh_clock(self, device: str, told: _Told, report: FieldReport, ours: tuple[float, float], now: float) -> None:
         """From our two times and its two, as NTP does."""

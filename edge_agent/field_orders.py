@@ -44,7 +44,7 @@ class FieldOrders:
         self._device, self._folder, self._clock, self._observe = device, folder, clock, observe
         self.on_rate: Callable[[float], None] = lambda _: None
         self.on_pulse: Callable[[], None] = lambda: None
-        self.meter: Callable[[], str] = lambda: ""
+        self.meter: Callable[[], str] = lambda: "unmeasured: this agent has no meter"
         self.software = ""
         self.still = False
         self._field: Field | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker_server.broker import Broker
+from broker_server.broker import Broker, Kind
 from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.field_herald import FieldHerald, announce, reports
 from broker_server.gateway import Gateway
@@ -39,11 +39,11 @@ NONCES = itertools.count(1)
 class World:
     """A broker, a gateway that records, and one agent behind a link that can be cut; all in this process but the broker."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, kind: Kind) -> None:
         self.folder, self.home, self._stack = folder, folder / "home", stack
         credentials = Credentials(self.home)
         self.password = credentials.add_device("d1")
-        self.broker = Broker(self.home, credentials, port=0, kind="amqtt")
+        self.broker = Broker(self.home, credentials, port=0, kind=kind)
         self.broker.start()
         stack.callback(self.broker.stop)
         self.relay = Relay()
@@ -107,12 +107,12 @@ class World:
             return db.execute(sql).fetchall()
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+@pytest.fixture(params=["amqtt", pytest.param("mosquitto", marks=pytest.mark.network)])
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[World]:
     for name, seconds in {"GATHER_S": 0.3, "KEEP_S": 0.05, "RECEIPT_S": 2.0}.items():
         monkeypatch.setattr(observer, name, seconds)
     with ExitStack() as stack:
-        yield World(tmp_path, stack)
+        yield World(tmp_path, stack, request.param)
 
 
 def watts(world: World) -> list[float]:
