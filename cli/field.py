@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import select
 import shutil
 import signal
 import sys
@@ -38,6 +39,7 @@ from regrow.methods import named
 from regrow.observations import Field
 from testbed.machine import machine
 
+LOOK_S = 0.25
 SAY_S = 15.0  # between two lines of progress
 EARLY_S = 1.0  # the coordinator begins before the run, so that it leads when the devices may work
 GATHER_S = 120.0  # at most, for what devices still hold at the end; they let rows wait for 20 s, to go together
@@ -102,28 +104,46 @@ def annotate(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _annotations(home: Path) -> Iterator[None]:
+def typed_annotations(home: Path) -> Iterator[None]:
     """Every line that is typed is an annotation of its moment, for as long as the block takes; no line is waited for."""
-
-    def read() -> None:
-        for line in sys.stdin:
-            text = line.strip()
-            if over.is_set():
-                return
-            if text:
-                try:
-                    keep_annotation(home, text, time.time())
-                    print(f"noted: {text}", flush=True)
-                except LocalError as error:
-                    print(f"regrow: not noted: {error}", file=sys.stderr, flush=True)
-
     over = threading.Event()
-    if not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():  # else reading would stop a job in the background
-        threading.Thread(target=read, name="annotations", daemon=True).start()
+    reader = threading.Thread(target=_read_lines, args=(home, over), name="annotations", daemon=True)
+    reader.start()
     try:
         yield
     finally:
         over.set()
+        reader.join()
+
+
+def _read_lines(home: Path, over: threading.Event) -> None:
+    """Until it is over, or nothing more can come. Not by `for line in sys.stdin`, which nobody can stop."""
+    line = b""
+    try:
+        typed = sys.stdin.fileno()
+        while not over.is_set():
+            in_background = os.isatty(typed) and os.tcgetpgrp(typed) != os.getpgrp()  # where reading would stop the process
+            if in_background or not select.select([typed], [], [], LOOK_S)[0]:
+                over.wait(LOOK_S if in_background else 0.0)
+                continue
+            came = os.read(typed, 4096)
+            *whole, line = (line + came).split(b"\n")
+            for each in whole:
+                _keep_line(home, each.decode(errors="replace").strip())
+            if not came:
+                return
+    except (OSError, ValueError):  # no terminal, or it has gone
+        return
+
+
+def _keep_line(home: Path, text: str) -> None:
+    if not text:
+        return
+    try:
+        keep_annotation(home, text, time.time())
+        print(f"noted: {text}", flush=True)
+    except LocalError as error:
+        print(f"regrow: not noted: {error}", file=sys.stderr, flush=True)
 
 
 # ---- run -----------------------------------------------------------------------------------------------------------------------------
@@ -142,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
                 _task_of(field, method, len(field.plan.devices))
             link = link_of(options, runs / GATEWAY_HOME, resuming=False)
             try:
-                with _annotations(runs / GATEWAY_HOME):
+                with typed_annotations(runs / GATEWAY_HOME):
                     _Conductor(options, field, link).conduct(lacking)
             finally:
                 link.stop()

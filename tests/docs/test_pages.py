@@ -24,6 +24,7 @@ HAND_WRITTEN = (
     "docs/models.md",
     "docs/page.md",
     "docs/simulate.md",
+    "docs/store.md",
     "docs/updates.md",
     "docs/using-the-model.md",
     "docs/zoo.md",
