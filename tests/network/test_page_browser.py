@@ -233,10 +233,17 @@ def test_text_can_be_read(shown: tuple[Rig, Tab], scheme: str) -> None:
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
 
 
-def test_who_wants_less_motion_gets_none(shown: tuple[Rig, Tab]) -> None:
-    _, tab = shown
-    moves = f"getComputedStyle({ROWS}[0].querySelector('.bar i')).transitionDuration"
+def test_a_bar_regrows_and_who_wants_less_motion_gets_none(shown: tuple[Rig, Tab]) -> None:
+    rig, tab = shown
+    moves = f"getComputedStyle({ROWS}[4].querySelector('.bar i')).transitionDuration"
+    assert tab.eval(moves) == "0s"  # it is where it is
+    device = rig.gateway.coordinator.ledger.devices["pi-0004"]
+    device.set_density(0.5)
+    rig.board.note(Note("restored", {"device": "pi-0004", "density_from": 0.05, "density": 0.5}))
+    rig.live(1)
+    tab.until(f"{ROWS}[4].querySelector('[role=meter]').getAttribute('aria-valuenow') === '0.5'")
     assert tab.eval(moves) == "0.8s"
+    assert tab.eval(f"{ROWS}[4].querySelector('.bar i').style.transform") == "scaleX(0.5)"
     tab.prefer(prefers_reduced_motion="reduce")
     assert tab.eval(moves) == "0s"
 
