@@ -152,17 +152,21 @@ class Board:
     Args:
         root: its file system.
         network: the namespace at its end of the cable.
+        plug: its end of the cable.
         console: where its words go.
         plugged: further options of systemd-nspawn.
     """
 
     root: Path
     network: str
+    plug: str
     console: Path
     plugged: list[str]
     child: subprocess.Popen[bytes] | None = None
 
     def power_on(self) -> None:
+        for words in (["address", "flush", "dev", self.plug], ["link", "set", self.plug, "down"]):  # as a board that was off
+            said("ip", "-n", self.network, *words)
         # NetworkManager forwards between networks, for which it writes below /proc/sys/net.
         environment = {**os.environ, "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"}
         words = [str(shutil.which("systemd-nspawn")), "--quiet", "--directory", str(self.root), "--boot", "--register=no", "--keep-unit"]

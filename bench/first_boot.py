@@ -242,8 +242,8 @@ def write_data(path: Path) -> None:
 def first_boot(stack: ExitStack, folder: Path, systems: Path) -> dict[str, Any]:
     near, far = stack.enter_context(cable("lan0", "eth0"))
     disk = stack.enter_context(ssd(folder / "ssd.img", "regrow-data"))
-    gateway = Board(folder / "gateway", near, folder / "gateway.log", disk)
-    device = Board(folder / "device", far, folder / "device.log", [])
+    gateway = Board(folder / "gateway", near, "lan0", folder / "gateway.log", disk)
+    device = Board(folder / "device", far, "eth0", folder / "device.log", [])
     for board in (gateway, device):
         stack.callback(board.power_off)
     said("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
@@ -258,7 +258,6 @@ def first_boot(stack: ExitStack, folder: Path, systems: Path) -> dict[str, Any]:
     print("making the device's card", flush=True)
     flashed(systems / "device", device_card(folder, person), device.root)
     leave_a_look(device)
-    said("ip", "-n", far, "address", "flush", "dev", "eth0")
     print("booting the device", flush=True)
     booted_s, booted = time.monotonic(), time.time()
     device.power_on()
