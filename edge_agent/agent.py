@@ -379,6 +379,7 @@ class Agent:
         meters.memory_bytes = self._process.memory_info().rss
         meters.disk_bytes = self._folder.bytes_written
         meters.step_s, meters.full_step_s = self._worker.step_s, self._worker.full_step_s
+        meters.link, meters.power = self.traffic.link_state(), self._senses.power
         self._perform(self.device.step(event, time.monotonic()))
         self._senses.follow(self.device, training=not self._vitals.work.idle)
 
