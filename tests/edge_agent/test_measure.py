@@ -19,11 +19,12 @@ from edge_agent.agent import Agent
 from edge_agent.bundle import Bundle
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
+from export.models import digits_mlp
 from regrow import topics, wire
 from regrow.machine import Publish
 from regrow.observations import Row, TransferSeen
 from tests.broker_server.scenarios import Rig
-from tests.testbed.processes import ROOT, until
+from tests.testbed.processes import ROOT, task_text, until
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,24 @@ def test_an_agent_tells_of_its_probe_and_counts_telemetry_apart(rig: Rig, tmp_pa
     assert agent.traffic.payload_bytes[True, "probe"] == sum(row.payload_bytes for row in probes) <= 256 * 1024
     assert sum(row.packet_bytes for row in probes) * 8 / sum(row.seconds for row in probes) == pytest.approx(1e6, rel=0.15)
     assert agent.device.uplink_bps == pytest.approx(1e6, rel=0.15)
+
+
+def test_with_an_identity_it_goes_over_tls_and_not_beside_the_agent(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    from tests.testbed.certified import CertifiedFleet
+
+    with CertifiedFleet(tmp_path / "fleet", digits_mlp(seed=1), task_text("toy", stop="seconds = 600"), kind="amqtt") as fleet:
+        fleet.serve()
+        agent = fleet.member("d1")
+        agent.said("accepted")
+        words = ["measure", "uplink", "--identity", "d1.id", "--seconds", "3", "--json", "--max-uplink-bps", "1000000"]
+        beside = fleet.start(words, "beside.log")
+        assert beside.ended() == 1
+        assert re.fullmatch(r"regrow: .*d1\.id.*\n", beside.text())
+        agent.stop()
+        alone = fleet.start(words, "alone.log")
+        assert alone.ended() == 0, alone.text()
+        summary = json.loads(alone.text().splitlines()[-1])
+    assert summary["mean_bps"] == pytest.approx(1e6, rel=0.15)
+    assert summary["congestion"]
+    assert summary["disconnects"] == 0
