@@ -165,10 +165,10 @@ def table(found: Sequence[Likeness], target: float, failed: Mapping[str, str], *
 
 def _cells(found: Sequence[Likeness]) -> list[str]:
     cells = []
-    for values in ([each.seconds_to_target for each in found], [each.payload for each in found]):
+    for values, otherwise in (([each.seconds_to_target for each in found], "not reached in both"), ([each.payload for each in found], "-")):
         known = [value for value in values if value is not None]
         half = half_interval(known)
-        cells.append("-" if not known else f"{mean(known):.2f}" + ("" if half is None else f" ± {half:.2f}"))
+        cells.append(otherwise if not known else f"{mean(known):.2f}" + ("" if half is None else f" ± {half:.2f}"))
     ratios = [ratio for each in found for ratio in each.updates.values()]
     cells.append(f"{mean(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}" if ratios else "-")
     return cells

@@ -81,6 +81,9 @@ def _curves(
         if halves is not None:
             axes.fill_between(xs, [m - h for m, h in zip(means, halves, strict=True)], [m + h for m, h in zip(means, halves, strict=True)],
                               color=colour, alpha=0.15, lw=0)  # fmt: skip
+    scores = [score for runs in lines.values() for pairs in runs for _, score in pairs]
+    margin = 0.05 * max(max(scores) - min(scores), 0.02)
+    axes.set_ylim(min(scores) - margin, max(scores) + margin)  # an interval of few repetitions may reach far beyond
     axes.axhline(target, color="0.4", lw=0.8, ls=(0, (1, 4)))
     axes.set_xlabel(label)
     axes.set_ylabel(record.score)
