@@ -98,7 +98,6 @@ print(json.dumps({
     "broker": said("mosquitto", "-h").splitlines()[0],
     "broker_of_debian": said("systemctl", "is-enabled", "mosquitto"),
     "chrony": said("systemctl", "is-active", "chrony"),
-    "time_is_saved": said("systemctl", "is-active", "fake-hwclock-save.timer"),
     "data_on": said("findmnt", "-no", "FSTYPE,LABEL", "/var/lib/regrow"),
     "fleet_modes": {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in sorted(fleet.glob("*.key"))},
     "logins_with_a_password": [line.split(":")[0] for line in open("/etc/shadow") if line.split(":")[1][:1] == "$"],
@@ -131,7 +130,7 @@ def main() -> None:
         systems = options.systems or folder / "systems"
         unpack(systems / "device", PACKAGES)
         unpack(systems / "gateway", GATEWAY_PACKAGES)
-        fetch_debs(systems / "gateway", "mosquitto chrony fake-hwclock", systems / "debs")
+        fetch_debs(systems / "gateway", "mosquitto chrony", systems / "debs")
         try:
             found = first_boot(stack, folder, systems)
         finally:

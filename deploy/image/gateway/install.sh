@@ -13,15 +13,14 @@ fail() { echo "regrow install: $*" >&2; exit 1; }
 version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ "$version" = "$REGROW_PYTHON" ] || fail "the wheels here are for Python $REGROW_PYTHON, this system has $version: make the image with another --os"
 
-# Packages of the system: from the card where they are there, else from the internet. fake-hwclock: chrony takes the place of
-# systemd-timesyncd, which saved the time now and then, and without that a power cut outdoors sets the clock back to the system's making.
+# Packages of the system: from the card where they are there, else from the internet.
 export DEBIAN_FRONTEND=noninteractive
 apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
 dpkg --configure -a || true # what a power cut interrupted; where another program holds the lock, apt waits for it
 if ls "$here"/debs/*.deb >/dev/null 2>&1; then
     apt install --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
 elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null; then
-    { apt update && apt install --no-install-recommends mosquitto chrony fake-hwclock; } ||
+    { apt update && apt install --no-install-recommends mosquitto chrony; } ||
         fail "mosquitto and chrony are missing: connect this board to the internet and restart it, or put their .deb files into regrow/debs"
 fi
 # The gateway starts a mosquitto of its own, with the fleet's certificates.
