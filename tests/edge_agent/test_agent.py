@@ -6,7 +6,7 @@ import logging
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from regrow.observations import PhaseSeen, PowerSeen, Row
 from regrow.outage import Outage
 from tests.edge_agent.energy import boards
 from tests.edge_agent.energy.boards import write
+from tests.edge_agent.listening import Listening
 
 WAIT_S = 10.0
 
@@ -246,9 +247,12 @@ def test_energy_is_measured_while_it_runs_and_told_when_it_ends(folder: StateFol
         if isinstance(row, PowerSeen):
             seen.set()
 
-    energy = Energy(Hwmon(root), take, heat=Heat(root))
-    energy.record(50.0)
-    one = Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, energy=energy)
+    def measured(tell: Callable[[Row], None]) -> Energy:
+        energy = Energy(Hwmon(root), tell, heat=Heat(root))
+        energy.record(50.0)
+        return energy
+
+    one = Agent(Bundle("d1", "mqtt://127.0.0.1:1", "secret"), folder, data, senses=Listening(take, measured))
     runner = threading.Thread(target=one.run)
     runner.start()
     assert seen.wait(WAIT_S)

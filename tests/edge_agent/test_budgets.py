@@ -21,6 +21,7 @@ from edge_agent.budgets import BUDGET, LEAST_AHEAD_BYTES, SETTLE_S, Budgets, Rou
 from edge_agent.bundle import Bundle
 from edge_agent.conditions import InBackground, Reading, Sensors, battery_percent, interface_to, is_metered
 from edge_agent.data.source import DataSource
+from edge_agent.senses import Senses
 from edge_agent.state import StateFolder
 from edge_agent.worker import Worker
 from regrow.budget import BYTES, HOURS, JOULES, UNMEASURED_MOST, Budget, Hours
@@ -364,7 +365,7 @@ def data() -> DataSource:
 def agent(folder: StateFolder, budgets: Budgets | None) -> Agent:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    return Agent(Bundle("d1", f"mqtt://127.0.0.1:{port}", "secret"), folder, data(), budgets=budgets)
+    return Agent(Bundle("d1", f"mqtt://127.0.0.1:{port}", "secret"), folder, data(), senses=Senses(budgets=lambda _: budgets))
 
 
 def test_an_agent_knows_its_limits_before_it_connects_and_keeps_the_count_at_its_end(folder: StateFolder) -> None:

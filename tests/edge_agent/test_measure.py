@@ -24,6 +24,7 @@ from regrow import topics, wire
 from regrow.machine import Publish
 from regrow.observations import Row, TransferSeen
 from tests.broker_server.scenarios import Rig
+from tests.edge_agent.listening import Listening
 from tests.testbed.processes import ROOT, task_text, until
 
 
@@ -102,7 +103,7 @@ def test_an_agent_tells_of_its_probe_and_counts_telemetry_apart(rig: Rig, tmp_pa
     rig.publish(Publish(topics.tasks("d5"), wire.encode(tasks), retain=True))
     with StateFolder(tmp_path / "state") as folder:
         credentials = Bundle("d5", rig.broker.url, rig.credentials.password("d5"))
-        agent = Agent(credentials, folder, source, max_uplink_bps=1e6, observe=rows.append)
+        agent = Agent(credentials, folder, source, max_uplink_bps=1e6, senses=Listening(rows.append))
         thread = threading.Thread(target=agent.run)
         thread.start()
         try:

@@ -358,9 +358,6 @@ def test_a_pulse_is_made_once_and_in_time(device: Device) -> None:
     assert pulses == [WALL_S + 5.0]
     device.hear(announced(device, number=9, phase="run", pulse_s=device.wall_s - 60.0))
     assert len(pulses) == 1, "too late is not made up for"
-    device.step(after_s=GATHER_S)
-    rows = [row for _, rows in batches(device.effects) for row in rows]
-    assert Mark(WALL_S + 5.0, "sync pulse") in rows
 
 
 def test_bytes_that_are_no_announcement_are_nothing(device: Device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from export.models import digits_mlp
 from regrow.observations import PhaseSeen, PowerSeen, Row
 from tests.edge_agent.energy import boards
 from tests.edge_agent.energy.boards import write
+from tests.edge_agent.listening import Listening
 from tests.testbed.processes import PATIENCE_S, Fleet, task_text, until
 
 BOARD_W = 1.08
@@ -26,14 +28,19 @@ BOARD_W = 1.08
 def test_a_rounds_joules_by_phase(tmp_path: Path) -> None:
     root = write(tmp_path / "board", {**boards.ZERO_WITH_INA219, **boards.HEAT})
     rows: list[Row] = []
-    energy = Energy(Hwmon(root), rows.append, heat=Heat(root))
-    energy.record(100.0)
+
+    def measured(tell: Callable[[Row], None]) -> Energy:
+        energy = Energy(Hwmon(root), tell, heat=Heat(root))
+        energy.record(100.0)
+        return energy
+
+    senses = Listening(rows.append, measured)
     with Fleet(tmp_path / "fleet", digits_mlp(1), task_text("digits", stop="aggregations = 10000")) as fleet:
         fleet.serve()
         fleet.add({"d1": 400.0})
         source = open_source(str(fleet.folder / "d1.npz"))
         with StateFolder(tmp_path / "state") as state:
-            agent = Agent(read_bundle(fleet.folder / "d1.json"), state, source, max_uplink_bps=4e5, max_downlink_bps=1.6e6, energy=energy)
+            agent = Agent(read_bundle(fleet.folder / "d1.json"), state, source, max_uplink_bps=4e5, max_downlink_bps=1.6e6, senses=senses)
             running = threading.Thread(target=agent.run)
             running.start()
             try:
@@ -55,7 +62,8 @@ def test_a_rounds_joules_by_phase(tmp_path: Path) -> None:
             assert row.steps == 3
     power = [row for row in rows if isinstance(row, PowerSeen) and row.watts is not None]
     assert sum(row.joules or 0.0 for row in found) == pytest.approx(sum(BOARD_W * row.seconds for row in power))
-    assert energy.state().watts is None or energy.state().watts == pytest.approx(BOARD_W)
+    assert senses.power is not None
+    assert senses.power.watts is None or senses.power.watts == pytest.approx(BOARD_W)
 
 
 def phases(rows: list[Row]) -> list[PhaseSeen]:

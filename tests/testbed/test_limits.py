@@ -12,6 +12,7 @@ from edge_agent.budgets import BUDGET, Budgets, limits_in
 from edge_agent.bundle import read_bundle
 from edge_agent.conditions import Reading
 from edge_agent.data.sources import open_source
+from edge_agent.senses import Senses
 from edge_agent.state import StateFolder, content_of
 from export.models import digits_mlp
 from regrow.budget import Budget
@@ -73,7 +74,12 @@ def test_heat_stops_training_between_two_steps_and_cold_lets_it_go_on(tmp_path: 
         reading = [Reading(temperature_c=40.0)]
         with StateFolder(fleet.folder / "d1.state") as folder:
             budgets = Budgets(Budget(max_temperature_c=70.0), folder, lambda: reading[0])
-            agent = Agent(read_bundle(fleet.folder / "d1.json"), folder, open_source(f"{fleet.folder / 'd1.npz'}", None), budgets=budgets)
+            agent = Agent(
+                read_bundle(fleet.folder / "d1.json"),
+                folder,
+                open_source(f"{fleet.folder / 'd1.npz'}", None),
+                senses=Senses(budgets=lambda _: budgets),
+            )
             running = threading.Thread(target=agent.run)
             running.start()
             try:

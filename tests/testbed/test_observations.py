@@ -25,6 +25,7 @@ from edge_agent.agent import Agent, Bundle
 from edge_agent.data.source import DataSource
 from edge_agent.field_journal import MIN_JOURNAL_BYTES
 from edge_agent.observer import Observer
+from edge_agent.senses import Senses
 from edge_agent.state import StateFolder
 from export.models import digits_mlp
 from regrow.coordinator import Coordinator
@@ -79,7 +80,7 @@ class World:
         nonce = next(NONCES).to_bytes(16, "big")
         self.observer = Observer("d1", folder, nonce, time.time, quiet=lambda: agent.quiet, journal_bytes=MIN_JOURNAL_BYTES)
         agent = self.agent = Agent(
-            Bundle("d1", f"mqtt://127.0.0.1:{self.relay.port}", self.password), folder, source, observer=self.observer
+            Bundle("d1", f"mqtt://127.0.0.1:{self.relay.port}", self.password), folder, source, senses=Senses(observer=self.observer)
         )
         self._thread(agent.run, agent.stop, self._life)
 
