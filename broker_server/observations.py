@@ -148,7 +148,7 @@ def _open_to_write(home: Path) -> sqlite3.Connection:
     file.chmod(0o600)
     db = _connect(file, "mode=rw")
     try:
-        db.execute("PRAGMA journal_mode = WAL")
+        _into_wal(db)
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA journal_size_limit = 16777216")
         db.execute("BEGIN IMMEDIATE")
@@ -160,6 +160,19 @@ def _open_to_write(home: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _into_wal(db: sqlite3.Connection) -> None:
+    """Of all statements this one does not wait for another connection by itself; two that make the file at once meet here."""
+    until_s = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() >= until_s:
+                raise
+        time.sleep(0.02)
 
 
 def _connect(file: Path, how: str) -> sqlite3.Connection:

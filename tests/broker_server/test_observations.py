@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -300,3 +301,17 @@ def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 2")
     with pytest.raises(LocalError, match="schema version 2, made by a newer Regrow"):
         open_observations(tmp_path)
+
+
+def test_who_makes_the_file_waits_for_one_who_reads_it_meanwhile(tmp_path: Path) -> None:
+    """SQLite itself does not wait when it turns a file into one with a write-ahead log."""
+    reader = sqlite3.connect(tmp_path / FILE, isolation_level=None, check_same_thread=False)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    release = threading.Timer(0.2, reader.rollback)
+    release.start()
+    annotate(tmp_path, "at last", 1.0)
+    release.join()
+    reader.close()
+    with closing(open_observations(tmp_path)) as db:
+        assert db.execute("SELECT text FROM annotations").fetchall() == [("at last",)]

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,15 +235,15 @@ def options(**said: object) -> argparse.Namespace:
 
 
 def test_the_agents_energy(runs: Path, tmp_path: Path, meter: str) -> None:
-    energy = energy_of(options(meter=meter), lambda _: None)
+    energy = energy_of(options(meter=meter), time.time, lambda _: None)
     assert isinstance(energy, Energy)
     assert isinstance(energy.meter, SerialMeter)
     energy.close()
     model = tmp_path / "model.json"
     main(["measure", "fit", "--board", "another-board", "--out", str(model), "--runs", str(runs), "--kind", "ina219"])
     with pytest.raises(UsageError, match="is a model of another-board, this board is"):
-        energy_of(options(power_model=model), lambda _: None)
+        energy_of(options(power_model=model), time.time, lambda _: None)
     main(["measure", "fit", "--board", board_name(), "--out", str(model), "--runs", str(runs), "--kind", "ina219"])
-    energy_of(options(power_model=model), lambda _: None).close()
+    energy_of(options(power_model=model), time.time, lambda _: None).close()
     with pytest.raises(UsageError, match="nothing unsealed is heard"):
-        energy_of(options(meter="mqtt:home/plug", identity=tmp_path), lambda _: None)
+        energy_of(options(meter="mqtt:home/plug", identity=tmp_path), time.time, lambda _: None)
