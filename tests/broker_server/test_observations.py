@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -303,15 +302,24 @@ def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
         open_observations(tmp_path)
 
 
-def test_who_makes_the_file_waits_for_one_who_reads_it_meanwhile(tmp_path: Path) -> None:
-    """SQLite itself does not wait when it turns a file into one with a write-ahead log."""
-    reader = sqlite3.connect(tmp_path / FILE, isolation_level=None, check_same_thread=False)
-    reader.execute("BEGIN")
-    reader.execute("SELECT count(*) FROM sqlite_master").fetchall()
-    release = threading.Timer(0.2, reader.rollback)
-    release.start()
-    annotate(tmp_path, "at last", 1.0)
-    release.join()
-    reader.close()
-    with closing(open_observations(tmp_path)) as db:
-        assert db.execute("SELECT text FROM annotations").fetchall() == [("at last",)]
+class Held:
+    """As much of a connection as is asked, to a file that others hold twice."""
+
+    held = 2
+
+    def execute(self, statement: str) -> None:
+        assert statement == "PRAGMA journal_mode = WAL"
+        if self.held:
+            self.held -= 1
+            raise sqlite3.OperationalError("database is locked")
+
+
+def test_who_makes_the_file_waits_for_others_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite itself does not, where two turn the same file into one with a write-ahead log; seen twice in 1 200 meetings of eight."""
+    file = Held()
+    observations._into_wal(file)  # type: ignore[arg-type]
+    assert file.held == 0
+    monkeypatch.setattr(observations, "BUSY_S", 0.0)
+    file.held = 2
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        observations._into_wal(file)  # type: ignore[arg-type]
