@@ -52,6 +52,8 @@ def _run_row(run: Recorded) -> dict[str, Any]:
         "joules_low": None if energy is None else energy.low_j,
         "joules_high": None if energy is None else energy.high_j,
         "joules_certainty": UNMEASURED if energy is None else energy.certainty,
+        "devices": len(run.devices),
+        "devices_with_joules": len(run.metered),
         "absent": " ".join(step.absent),
         "ended_by": step.reason,
     }
@@ -121,7 +123,7 @@ def _observed_rows(table: str) -> Callable[[Recorded], Rows]:
     def rows(run: Recorded) -> Rows:
         for phase, all_observed in (("baseline", run.baseline), ("run", run.observed)):
             for observed in all_observed.values():
-                for row in observed.rows[table]:
+                for row in observed.within(table):
                     # "run" of a row is the run that a transfer or phase belonged to; the frame's own is the repetition.
                     own = {("task_run" if name == "run" else name): value for name, value in row.items()}
                     yield {"phase_of_plan": phase, **own, "elapsed_s": row["at_s"] - run.step.start_s}

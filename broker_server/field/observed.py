@@ -24,6 +24,8 @@ ORDER: tuple[Certainty, ...] = ("measured", "estimated", "modelled", "unmeasured
 # at_s of these is where the interval ends; of the others, where it begins.
 ENDING = ("links", "power")
 TABLES = ("transfers", "uplinks", "links", "power", "phases", "missing", "marks")
+# What a part of a row has a part of.
+DIVIDED = ("joules", "low_j", "high_j", "payload_bytes", "packet_bytes", "sent_bytes", "received_bytes")
 Span = tuple[float, float]
 TRAINING = ("update", "model", "probe")  # what a transfer is for
 TELLING = ("telemetry", "observations")
@@ -72,6 +74,16 @@ class Observed:
         for row in self.rows[table]:
             begin, end = _interval(table, row["at_s"], row.get("seconds") or 0.0)
             yield max(begin, self.start_s), min(end, self.end_s), row
+
+    def within(self, table: str) -> Iterator[dict[str, Any]]:
+        """The rows, those that reach over an edge cut there: at_s, seconds, joules and bytes of what lies within, `share` says how much."""
+        for begin, end, row in self.spans(table):
+            share = _share(begin, end, row.get("seconds") or 0.0)
+            if share == 1.0:
+                yield {**row, "share": share}
+                continue
+            parts = {name: None if row[name] is None else row[name] * share for name in DIVIDED if name in row}
+            yield {**row, **parts, "at_s": end if table in ENDING else begin, "seconds": end - begin, "share": share}
 
     def energy(self) -> dict[str, Energy]:
         """Joules of each phase that was seen."""

@@ -76,8 +76,16 @@ class Recorded:
         known = [part for part in parts if part is not None]
         return sum(known) if known and len(known) == len(parts) else None
 
+    @property
+    def metered(self) -> list[str]:
+        """Those of `devices` that know joules of their own."""
+        seen = {name: observed.energy().values() for name, observed in self.observed.items()}
+        return [name for name in self.devices if any(energy.joules is not None for energy in seen.get(name, ()))]
+
     def energy(self) -> Energy | None:
-        """Of all devices and phases."""
+        """Of all devices and phases; None where one of the devices knows no joules, for a sum without it would look small."""
+        if self.metered != self.devices:
+            return None
         return added(energy for observed in self.observed.values() for energy in observed.energy().values())
 
     def mean_density(self) -> float | None:

@@ -76,10 +76,19 @@ def overview(record: FieldRecord, target: float) -> Table:
                 with_interval(staleness, 2),
                 with_interval([value for value in (run.mean_density() for run in runs) if value is not None], 2),
                 with_interval(whole, 2),
-                energy_text([run.energy() for run in runs]),
+                _energy_in_all(runs),
             ]
         )
     return Table(f"Methods: means over repetitions ± half of a 95 % interval; the target is {record.score} {target:g}", head, lines)
+
+
+def _energy_in_all(runs: Sequence[Recorded]) -> str:
+    """Of all devices, over the runs in which each of them knows its own; how many do, where that is none."""
+    energies = [energy for energy in (run.energy() for run in runs) if energy is not None]
+    if not energies:
+        run = min(runs, key=lambda run: len(run.metered) - len(run.devices))
+        return f"{UNMEASURED} (known of {len(run.metered)} of {len(run.devices)} devices)"
+    return energy_text(energies) + ("" if len(energies) == len(runs) else f" (in {len(energies)} of {len(runs)})")
 
 
 def _staleness(run: Recorded) -> float | None:

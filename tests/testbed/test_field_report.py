@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from broker_server.field.observed import TRAINING
-from broker_server.field.record import FieldRecord, reach, read_record
+from broker_server.field.frames import frames_of
+from broker_server.field.observed import TRAINING, Observed
+from broker_server.field.record import FieldRecord, Recorded, reach, read_record
 from broker_server.field.summary import by_device, clocks, default_target, gaps, overview
 from broker_server.observations import open_observations
 from cli.main import main
@@ -71,6 +73,7 @@ def test_who_has_no_meter_is_unmeasured_everywhere_and_never_zero(record: FieldR
         assert "±" in column(table, "pi-1", "J train")
         assert "modelled" not in column(table, "pi-1", "J train")
         assert column(overview(record, target), method, f"J to {target:g}") in ("unmeasured", "never")
+        assert column(overview(record, target), method, "J in all") == "unmeasured (known of 2 of 3 devices)"
     for run in record.runs:
         assert run.joules_until(run.step.end_s) is None
 
@@ -81,6 +84,54 @@ def test_modelled_joules_keep_the_models_interval(record: FieldRecord) -> None:
         assert train.certainty == "modelled"
         assert train.low_j == pytest.approx(0.9 * (train.joules or 0.0))
         assert train.high_j == pytest.approx(1.1 * (train.joules or 0.0))
+
+
+def test_a_sum_over_devices_is_given_where_all_of_them_know_theirs(record: FieldRecord) -> None:
+    def two_of(run: Recorded) -> Recorded:
+        course = replace(run.course, devices={name: run.course.devices[name] for name in ("pi-1", "pi-2")})
+        return replace(run, course=course, observed={name: run.observed[name] for name in ("pi-1", "pi-2")})
+
+    metered = [two_of(run) for run in record.runs]
+    for run in metered:
+        parts = [energy.joules or 0.0 for observed in run.observed.values() for energy in observed.energy().values()]
+        energy = run.energy()
+        assert energy is not None
+        assert (energy.joules, energy.certainty) == (pytest.approx(sum(parts)), "modelled")
+    text = column(overview(replace(record, runs=tuple(metered)), 0.5), record.methods[0], "J in all")
+    assert "modelled" in text
+    assert "unmeasured" not in text
+
+
+def test_rows_that_reach_over_the_edges_add_up_to_the_sums(record: FieldRecord) -> None:
+    run = record.runs[0]
+    start_s, end_s, before = run.step.start_s, run.step.end_s, run.baseline["pi-1"]
+    example = run.observed["pi-1"].rows["phases"][0] | {"phase": "idle", "low_j": None, "high_j": None}
+    crossing = [  # from 2 s before the baseline's end to 1 s into the run, and 3 s over its end
+        example | {"at_s": before.end_s - 2.0, "seconds": start_s + 1.0 - before.end_s + 2.0, "joules": 40.0},
+        example | {"at_s": end_s - 1.0, "seconds": 4.0, "joules": 8.0},
+    ]
+    sent = run.observed["pi-1"].rows["transfers"][0] | {"at_s": end_s - 1.0, "seconds": 4.0, "payload_bytes": 1000, "packet_bytes": 1010}
+
+    def with_rows(observed: Observed, phases: list[dict[str, Any]]) -> Observed:
+        return replace(observed, rows={**observed.rows, "phases": phases + observed.rows["phases"], "transfers": [sent]})
+
+    crossed = replace(
+        run,
+        observed={"pi-1": with_rows(run.observed["pi-1"], crossing)},
+        baseline={"pi-1": replace(with_rows(before, crossing[:1]), rows={**before.rows, "phases": crossing[:1]})},
+    )
+    tables = {table.name: table.dicts() for table in frames_of(replace(record, runs=(crossed,)))}
+    mine = [row for row in tables["phases"] if row["phase_of_plan"] == "run"]
+    (device,) = (row for row in tables["devices"] if row["device"] == "pi-1")
+    for phase in ("train", "transmit", "idle"):
+        assert sum(row["joules"] for row in mine if row["phase"] == phase) == pytest.approx(device[f"{phase}_j"])
+        assert sum(row["seconds"] for row in mine if row["phase"] == phase) == pytest.approx(device[f"{phase}_s"])
+    assert device["idle_j"] == pytest.approx(40.0 * 1.0 / crossing[0]["seconds"] + 2.0)
+    assert min(row["elapsed_s"] for row in mine) == 0.0
+    (earlier,) = (row for row in tables["phases"] if row["phase_of_plan"] == "baseline")
+    assert (earlier["seconds"], earlier["joules"]) == (pytest.approx(2.0), pytest.approx(40.0 * earlier["share"]))
+    (cut,) = (row for row in tables["transfers"] if row["phase_of_plan"] == "run")
+    assert (cut["share"], cut["payload_bytes"], cut["packet_bytes"]) == (pytest.approx(0.25), pytest.approx(250.0), pytest.approx(252.5))
 
 
 def test_what_a_full_journal_let_go_is_missing_and_says_so(record: FieldRecord) -> None:
@@ -139,6 +190,11 @@ def test_the_files_of_the_report(place: Path, record: FieldRecord, capsys: pytes
         unknown = [row for row in csv.DictReader(lines) if row["device"] == "pi-3"]
     assert len(unknown) == len(record.runs)
     assert {(row["train_j"], row["train_certainty"]) for row in unknown} == {("", "unmeasured")}
+    with (out / "data" / "runs.csv").open() as lines:
+        runs = list(csv.DictReader(lines))
+    assert {(row["joules"], row["joules_certainty"], row["devices"], row["devices_with_joules"]) for row in runs} == {
+        ("", "unmeasured", "3", "2")
+    }
 
 
 def test_the_file_of_observations_is_read_as_it_is_by_pandas(place: Path) -> None:
