@@ -209,7 +209,9 @@ class Handler(BaseHTTPRequestHandler):
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
             self.close_connection = True  # a body that nobody reads would be taken for the next request
         file = self.server.files.get(path)
-        if file is not None:
+        if not self.server.access.from_us(self.headers) and not (path == "/" and self.headers.get("Sec-Fetch-Mode") == "navigate"):
+            self._refuse(HTTPStatus.FORBIDDEN, "another site asks: open the page itself")
+        elif file is not None:
             self._file(file)
         elif not self.server.access.may_look(self.headers):
             self._needs_token()

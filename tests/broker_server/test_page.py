@@ -273,6 +273,17 @@ def test_only_the_token_lets_one_do_something(tmp_path: Path) -> None:
         assert rig.instructions.told.paused
 
 
+def test_another_site_may_not_even_look(tmp_path: Path) -> None:
+    with page_of(tmp_path, 1) as rig:
+        link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+        for other in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, link):
+            for path in ("/api/state", "/api/events", "/api/runs", "/page.js"):
+                assert rig.ask(path, headers=other)[0] == 403, (path, other)
+            assert rig.ask("/", headers=other)[0] == (200 if other is link else 403)
+        for own in ({"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {"Origin": f"http://127.0.0.1:{rig.port}"}):
+            assert rig.ask("/api/state", headers=own)[0] == rig.ask("/page.js", headers=own)[0] == 200
+
+
 def test_beyond_this_machine_looking_needs_the_token_too(tmp_path: Path) -> None:
     with page_of(tmp_path, 1, host="0.0.0.0") as rig:
         assert rig.ask("/")[0] == rig.ask("/page.js")[0] == 200
