@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from regrow.methods import named
 from regrow.observations import Field
 from testbed.machine import machine
 
+ATTEMPTS = 2  # at a repetition in which no device's update came
+EMPTY = "nothing was aggregated"
 LOOK_S = 0.25
 SAY_S = 15.0  # between two lines of progress
 EARLY_S = 1.0  # the coordinator begins before the run, so that it leads when the devices may work
@@ -162,14 +164,17 @@ def run(options: argparse.Namespace) -> int:
                 _task_of(field, method, len(field.plan.devices))
             link = link_of(options, runs / GATEWAY_HOME, resuming=False)
             try:
+                conductor = _Conductor(options, field, link)
                 with typed_annotations(runs / GATEWAY_HOME):
-                    _Conductor(options, field, link).conduct(lacking)
+                    conductor.conduct(lacking)
             finally:
                 link.stop()
         left = len(field.lacking())
     if left:
-        print(f"stopped; {left} runs lack, and the same command goes on with them")
-        return 0
+        stopped = conductor.stopped
+        why = "stopped" if stopped else f"in some runs {EMPTY}, in each of {ATTEMPTS} attempts"
+        print(f"{why}; {left} {'run lacks' if left == 1 else 'runs lack'}, and the same command goes on from there")
+        return 0 if stopped else 1
     print(f"all {len(repetitions_of(planned))} runs are done; next: regrow field report {planned.name} --runs {runs}")
     return 0
 
@@ -188,7 +193,17 @@ def _task_of(field: FieldFolder, method: str, devices: int) -> Path:
     """The task's folder for the runs of one method: its own [method], [trigger], [restoration] and [stop]; it waits for so many devices."""
     source, folder = Path(field.plan.task), field.path / "tasks" / method
     task = read_task(source)
-    tables: dict[str, Any] = tomllib.loads((source / "task.toml").read_text())
+    for name in filter(None, (task.model, task.evaluation.data)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / name, folder / name)
+    (folder / "task.toml").write_text(_settings_of(field, method, devices), encoding="utf-8")
+    built(folder)
+    return folder
+
+
+def _settings_of(field: FieldFolder, method: str, devices: int) -> str:
+    """The task.toml of `_task_of`."""
+    tables: dict[str, Any] = tomllib.loads((Path(field.plan.task) / "task.toml").read_text())
     for section in ("method", "trigger", "restoration"):
         tables.pop(section, None)
     tables |= named(method)
@@ -196,12 +211,12 @@ def _task_of(field: FieldFolder, method: str, devices: int) -> Path:
     tables["fleet"] = {"min_devices": devices, **tables.get("fleet", {})}
     if tables.get("restoration", {}).get("trigger") in ("fixed", "mixed"):
         tables["restoration"] = {"planned_s": field.plan.run_s, **tables["restoration"]}
-    for name in filter(None, (task.model, task.evaluation.data)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / name, folder / name)
-    (folder / "task.toml").write_text(task_toml(tables, field.plan.name), encoding="utf-8")
-    built(folder)
-    return folder
+    return task_toml(tables, field.plan.name)
+
+
+def _waits_for(plan: Plan, absent: Collection[str]) -> int:
+    """How many devices a run waits for."""
+    return max(len(plan.devices) - len(absent), 1)
 
 
 class _Conductor:
@@ -215,19 +230,25 @@ class _Conductor:
         self._title = ""
         self._served = False
 
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has stopped it."""
+        return self._stopped.is_set()
+
     def conduct(self, lacking: list[Repetition]) -> None:
         plan = self._field.plan
         where = {key: value for key, value in machine().items() if value is not None}
         facts = {"regrow": version(), **where, "system": platform.platform(), "broker": self._link.url.rpartition("@")[2]}
         self._field.add(Step(kind="began", at_s=time.time(), facts=facts))
-        stop_at_signals(self._stopped.set, "stopping: the run at hand does not count")
+        stop_at_signals(self._stopped.set, "stopping: a run that is not over yet is made again later")
         print(f"{plan.name}: {len(lacking)} runs, {in_hours(len(lacking) * total_s(plan) / len(repetitions_of(plan)))}", flush=True)
         try:
             self._greet()
-            for repetition in lacking:
+            for repetition in [each for each in lacking for _ in range(ATTEMPTS)]:
                 if self._stopped.is_set():
                     return
-                self._repeat(repetition)
+                if repetition.number not in self._field.done():
+                    self._repeat(repetition)
             self._gather()
         finally:
             announce(self._home, plan.devices, Field(number=1))
@@ -277,11 +298,13 @@ class _Conductor:
             if self._stopped.is_set():
                 return
             field.add(Step(kind="baseline", at_s=time.time(), number=repetition.number, run=name, start_s=start_s, end_s=end_s))
-        task = _task_of(field, repetition.method, max(len(plan.devices) - len(absent), 1))
+        task = _task_of(field, repetition.method, _waits_for(plan, absent))
         path = create_run(self._options.runs, built(task), name)  # before the start, for it takes a while
         start_s = time.time() + plan.lead_s
         times = {"start_s": start_s, "end_s": start_s + plan.run_s}
         absent = self._announce(Field(number=1, name=plan.name, phase="run", sample_hz=plan.sample_hz, **times), plan.lead_s)
+        # The run must not wait for one that has gone since, nor begin without one that is back.
+        (path / "task" / "task.toml").write_text(_settings_of(field, repetition.method, _waits_for(plan, absent)), encoding="utf-8")
         self._listen(lambda: time.time() >= start_s - EARLY_S or self._stopped.is_set())
         if not self._stopped.is_set():
             self._serve(repetition, path, start_s, tuple(absent))
@@ -340,7 +363,10 @@ class _Conductor:
             facts = facts_of(path)
             if not facts.finished:
                 self._stopped.set()
-            kind = "run" if facts.finished else "interrupted"
+            elif facts.version == 0:
+                reason = EMPTY
+                print(f"{time.strftime('%H:%M:%S')} {self._title}: {EMPTY}, so this run does not count", flush=True)
+            kind = "run" if facts.finished and facts.version > 0 else "interrupted"
             self._field.add(msgspec.structs.replace(step, kind=kind, at_s=time.time(), end_s=max(facts.last_s, start_s), reason=reason))
 
     def _progress(self) -> Callable[[Note], None]:

@@ -14,7 +14,7 @@ import pytest
 from broker_server.field.progress import read_field
 from broker_server.run_record import facts_of
 from cli.main import main
-from tests.testbed.processes import Child, Fleet, task_text, wide_mlp
+from tests.testbed.processes import Child, Fleet, task_text, until, wide_mlp
 
 DEVICES = {"pi-1": 6000.0, "pi-2": 1500.0}
 METHODS = ("fedgmr", "fedavg")
@@ -163,3 +163,34 @@ def test_ctrl_c_stops_what_it_has_started_and_does_not_count_the_run(fleet: Flee
     (interrupted,) = (step for step in read_field(fleet.runs, "orchard").steps if step.kind == "interrupted")
     assert interrupted.run == "orchard-1-fedavg"
     assert not list((fleet.runs / ".gateway" / "field").glob("*.json"))
+
+
+@pytest.mark.timeout(240)
+def test_a_device_that_goes_in_the_baseline_is_not_waited_for_in_the_run(fleet: Fleet) -> None:
+    file = plan(fleet, ("fedavg",), run_s=8)
+    file.write_text(file.read_text().replace("baseline_s = 1\n", "baseline_s = 3\n"))
+    conductor = execute(fleet, file)
+    conductor.said("keeping still for 3 s")
+    until(lambda: len(read_field(fleet.runs, "orchard").steps) >= 3, "both devices to have answered for the baseline")
+    fleet.devices["pi-2"].kill()
+    conductor.said("waiting for the devices' last observations")
+    done = read_field(fleet.runs, "orchard").done()[1]
+    assert done.absent == ("pi-2",)
+    assert facts_of(fleet.runs / done.run).version > 0
+
+
+@pytest.mark.timeout(240)
+def test_a_run_in_which_nothing_was_aggregated_does_not_count(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = fleet.task / "task.toml"
+    settings.write_text(settings.read_text().replace("[fleet]\n", "[fleet]\nmin_devices = 3\n"))
+    conductor = execute(fleet, plan(fleet, ("fedavg",), run_s=2))
+    assert conductor.ended(120.0) == 1
+    assert "1 run lacks" in conductor.text()
+    field = read_field(fleet.runs, "orchard")
+    assert [each.number for each in field.lacking()] == [1]
+    assert [(step.run, step.reason) for step in field.steps if step.kind == "interrupted"] == [
+        ("orchard-1-fedavg", "nothing was aggregated"),
+        ("orchard-1-fedavg-2", "nothing was aggregated"),
+    ]
+    assert main(["field", "report", "orchard", "--runs", str(fleet.runs)]) == 1
+    assert "no repetition has been run" in capsys.readouterr().err
