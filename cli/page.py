@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+from broker_server.doctor import is_served
 from broker_server.gateway import Gateway
 from broker_server.instructions import FILE, Instructions
 from broker_server.page.access import token_in
@@ -40,6 +41,7 @@ def page_of(
     """(on_note, housekeeping) for the gateway, with its page unless nobody wants it. task: as the run's task.toml says."""
     where = options.page
     if where == "off":
+        (run / PAGE_FILE).unlink(missing_ok=True)  # of a gateway that was killed
         return nullcontext(callbacks)
     host, port = page_address(where)
     fleet = open_fleet(options.fleet, own_fleet(run.parent))
@@ -60,10 +62,10 @@ def token(options: argparse.Namespace) -> int:
 
 
 def pages(runs: Path, run: str | None = None) -> list[str]:
-    """Addresses of the pages of these runs, or of one, the newest first; a gateway that was killed has left its own."""
+    """Addresses of the pages of these runs, or of one, the newest first; what a gateway that was killed has left is passed over."""
     found: list[tuple[float, str]] = []
     for file in runs.glob(f"*/{PAGE_FILE}"):
-        if run not in (None, file.parent.name):
+        if run not in (None, file.parent.name) or not is_served(file.parent):
             continue
         with suppress(OSError, ValueError, KeyError, TypeError):
             found.append((file.stat().st_mtime, str(json.loads(file.read_text())["url"])))

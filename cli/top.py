@@ -26,6 +26,7 @@ ANSWER_S = 3.0
 MOST_BYTES = 64 * 2**20
 HEAD_LINES, EVENTS = 5, 4
 BAR = 12
+MOST_REASON = 40  # characters
 State = dict[str, Any]
 
 
@@ -62,7 +63,7 @@ class Looking:
         if self._url is not None:
             return asked(self._url, self._token)
         for url in pages(self._runs, self._run):
-            with suppress(LocalError):  # of a gateway that was killed
+            with suppress(LocalError):  # of a gateway that ends just now
                 return asked(url, self._token)
         return last_state(self._folder())
 
@@ -124,6 +125,8 @@ def picture(state: State, rows: int, *, plain: bool) -> RenderableType:
 def _head(run: State, known: int) -> Text:
     said = "finished: " + run["finished"] if run.get("finished") else "paused" if run.get("paused") else run.get("phase", "")
     parts = [run["run"], said, f"version {run['version']}", f"{run.get('online', 0)} of {known} devices online"]
+    if run.get("resting"):
+        parts.append(f"{run['resting']} resting")
     if run.get("score") is not None:
         parts.append(f"accuracy {run['score']:.3f}")
     if run.get("mean_density") is not None:
@@ -155,6 +158,8 @@ def _cells(row: State, now_s: float, *, plain: bool) -> list[str | Text]:
 def _state(row: State) -> tuple[str, str]:
     if row.get("declined") or row.get("excluded"):
         return "cannot train", "red"
+    if row.get("resting"):
+        return f"resting: {str(row['resting'])[:MOST_REASON]}", "yellow"
     if not row.get("online"):
         return "silent", "red"
     if row.get("standing"):

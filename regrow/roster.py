@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from regrow import density, records, wire
 from regrow.ledger import Ledger
 from regrow.member import Device
+from regrow.presence import QUIET_S
 from regrow.scoreboard import Scoreboard
 
 HEARTBEATS = 3
@@ -128,6 +129,7 @@ class Roster:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._heard_s: OrderedDict[str, float] = OrderedDict()  # the longest silent first
+        self._quiet_s: dict[str, float] = {}  # no longer live, but at rest, where heartbeats are rare
         self._arrived: list[str] = []
         self.idle: set[str] = set()
         self.outstanding: set[str] = set()
@@ -171,15 +173,18 @@ class Roster:
         came = who not in self._heard_s
         self._heard_s[who] = now
         self._heard_s.move_to_end(who)
+        self._quiet_s.pop(who, None)
         if came:
             self.look(who)
 
     def silence(self, who: str) -> None:
         """A will is only a hint: the device is silent until its next word."""
+        self._quiet_s.pop(who, None)
         if self._heard_s.pop(who, None) is not None:
             self.look(who)
 
     def silence_all(self) -> None:
+        self._quiet_s |= {who: heard_s for who, heard_s in self._heard_s.items() if self._is_to_rest(who)}
         silent, self._heard_s = self._heard_s, OrderedDict()
         self._look_at(silent)
 
@@ -212,8 +217,13 @@ class Roster:
         while self._heard_s:
             who, heard_s = next(iter(self._heard_s.items()))
             if now - heard_s <= patience_s:
-                return
+                break
             self.silence(who)
+            if self._is_to_rest(who):
+                self._quiet_s[who] = heard_s
+        quiet_s = max(patience_s, HEARTBEATS * QUIET_S)
+        while self._quiet_s and now - next(iter(self._quiet_s.values())) > quiet_s:  # the longest silent first
+            del self._quiet_s[next(iter(self._quiet_s))]
 
     def miss_deadlines(self, now: float) -> list[str]:
         """Those whose deadline has passed, in the order in which it was set; their leases are for the caller to end."""
@@ -271,6 +281,13 @@ class Roster:
     def live(self, who: str) -> bool:
         """Heard of within three heartbeats of the time that `pass_time` was last told."""
         return who in self._heard_s
+
+    def rests(self, who: str) -> bool:
+        """At rest by its owner's limit, and heard of within three of the rare heartbeats that it then sends."""
+        return self._is_to_rest(who) and (who in self._heard_s or who in self._quiet_s)
+
+    def _is_to_rest(self, who: str) -> bool:
+        return who in self.limits and self.limits[who].density is None
 
     def excluded(self, device: Device) -> bool:
         """Too many bad updates in a row, data that it cannot train on, or a memory that holds no level: no work until it starts anew."""

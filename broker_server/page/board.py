@@ -51,6 +51,7 @@ class Board:
         self._dirty: set[str] = set(gateway.coordinator.ledger.devices)
         self._live: frozenset[str] = frozenset()
         self._resting: frozenset[str] = frozenset()
+        self._at_limit: frozenset[str] = frozenset()
         self._due_s = float("-inf")
         self._lock = threading.Lock()
         self._rows: dict[str, Row] = {}
@@ -99,10 +100,11 @@ class Board:
             return
         self._due_s = time.monotonic() + LOOK_S
         coordinator = self._gateway.coordinator
-        live = frozenset(who for who in coordinator.ledger.devices if coordinator.roster.live(who))
+        at_limit = frozenset(who for who in coordinator.roster.limits if coordinator.roster.rests(who))
+        live = frozenset(who for who in coordinator.ledger.devices if coordinator.roster.live(who)) - at_limit
         resting = coordinator.roster.resting
-        dirty = self._dirty | (live ^ self._live) | (resting ^ self._resting)
-        self._dirty, self._live, self._resting = set(), live, resting
+        dirty = self._dirty | (live ^ self._live) | (resting ^ self._resting) | (at_limit ^ self._at_limit)
+        self._dirty, self._live, self._resting, self._at_limit = set(), live, resting, at_limit
         known = coordinator.ledger.devices
         rows = {
             who: self._row(who, known[who]) if who in known else self._of_declined(who)
@@ -123,7 +125,8 @@ class Board:
         spent = self._spent.get(who, Spent())
         standing = "paused" if who in coordinator.paused else "draining" if who in coordinator.roster.resting else ""
         row = {
-            "online": coordinator.roster.live(who),
+            "online": who in self._live,
+            "resting": coordinator.roster.limits[who].said if who in self._at_limit else "",
             "standing": standing,
             "excluded": coordinator.roster.excluded(device),
             "declined": self._declined.get(who, ""),
@@ -167,6 +170,7 @@ class Board:
             "planned_s": ledger.task.stop.seconds,
             "known": len(ledger.devices),
             "online": len(self._live),
+            "resting": len(self._at_limit & ledger.devices.keys()),
             "score": ledger.global_score,
             "mean_density": roster.mean_density() if ledger.devices else None,
             "densities": counts,

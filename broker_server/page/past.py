@@ -21,6 +21,7 @@ from broker_server.view import in_words
 from regrow.errors import LocalError
 from regrow.levels import densities_of
 from regrow.machine import Note
+from regrow.presence import QUIET_S
 from regrow.roster import HEARTBEATS
 
 POINTS = 600
@@ -300,11 +301,14 @@ def last_state(run: Path) -> Table:
     for who in sorted({*said, *dense, *counts} - {None}):
         at, fields = said.get(who, (None, {}))
         row = {name: fields.get(name) for name in ("phase", "uplink_bps", "failed", "step_s", "memory_bytes")}
-        row |= {"online": at is not None and now_s - at <= silent_s and not info.finished, "heard_s": at, "density": dense.get(who)}
+        resting = fields.get("limit") if fields.get("limit_density") is None else ""
+        heard = at is not None and now_s - at <= (max(silent_s, HEARTBEATS * QUIET_S) if resting else silent_s) and not info.finished
+        row |= {"online": heard and not resting, "resting": (resting or "") if heard else "", "heard_s": at, "density": dense.get(who)}
         bytes_of = spent.get(who, Spent())
         row |= {"sent_bytes": bytes_of.sent_bytes, "received_bytes": bytes_of.received_bytes}
         devices[who] = row | {"updates": counts.get(who, 0), "updated_s": updated.get(who)}
     about = {"run": run.name, "task": task.name, "method": task.method.name, "finished": info.finished, "version": info.version}
     about |= {"score": newest.get("global_score"), "mean_density": newest.get("mean_density"), "known": len(devices)}
-    about |= {"online": sum(row["online"] for row in devices.values()), "sent_bytes": sum(each.sent_bytes for each in spent.values())}
+    about |= {"online": sum(row["online"] for row in devices.values()), "resting": sum(bool(row["resting"]) for row in devices.values())}
+    about |= {"sent_bytes": sum(each.sent_bytes for each in spent.values())}
     return {"now_s": now_s, "run": about, "devices": devices, "events": list(reversed(_events(run)))}

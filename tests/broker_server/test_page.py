@@ -98,6 +98,24 @@ def test_a_silent_device_is_said_to_be_silent_without_another_word(tmp_path: Pat
         assert state["run"]["online"] == 2
 
 
+def test_a_device_at_rest_is_not_silent_and_is_counted_apart(tmp_path: Path) -> None:
+    with page_of(tmp_path) as rig:
+        rig.live(20)
+        rig.world.kill("pi-0002")
+        roster = rig.gateway.coordinator.roster
+        roster.limit("pi-0002", wire.Limit("the day's bytes are used", 3600.0))
+        rig.live(60)
+        state = rig.board.whole()
+        assert not roster.live("pi-0002")
+        assert [row["online"] for _, row in sorted(state["devices"].items())] == [True, True, False]
+        assert [row["resting"] for _, row in sorted(state["devices"].items())] == ["", "", "the day's bytes are used"]
+        assert (state["run"]["online"], state["run"]["resting"]) == (2, 1)
+        roster.silence("pi-0002")  # its will
+        rig.live(5)
+        state = rig.board.whole()
+        assert (state["devices"]["pi-0002"]["resting"], state["run"]["resting"]) == ("", 0)
+
+
 def test_a_value_that_is_gone_is_taken_back(tmp_path: Path) -> None:
     with page_of(tmp_path, 1) as rig:
         rig.live(10)

@@ -24,6 +24,7 @@ from broker_server.page.access import Access
 from broker_server.page.serving import Place, _said
 from cli.arguments import page_address
 from cli.main import main
+from cli.page import pages
 from cli.top import picture
 from export.models import digits_mlp
 from tests.docs.generate import ROOT
@@ -97,6 +98,22 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
         assert gateway.ended() == 130
 
 
+@pytest.mark.timeout(120)
+def test_the_page_of_a_gateway_that_was_killed_is_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Fleet(tmp_path, digits_mlp(0), task_text("digits")) as fleet:
+        gateway = fleet.serve("--page", "127.0.0.1:0")
+        url = gateway.said(r"^page on (http://127\.0\.0\.1:\d+);")[1]
+        until(lambda: pages(fleet.runs) == [url], "the page to be listed")
+        gateway.kill()
+        assert (fleet.run / "page.json").exists()
+        assert main(["page", "token", "--runs", str(fleet.runs)]) == 0
+        assert len(capsys.readouterr().out.split()) == 1
+        again = fleet.serve("--no-page")
+        again.said("^run ")
+        until(lambda: pages(fleet.runs) == [], "the old page to be gone")
+        assert again.stop() == 0
+
+
 def test_a_page_for_the_network_is_warned_of() -> None:
     place = Place("192.0.2.1", 8080)
     said = _said(place, place, Access("t" * 43, place.host), Path("runs"))
@@ -147,6 +164,15 @@ def test_the_picture_needs_no_colours(capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     assert "r1  ·  leading  ·  version 7  ·  2 of 3 devices online  ·  accuracy 0.900" in said
     assert re.search(r"^a +online +0\.50 +######\.{6} +800 kbit/s +51 °C +3\.5 W +3 +10 s ago", said, re.MULTILINE)
+    resting = {
+        **STATE,
+        "run": {**STATE["run"], "resting": 1},
+        "devices": {"d": {"online": False, "resting": "bytes of the day", "density": 1}},
+    }
+    Console(width=200).print(picture(resting, 2, plain=True))
+    shown = capsys.readouterr().out
+    assert "devices online  ·  1 resting" in shown
+    assert re.search(r"^d +resting: bytes of the day ", shown, re.MULTILINE)
     assert re.search(r"^b +silent +1\.00 +#{12} +- +- +- +0 +-", said, re.MULTILINE)
     assert "and 1 more devices" in said
     assert "a regrows from 0.2 to 0.5" in said

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regrow import density, reference
+from regrow import density, reference, wire
 from regrow.budget import Allowed
 from regrow.coordinator import Coordinator, Phase
 from regrow.device import Device
 from regrow.levels import densities_of
 from regrow.machine import Effect, Event, Limited, Standing
-from regrow.roster import Least, Ranked, Tally
+from regrow.presence import QUIET_S
+from regrow.roster import HEARTBEATS, Least, Ranked, Roster, Tally
 from regrow.task import Task
 from testbed.memory import COORDINATOR
 from tests.regrow.fleet import PROGRAMS, identity, start_ledger, task
@@ -199,3 +200,23 @@ def test_what_is_taken_comes_in_the_order_in_which_it_was_put() -> None:
     assert least.take(3.0) == ["c", "b", "e"]
     assert least.take(3.0) == []
     assert least.least() == 9.0
+
+
+def test_a_device_at_rest_is_overdue_after_its_own_rare_heartbeats() -> None:
+    ledger = start_ledger(task())
+    roster, heartbeat_s = Roster(ledger), ledger.task.fleet.heartbeat_s
+    for who in ("rests", "works"):
+        roster.hear(who, 0.0)
+    roster.limit("rests", wire.Limit("hours: not now"))
+    roster.pass_time(HEARTBEATS * heartbeat_s + 1.0)
+    assert not roster.live("rests")
+    assert (roster.rests("rests"), roster.rests("works")) == (True, False)
+    roster.pass_time(HEARTBEATS * QUIET_S - 1.0)
+    assert roster.rests("rests")
+    roster.pass_time(HEARTBEATS * QUIET_S + 1.0)
+    assert not roster.rests("rests")
+    roster.hear("rests", 4000.0)
+    roster.silence_all()
+    assert roster.rests("rests")
+    roster.silence("rests")
+    assert not roster.rests("rests")

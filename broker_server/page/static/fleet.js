@@ -27,7 +27,7 @@ export function fleetView(main) {
   const say = (name, text, more = '') => { put(values[name], text); put(values[`${name}-more`], more); };
   const showRun = () => {
     const { run } = live;
-    say('online', `${run.online ?? dash} of ${run.known ?? dash}`);
+    say('online', `${run.online ?? dash} of ${run.known ?? dash}`, run.resting ? `${run.resting} resting at a limit` : '');
     say('version', count(run.version));
     say('score', number(run.score));
     say('density', percent(run.mean_density));

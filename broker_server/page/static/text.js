@@ -88,6 +88,7 @@ export function bar(wide = false) {
 /** What a device is doing, in one word, and whether that is bad. */
 export function stateOf(row) {
   if (row.declined || row.excluded) return ['cannot train', 'bad'];
+  if (row.resting) return [`resting: ${row.resting}`, 'warn'];
   if (!row.online) return ['silent', 'bad'];
   if (row.standing) return [row.standing, 'warn'];
   if (row.limit) return ['limited', 'warn'];
