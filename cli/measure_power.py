@@ -30,6 +30,7 @@ from regrow.pulse import PULSE_S, find_pulse
 
 LEAST_BASELINE_S = 60.0
 LEAST_KNOWN = 0.9
+LATE_S = 2.0  # of the last second's row
 LONGEST_ROW_S = 60.0
 MOST_TRACE_LINES = 5_000_000
 
@@ -43,14 +44,17 @@ def power(options: argparse.Namespace) -> int:
     Raises:
         LocalError: nothing was measured.
     """
-    joules = known_s = 0.0
+    joules = known_s = told_s = 0.0
     why = "the time was too short"
     began_s = time.monotonic()
     board = board_name()
     known = None if options.calibration is None else read_board_file(options.calibration, board)
     with _sampling(options.meter, known, options.hz) as (energy, rows):
-        while options.seconds is None or time.monotonic() - began_s < options.seconds:
+        while options.seconds is None or (
+            told_s <= max(options.seconds - 0.5, 0.0) and time.monotonic() - began_s < options.seconds + LATE_S
+        ):
             for row in _next_second(rows):
+                told_s += row.seconds
                 joules += (row.watts or 0.0) * row.seconds
                 known_s += row.seconds if row.watts is not None else 0.0
                 why = energy.why or why

@@ -25,6 +25,7 @@ from regrow.topics import Run
 TOPICS = Run("measure", "uplink")
 CONNECT_S = 45.0
 LAST_ACKNOWLEDGEMENTS_S = 30.0
+MOST_BREAKS = 1  # two clients of one name push each other out over and over
 GROUP = 4
 _NOISE = hashlib.shake_128(b"regrow measure").digest(wire.MAX_CHUNK_BYTES)
 
@@ -108,7 +109,7 @@ class Measurement:
     def __init__(self, link: MqttLink, device: str, now: Callable[[], float] = time.monotonic) -> None:
         self._link, self._now = link, now
         self.meter = UplinkMeter()
-        self._topic = TOPICS.probe(device)
+        self._device, self._topic = device, TOPICS.probe(device)
         self._samples: list[Piece] = []
         self._bytes = self._told_bytes = self._disconnects = 0
         self._begin_s = self._end_s = self._told_s = self._sampled_s = now()
@@ -120,7 +121,11 @@ class Measurement:
         self._counters = counters_of(self._interface)
 
     def run(self, seconds: float, every_s: float) -> Iterator[Interval]:
-        """Measure for so long; an interval comes out every `every_s` seconds."""
+        """Measure for so long; an interval comes out every `every_s` seconds.
+
+        Raises:
+            LocalError: the connection broke more than once.
+        """
         self._begin_s = self._end_s = self._told_s = self._sampled_s = self._now()
         until_s = self._begin_s + seconds
         self._first, self._counters = self._tcp(), counters_of(self._interface)
@@ -138,6 +143,12 @@ class Measurement:
     def _hear(self, event: Event) -> None:
         if isinstance(event, Disconnected):
             self._disconnects += 1
+            self.meter.broken()
+            if self._disconnects > MOST_BREAKS:
+                raise LocalError(
+                    f"the connection broke {self._disconnects} times ({event.reason}): another agent uses the name {self._device}, or the "
+                    "link does not hold; nothing was measured. Stop that agent, and measure again"
+                )
             self._retransmitted, self._told_retransmitted = 0, 0
             self._first = None
         elif isinstance(event, Connected):

@@ -147,6 +147,11 @@ class UplinkMeter:
             self._take(self._less_latency(self._pool))
             self._pool = Piece()
 
+    def broken(self) -> None:
+        """The connection has ended: no sample may be made of bytes from before it and after it."""
+        self._pool, self._window, self._settled, self._stood_in = Piece(), None, False, False
+        self._acked_s = float("-inf")
+
     def progress(self, delivered_bytes: int | None, now: float, least_rtt_s: float | None = None) -> None:
         """What TCP knows between two acknowledgements of ours; to be called about once a second.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from edge_agent.agent import Agent
 from edge_agent.bundle import Bundle
 from edge_agent.data.source import DataSource
 from edge_agent.state import StateFolder
+from edge_agent.transport import MqttLink
 from export.models import digits_mlp
 from regrow import topics, wire
 from regrow.machine import Publish
@@ -137,3 +139,27 @@ def test_with_an_identity_it_goes_over_tls_and_not_beside_the_agent(tmp_path: Pa
     assert summary["mean_bps"] == pytest.approx(1e6, rel=0.15)
     assert summary["congestion"]
     assert summary["disconnects"] == 0
+
+
+def test_beside_an_agent_of_the_same_bundle_it_measures_nothing_and_says_why(
+    rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["measure", "uplink", "--bundle", bundle(rig, "d6", tmp_path), "--seconds", "60", "--max-uplink-bps", "1000000"]
+    other = MqttLink(rig.broker.url, device_id="d6", password=rig.credentials.password("d6"), rng=random.Random(1))
+    over = threading.Event()
+
+    def come_back() -> None:
+        while not over.is_set():
+            other.poll(0.1)
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    try:
+        assert main(words) == 1
+    finally:
+        over.set()
+        thread.join()
+        other.close()
+    said = capsys.readouterr()
+    assert "another agent uses the name d6" in said.err
+    assert "mean" not in said.out
