@@ -21,7 +21,7 @@ import tomllib
 
 from broker_server.field.observed import told_until
 from broker_server.field.plan import Plan, Repetition, checked, in_hours, plan_text, read_plan, repetitions_of, task_folder, total_s
-from broker_server.field.progress import FieldFolder, Step, open_field, task_toml
+from broker_server.field.progress import FieldFolder, Step, in_runs, open_field, task_toml
 from broker_server.field_herald import FOLDER, FieldHerald, announce, reports
 from broker_server.observations import annotate as keep_annotation
 from broker_server.observations import recorder_of
@@ -90,7 +90,7 @@ def _say(plan: Plan, file: Path) -> None:
     for number, block in enumerate(plan.blocks, 1):
         print(f"block {number}: {', '.join(block)}")
     runs = len(plan.methods) * plan.repetitions
-    print(f"{file}: {runs} runs with {len(plan.devices)} devices take {in_hours(total_s(plan))}; next: regrow field run {file}")
+    print(f"{file}: {in_runs(runs)} with {len(plan.devices)} devices take {in_hours(total_s(plan))}; next: regrow field run {file}")
 
 
 # ---- annotate ------------------------------------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def run(options: argparse.Namespace) -> int:
     if left:
         stopped = conductor.stopped
         why = "stopped" if stopped else f"in some runs {EMPTY}, in each of {ATTEMPTS} attempts"
-        print(f"{why}; {left} {'run lacks' if left == 1 else 'runs lack'}, and the same command goes on from there")
+        print(f"{why}; {in_runs(left)} {'lacks' if left == 1 else 'lack'}, and the same command goes on from there")
         return 0 if stopped else 1
-    print(f"all {len(repetitions_of(planned))} runs are done; next: regrow field report {planned.name} --runs {runs}")
+    print(f"{in_runs(len(repetitions_of(planned)))} done, none lacks; next: regrow field report {planned.name} --runs {runs}")
     return 0
 
 
@@ -241,7 +241,7 @@ class _Conductor:
         facts = {"regrow": version(), **where, "system": platform.platform(), "broker": self._link.url.rpartition("@")[2]}
         self._field.add(Step(kind="began", at_s=time.time(), facts=facts))
         stop_at_signals(self._stopped.set, "stopping: a run that is not over yet is made again later")
-        print(f"{plan.name}: {len(lacking)} runs, {in_hours(len(lacking) * total_s(plan) / len(repetitions_of(plan)))}", flush=True)
+        print(f"{plan.name}: {in_runs(len(lacking))}, {in_hours(len(lacking) * total_s(plan) / len(repetitions_of(plan)))}", flush=True)
         try:
             self._greet()
             for repetition in [each for each in lacking for _ in range(ATTEMPTS)]:

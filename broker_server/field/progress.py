@@ -133,6 +133,11 @@ def _steps(file: Path, *, mend: bool = False) -> list[Step]:
     return steps
 
 
+def in_runs(count: int) -> str:
+    """A number of runs in words."""
+    return f"{count} run" if count == 1 else f"{count} runs"
+
+
 def task_toml(tables: Mapping[str, Any], name: str) -> str:
     """task.toml's text for these tables; parsing it gives them back.
 
