@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sqlite3
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from broker_server.audit import audit
-from broker_server.field.observed import TABLES, observe, observed_devices
+from broker_server.field.observed import TABLES, TRAINING, Observed, observe, observed_devices
+from broker_server.field.record import have_transfers, transferred
 from broker_server.observations import FILE, open_observations
 from broker_server.promotions import use_of
 from broker_server.report import plot_runs
 from broker_server.run_files import take_lock
-from broker_server.run_record import Course, course_of
+from broker_server.run_record import Course, Point, course_of
 from broker_server.runs import RunInfo, list_runs, read_task, run_info
 from broker_server.runs import rollback as roll_back
 from broker_server.store import Store
@@ -33,6 +36,10 @@ from cli.scenario import check_out
 from regrow.errors import LocalError, UsageError
 
 NOT_KNOWN = "-"
+OF_PACKETS = "MB: packets of models, updates and probes, as the devices observed their transfers"
+OF_HEARTBEATS = (
+    "MB: all payload by each device's last heartbeat before that moment, so rather less; not every device observed its transfers"
+)
 
 
 def _console() -> Console:
@@ -121,21 +128,42 @@ def compare(options: argparse.Namespace) -> int:
         raise UsageError(f"these runs are scored differently ({', '.join(sorted(names))}), so they cannot be compared")
     (score,) = names
     best = [point.score for course in courses for point in course.points if point.score is not None]
-    target = options.target if options.target is not None else 0.95 * max(best) if best and max(best) > 0 else None
-    goal = NOT_KNOWN if target is None else f"{target:.3g}"
-    head = ["run", "task", "method", "state", score, f"s to {goal}", f"MB to {goal}", "version", "updates", "density", "MB"]
+    target = options.target
+    if target is None and best and max(best) > 0:
+        target = math.floor(95 * max(best)) / 100 or max(best)  # as it is printed
+    goal = NOT_KNOWN if target is None else f"{target:g}"
+    seen = [_seen(info.path, course, min(info.started_s, course.began_s or math.inf)) for info, course in zip(infos, courses, strict=True)]
+    in_packets = all(have_transfers(course, observed) for course, observed in zip(courses, seen, strict=True))
+    head: list[Column | str] = [
+        Column("run", no_wrap=True),
+        "task",
+        "method",
+        "state",
+        score,
+        f"s to {goal}",
+        f"MB to {goal}",
+        "version",
+        "updates",
+        "density",
+        "MB",
+    ]
     table = Table(*head, pad_edge=False)
-    for info, course in zip(infos, courses, strict=True):
-        table.add_row(*_line(info, course, target))
+    for info, course, observed in zip(infos, courses, seen, strict=True):
+        table.add_row(*_line(info, course, target, observed if in_packets else None))
     console = _console()
     console.print(table)
+    console.print(OF_PACKETS if in_packets else OF_HEARTBEATS, soft_wrap=True, highlight=False)
     if options.out is not None:
         plot_runs({info.path.name: course for info, course in zip(infos, courses, strict=True)}, options.out, score=score)
         console.print(f"{options.out}: {score} and density over time", soft_wrap=True, highlight=False)
     return 0
 
 
-def _line(info: RunInfo, course: Course, target: float | None) -> list[str]:
+def _line(info: RunInfo, course: Course, target: float | None, observed: Mapping[str, Observed] | None) -> list[str]:
+    def megabytes(point: Point) -> str:
+        told = point.bytes_up + point.bytes_down
+        return f"{(told if observed is None else transferred(observed, 'packet_bytes', TRAINING, point.wall_s)) / 1e6:.2f}"
+
     scored = [point for point in course.points if point.score is not None]
     reached = next((point for point in scored if target is not None and (point.score or 0.0) >= target), None)
     last = course.points[-1] if course.points else None
@@ -146,11 +174,11 @@ def _line(info: RunInfo, course: Course, target: float | None) -> list[str]:
         info.finished or "unfinished",
         f"{scored[-1].score:.3f}" if scored else NOT_KNOWN,
         "never" if reached is None else f"{reached.elapsed_s:.0f}",
-        "never" if reached is None else f"{(reached.bytes_up + reached.bytes_down) / 1e6:.2f}",
+        "never" if reached is None else megabytes(reached),
         str(info.version),
         str(info.updates),
         NOT_KNOWN if last is None else f"{last.mean_density:.2f}",
-        NOT_KNOWN if last is None else f"{(last.bytes_up + last.bytes_down) / 1e6:.2f}",
+        NOT_KNOWN if last is None else megabytes(last),
     ]
 
 
@@ -183,16 +211,21 @@ def _frames(path: Path) -> list[Frame]:
 
 
 def _observed(path: Path, course: Course) -> list[Frame]:
+    seen = _seen(path, course, course.began_s or 0.0).values()
+    return [frame(f"observed-{table}", (row for each in seen for row in each.rows[table]), ("device", "at_s")) for table in TABLES if seen]
+
+
+def _seen(path: Path, course: Course, began_s: float) -> dict[str, Observed]:
+    """What the devices of a run observed from this time to its end, by device; none where nothing is kept."""
     home = path.parent / GATEWAY_HOME
     if course.began_s is None or course.ended_s is None or not (home / FILE).is_file():
-        return []
+        return {}
     try:
         with closing(open_observations(home)) as db:
             names = sorted(set(observed_devices(db)) & set(course.devices))
-            seen = [observe(db, name, course.began_s, course.ended_s) for name in names]
+            return {name: observe(db, name, began_s, course.ended_s) for name in names}
     except sqlite3.Error as error:
         raise LocalError(f"cannot read {home / FILE}: {error}; restore it from a backup, or move it away") from error
-    return [frame(f"observed-{table}", (row for each in seen for row in each.rows[table]), ("device", "at_s")) for table in TABLES]
 
 
 # ---- delete --------------------------------------------------------------------------------------------------------------------------

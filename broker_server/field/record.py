@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +61,12 @@ class Recorded:
 
     def transferred(self, column: str, what: Collection[str], until_s: float | None = None) -> float:
         """packet_bytes or payload_bytes of these kinds of transfers, of all devices, up and down."""
-        both = [observed.bytes_sent(up, column, what, until_s) for observed in self.observed.values() for up in (True, False)]
-        return sum(part or 0.0 for part in both)
+        return transferred(self.observed, column, what, until_s)
 
     @property
     def has_transfers(self) -> bool:
         """Whether all devices that trained have observed transfers."""
-        trained = [name for name, device in self.course.devices.items() if device.updates]
-        return bool(trained) and all(name in self.observed and self.observed[name].rows["transfers"] for name in trained)
+        return have_transfers(self.course, self.observed)
 
     def joules_until(self, at_s: float) -> float | None:
         """Of all devices that know theirs; None where one that trained does not, for a sum without it would look small."""
@@ -186,6 +184,18 @@ def _marks(db: sqlite3.Connection, field: FieldFolder) -> Iterator[tuple[float, 
     for device in observed_devices(db):
         found += [(row["at_s"], device, row["text"]) for row in observe(db, device, start_s, end_s).rows["marks"]]
     yield from sorted(found)
+
+
+def transferred(observed: Mapping[str, Observed], column: str, what: Collection[str], until_s: float | None = None) -> float:
+    """packet_bytes or payload_bytes of these kinds of transfers, of all devices, up and down."""
+    both = [each.bytes_sent(up, column, what, until_s) for each in observed.values() for up in (True, False)]
+    return sum(part or 0.0 for part in both)
+
+
+def have_transfers(course: Course, observed: Mapping[str, Observed]) -> bool:
+    """Whether all devices that trained in a run have observed transfers."""
+    trained = [name for name, device in course.devices.items() if device.updates]
+    return bool(trained) and all(name in observed and observed[name].rows["transfers"] for name in trained)
 
 
 def time_mean(values: Sequence[tuple[float, float]], end_s: float) -> float | None:

@@ -55,6 +55,7 @@ def meter() -> Iterator[str]:
 def test_power_as_objects(meter: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["measure", "power", "--meter", meter, "--seconds", "3", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sum(row["seconds"] for row in rows) == pytest.approx(3.0, abs=0.5)
     known = [row for row in rows if row["watts"] is not None]
     assert known
     assert [row["watts"] for row in known] == pytest.approx([4.5] * len(known))
