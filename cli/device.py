@@ -146,7 +146,7 @@ def _run(
             vitals=Vitals(folder.path, version(), watchdog),
             senses=senses,
         )
-        samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
+        samples = samples_in_words(source.training_size, source.validation_size)
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
         print(f"{bundle.device}: {samples}; {offer}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
         if allowed := in_words(_budget(options)):
@@ -159,6 +159,12 @@ def _run(
         logging.shutdown()
         os._exit(INTERRUPTED if interrupted.is_set() else 0)
     return 0
+
+
+def samples_in_words(training: int, validation: int) -> str:
+    """What a device holds, and a warning where nothing can be scored on it."""
+    said = f"{training} sample{'s' * (training != 1)} to train on, {validation} to validate with"
+    return said if validation else f"{said} (so it sends no scores: give more data, or a larger --validation)"
 
 
 def _observer(

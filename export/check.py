@@ -39,6 +39,8 @@ from regrow.values import WireDtype
 DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 _NO_NUMBERS = frozenset({"Constant", "Shape", "Size"})
 """Operators that no gradient passes, whatever their input."""
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "GRU", "Gemm", "LSTM", "MatMul", "RNN"})
+"""Operators whose second and further inputs are weights, as a rule."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,33 @@ def problems_of(model: onnx.ModelProto, training: Training = DEFAULT_TRAINING, *
     except LocalError as error:
         found.insert(0, Problem(str(error)))
     return found[::-1]  # the walk is backward; a reader begins in front
+
+
+def notes_of(model: onnx.ModelProto, loss: str) -> list[str]:
+    """What does not keep a model from being trained, and may not be what its maker meant."""
+    made = {name: node for node in model.graph.node for name in node.output}
+    last = made.get(model.graph.output[0].name)
+    while last is not None and last.op_type == "Identity":
+        last = made.get(last.input[0])
+    said = []
+    if last is not None and last.op_type == "Softmax" and loss == "cross_entropy":
+        said.append(
+            "the output is a Softmax already, and the loss cross_entropy applies another, with which a model learns slowly: "
+            "export it without its last Softmax"
+        )
+    weighted = {name for node in model.graph.node if node.op_type in _WEIGHTED for name in node.input[1:]}
+    fixed = [node for name, node in made.items() if name in weighted and node.op_type == "Constant" and _is_real(node)]
+    if fixed:
+        named = ", ".join(repr(shortened(node.output[0])) for node in fixed[:3]) + (" and others" if len(fixed) > 3 else "")
+        said.append(
+            f"weights in Constant nodes stay as they are: {named}; to train them too, export with weights as initializers "
+            "(of a torch module: let them require a gradient)"
+        )
+    return said
+
+
+def _is_real(node: onnx.NodeProto) -> bool:
+    return any(item.name == "value" and item.t.data_type == onnx.TensorProto.FLOAT for item in node.attribute)
 
 
 class _Rules(dict[str, Rule]):

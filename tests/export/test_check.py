@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.check import layers_kept, levels_of, operators, problems_of, step_costs
+from export.check import layers_kept, levels_of, notes_of, operators, problems_of, step_costs
 from export.forward import read_forward
 from export.memory import step_memory
 from export.models import MODELS, digits_mlp, watch_cnn
@@ -97,6 +97,20 @@ def test_a_name_without_end_is_cut_in_messages() -> None:
     (found,) = problems_of(chain(node("Mish", ["v0"], ["v1"], name="n" * 5000)))
     assert len(found.message) < 400
     assert "nnn..." in found.message
+
+
+def test_what_may_not_be_meant_is_noted() -> None:
+    weight = numpy_helper.from_array(np.ones((8, 8), np.float32), "held")
+    held = node("Constant", [], ["held"], value=weight)
+    model = chain(node("MatMul", ["v0", "held"], ["v1"]), node("Relu", ["v1"], ["v2"]))
+    assert notes_of(model, "cross_entropy") == []
+    model.graph.node.insert(0, held)
+    model.graph.node[-1].output[0] = "scores"
+    model.graph.node.append(node("Softmax", ["scores"], ["logits"]))
+    softmax, constant = notes_of(model, "cross_entropy")
+    assert "without its last Softmax" in softmax
+    assert "'held'" in constant
+    assert notes_of(model, "mse") == [constant]
 
 
 def test_a_fixed_batch_is_cured_for_both_exporters() -> None:
