@@ -19,6 +19,7 @@ from broker_server.store import Metric, Store
 from regrow import records
 from regrow.errors import LocalError
 from regrow.machine import Record
+from regrow.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +195,16 @@ class _Reader:
             self._meters[who] = up, down
             device.bytes_up += up - old_up if up >= old_up else up  # less than before: it began to count anew
             device.bytes_down += down - old_down if down >= old_down else down
+
+
+def why_unscored(path: Path, task: Task, version: int) -> str:
+    """Why a run that made `version` shows no score, for whoever ends it; "" where it shows one or made nothing."""
+    every = task.restoration.every
+    if not version or newest_score(path) is not None:
+        return ""
+    made = f"{version} aggregation{'s' * (version != 1)}"
+    if version < every:
+        return f"no score yet: {made}, and every {every} of them (`every` in [restoration]) the model is scored"
+    if task.evaluation.data is not None:
+        return f"no score yet: no evaluation on {task.evaluation.data} ended before the last of {made}"
+    return f"no score: in {made} no device reported one; --validation of `regrow agent` holds samples back for that"

@@ -19,6 +19,7 @@ from types import FrameType
 
 from cli.doctor import examined_by_agent, subject_of
 from cli.energy import energy_of
+from cli.main import INTERRUPTED
 from cli.systemd import watchdog_of
 from cli.version import version
 from edge_agent.agent import Agent, Companion
@@ -145,19 +146,25 @@ def _run(
             vitals=Vitals(folder.path, version(), watchdog),
             senses=senses,
         )
-        samples = f"{source.training_size} samples to train on, {source.validation_size} to validate with"
+        samples = samples_in_words(source.training_size, source.validation_size)
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
         print(f"{bundle.device}: {samples}; {offer}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
         if allowed := in_words(_budget(options)):
             print(f"{bundle.device}: its owner allows {allowed}", flush=True)
-        at_signals(running.stop)
+        interrupted = at_signals(running.stop)
         running.run()
     if member is not None and not can_speak(member.folder):
         print(WIPED.format(member.folder), flush=True)
     if running.computes:  # as edge_agent.worker.Worker.close has it; everything that was promised is on the disk
         logging.shutdown()
-        os._exit(0)
+        os._exit(INTERRUPTED if interrupted.is_set() else 0)
     return 0
+
+
+def samples_in_words(training: int, validation: int) -> str:
+    """What a device holds, and a warning where nothing can be scored on it."""
+    said = f"{training} sample{'s' * (training != 1)} to train on, {validation} to validate with"
+    return said if validation else f"{said} (so it sends no scores: give more data, or a larger --validation)"
 
 
 def _observer(
@@ -219,11 +226,12 @@ def _tries(watchdog: Watchdog, fleet: str) -> None:
     watchdog.turn(time.monotonic(), "", f"trying to join {fleet}")
 
 
-def at_signals(stop: Callable[[], None]) -> None:
-    """Call this at SIGINT and SIGTERM, and tell of the first whoever heard it before."""
-    before = signal.getsignal(signal.SIGINT)
+def at_signals(stop: Callable[[], None]) -> threading.Event:
+    """Call this at SIGINT and SIGTERM, and tell of the first whoever heard it before; the event is set once that has come."""
+    before, pressed = signal.getsignal(signal.SIGINT), threading.Event()
 
     def interrupted(number: int, frame: FrameType | None) -> None:
+        pressed.set()
         stop()
         if callable(before):  # whoever counts them: the end is orderly
             with suppress(KeyboardInterrupt):
@@ -231,6 +239,7 @@ def at_signals(stop: Callable[[], None]) -> None:
 
     signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGTERM, lambda *_: stop())
+    return pressed
 
 
 def trainer_of(name: str) -> MakeTrainer:

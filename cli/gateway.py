@@ -25,6 +25,7 @@ from broker_server.instructions import Instructions, as_told
 from broker_server.observations import recorder_of
 from broker_server.promotions import Promotions
 from broker_server.report import plot, write_metrics
+from broker_server.run_record import why_unscored
 from broker_server.runs import TaskFolder, create_run, load_task, newest_unfinished, read_task, recover
 from broker_server.shelf import MappedShelf
 from broker_server.stopping import stop_at_signals
@@ -309,6 +310,8 @@ def serve_run(options: argparse.Namespace, path: Path, link: Link, on_note: Call
         print(
             f"nothing was aggregated, so model.onnx is the untrained model: {joined}; `regrow serve --plain` says who is declined, and why"
         )
+    if why := why_unscored(path, folder.task, ledger.version):
+        print(why)
     return 0
 
 

@@ -56,8 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _heed_ctrl_c(pressed)
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # since 1.31 onnxruntime reports to its maker unless told not to
         status = _run(sys.argv[1:] if arguments is None else arguments)
-        return INTERRUPTED if pressed else status
+        if not pressed:
+            return status
+        _heed_no_more(pressed)
+        return INTERRUPTED
     except KeyboardInterrupt:
+        _heed_no_more(pressed)
         pressed.append(0)
     except Exception as error:
         if not pressed:
@@ -95,6 +99,14 @@ def _heed_ctrl_c(pressed: list[int]) -> None:
         except ValueError:  # not the main thread, where signals never come
             return
         sys.unraisablehook = unraisable
+
+
+def _heed_no_more(pressed: Sequence[int]) -> None:
+    """Let no further Ctrl-C reach the interpreter's end, which restores the system's way: the process would die of it."""
+    import signal
+
+    if pressed:  # by our own handler, so this process is ours
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(words: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from broker_server.store import Store
 from cli.model_text import check_tables, show, training_lines
 from cli.models import find_run, parse_densities, parse_numbers
 from edge_agent.memory import spare_bytes
-from export.check import held_by, layers_kept, levels_of, operators, problems_of, step_costs, trainable_operators
+from export.check import held_by, layers_kept, levels_of, notes_of, operators, problems_of, step_costs, trainable_operators
 from export.programs import initial_vector
 from export.task import model_from, programs_of
 from regrow.errors import LocalError, UsageError
@@ -72,6 +72,7 @@ def model_check(options: argparse.Namespace) -> int:
     report["training"] = json.loads(msgspec.json.encode(step_of(subject.task.training)))
     report["training"]["train_last"] = subject.task.training.train_last
     found = problems_of(model, subject.task.training, units=subject.task.method.granularity == "unit")
+    report["notes"] = [] if found else notes_of(model, subject.task.training.loss)
     report |= {"trainable": not found, "problems": [asdict(problem) for problem in found]}
     if not found:
         setting = _anew(subject) if subject.run is None else _of_run(subject, subject.run)
@@ -184,7 +185,7 @@ def _tell(options: argparse.Namespace, report: dict[str, Any]) -> None:
             print(f"operators that have a gradient rule: {', '.join(trainable_operators())}")
         return
     print(f"can be trained on a device: {report['parameters']} parameters, {report['always_kept']} of them in every sub-model")
-    print("\n".join(training_lines(report)))
+    print("\n".join([*training_lines(report), *(f"note: {note}" for note in report["notes"])]))
     for title, head, rows in check_tables(report):
         print(f"\n{title}")
         show(head, rows)

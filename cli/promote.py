@@ -51,6 +51,8 @@ def promote(options: argparse.Namespace) -> int:
     if options.withdraw and (options.model or options.local_head):
         raise UsageError("--withdraw takes back the newest model; it goes with neither --model nor --local-head")
     folder = load_task(run / "task")
+    if options.model is not None:
+        _check_kind(options.model)
     promotions = Promotions(run.parent, folder.task.name)
     if options.no_wait:
         _decide(options, folder, promotions)
@@ -87,6 +89,20 @@ def _decide(options: argparse.Namespace, folder: TaskFolder, promotions: Promoti
     return decision
 
 
+def _check_kind(model: Path) -> None:
+    """Refuse, before a broker is started, what is no ONNX file by its name.
+
+    Raises:
+        UsageError: Python, or onnxruntime's own format.
+    """
+    if model.suffix == ".py" or ".py:" in model.name:
+        cure = "export the module first, or make a task of it with `regrow task new --model`"
+        raise UsageError(f"--model {model}: expected an ONNX file, which devices can run, not Python; {cure}")
+    if model.suffix == ".ort":
+        cure = "give the .onnx file that it was made from; `regrow export` writes both"
+        raise UsageError(f"--model {model}: a .ort file is not taken, since devices check ONNX before they run it; {cure}")
+
+
 # ---- signing off -------------------------------------------------------------------------------------------------------------------
 
 
@@ -99,9 +115,6 @@ def _sign_off(options: argparse.Namespace, folder: TaskFolder, promotions: Promo
     if options.model is not None:
         if options.local_head:
             raise UsageError("--local-head needs the run's own model: with --model the file goes out as it is")
-        if options.model.suffix == ".py" or ".py:" in options.model.name:
-            cure = "export the module first, or make a task of it with `regrow task new --model`"
-            raise UsageError(f"--model {options.model}: expected an ONNX file, which devices can run, not Python; {cure}")
         try:
             model, name = options.model.read_bytes(), options.model.name
         except OSError as error:

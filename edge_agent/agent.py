@@ -72,7 +72,7 @@ IDENTITY = "identity"
 TUNING = "tuning"
 POLL_S = 1.0
 ANEW_S = 60.0  # a source that appends again and again is tried this often
-COMPLAINTS = ("declined", "gave up", "rejected", "limited", "refused", REFUSED, "set aside", "without work")
+COMPLAINTS = ("declined", "gave up", "rejected", "limited", "refused", REFUSED, "set aside", "without work", "no work yet")
 
 
 class Companion(Protocol):

@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export.batch_norm import with_batch_statistics
+from export.control_flow import carriers, graphs_of
 from export.emitter import Emitter
 from export.forward import Forward, read_forward
 from export.gradients import Gradient, Rule, Site, cannot_train, differentiate
@@ -26,7 +27,7 @@ from export.storage import float16_programs
 from export.timing import medians_s, random_feed, session_of
 from export.units import find_units
 from regrow import indexset, values
-from regrow.errors import LocalError
+from regrow.errors import LocalError, shortened
 from regrow.local_step import step_of
 from regrow.order import Order
 from regrow.parameters import Layout
@@ -38,6 +39,8 @@ from regrow.values import WireDtype
 DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
 _NO_NUMBERS = frozenset({"Constant", "Shape", "Size"})
 """Operators that no gradient passes, whatever their input."""
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "GRU", "Gemm", "LSTM", "MatMul", "RNN"})
+"""Operators whose second and further inputs are weights, as a rule."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def problems_of(model: onnx.ModelProto, training: Training = DEFAULT_TRAINING, *
         training: of which the step and train_last count.
         units: whether it shall also be cut into sub-models of whole units.
     """
+    if inner := list(_within(model)):
+        return inner
     try:
         forward = read_forward(model, training.train_last)
         trained = with_batch_statistics(forward)
@@ -119,6 +124,33 @@ def problems_of(model: onnx.ModelProto, training: Training = DEFAULT_TRAINING, *
     except LocalError as error:
         found.insert(0, Problem(str(error)))
     return found[::-1]  # the walk is backward; a reader begins in front
+
+
+def notes_of(model: onnx.ModelProto, loss: str) -> list[str]:
+    """What does not keep a model from being trained, and may not be what its maker meant."""
+    made = {name: node for node in model.graph.node for name in node.output}
+    last = made.get(model.graph.output[0].name)
+    while last is not None and last.op_type == "Identity":
+        last = made.get(last.input[0])
+    said = []
+    if last is not None and last.op_type == "Softmax" and loss == "cross_entropy":
+        said.append(
+            "the output is a Softmax already, and the loss cross_entropy applies another, with which a model learns slowly: "
+            "export it without its last Softmax"
+        )
+    weighted = {name for node in model.graph.node if node.op_type in _WEIGHTED for name in node.input[1:]}
+    fixed = [node for name, node in made.items() if name in weighted and node.op_type == "Constant" and _is_real(node)]
+    if fixed:
+        named = ", ".join(repr(shortened(node.output[0])) for node in fixed[:3]) + (" and others" if len(fixed) > 3 else "")
+        said.append(
+            f"weights in Constant nodes stay as they are: {named}; to train them too, export with weights as initializers "
+            "(of a torch module: let them require a gradient)"
+        )
+    return said
+
+
+def _is_real(node: onnx.NodeProto) -> bool:
+    return any(item.name == "value" and item.t.data_type == onnx.TensorProto.FLOAT for item in node.attribute)
 
 
 class _Rules(dict[str, Rule]):
@@ -163,8 +195,26 @@ def _foreign(model: onnx.ModelProto) -> Iterator[Problem]:
         if not active.intersection(node.input) or node.op_type in _NO_NUMBERS:
             continue
         active.update(node.output)
-        if node.domain not in ("", "ai.onnx") or node.op_type not in RULES.keys() | REPLACED:
+        if not _has_rule(node):
             yield Problem(str(cannot_train(node, f"has no gradient rule; {_cure(node)}")), _op(node), node.name)
+
+
+def _within(model: onnx.ModelProto) -> Iterator[Problem]:
+    """Control flow, each with the operators of its graphs that have no rule either; then those beside it."""
+    found = list(carriers(model.graph))
+    if not found:
+        return
+    for carrier in found:
+        yield Problem(carrier.refusal, _op(carrier.node), carrier.node.name)
+        for node in (node for graph in graphs_of(carrier.node) for node in graph.node):
+            if not graphs_of(node) and node.op_type not in _NO_NUMBERS and not _has_rule(node):
+                why = f"inside {carrier.node.op_type} {shortened(carrier.node.name)!r}, has no gradient rule; {_cure(node)}"
+                yield Problem(str(cannot_train(node, why)), _op(node), node.name)
+    yield from (problem for problem in _foreign(model) if problem.op not in {_op(carrier.node) for carrier in found})
+
+
+def _has_rule(node: onnx.NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx") and (node.op_type in RULES or node.op_type in REPLACED)
 
 
 def _op(node: onnx.NodeProto) -> str:

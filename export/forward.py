@@ -21,10 +21,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from export.control_flow import refuse_control_flow
 from export.layers import frozen_parameters
 from export.lowering import lowered
 from export.shape_folding import folded
-from regrow.errors import LocalError
+from regrow.errors import LocalError, shortened
 
 Shape = tuple[int | None, ...]
 """One entry per axis; None where the size is only known at run time (the batch)."""
@@ -122,12 +123,15 @@ def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise LocalError(f"not a valid ONNX model: {error}") from error
+    refuse_control_flow(model.graph)
     versions = {entry.domain: entry.version for entry in model.opset_import}
     version = versions.get("", versions.get("ai.onnx", 0))
     if version not in OPSETS:
         raise LocalError(f"the model uses opset {version}; export it with an opset from {OPSETS[0]} to {OPSETS[-1]}, best 18")
     if model.functions:
-        raise LocalError(f"the model defines the function {model.functions[0].name!r}; inline it (onnx.inliner.inline_local_functions)")
+        raise LocalError(
+            f"the model defines the function {shortened(model.functions[0].name)!r}; inline it (onnx.inliner.inline_local_functions)"
+        )
     try:
         return _inferred(folded(_inferred(_as_inference(lowered(model)))))
     except onnx.shape_inference.InferenceError as error:
@@ -159,14 +163,14 @@ def _initializers(graph: onnx.GraphProto) -> tuple[dict[str, NDArray[np.float32]
             parameters[tensor.name] = numpy_helper.to_array(tensor)
         elif tensor.data_type in _FLOAT_TYPES:
             kind = TensorProto.DataType.Name(tensor.data_type).lower()
-            raise LocalError(f"parameter {tensor.name!r} is {kind}; training runs in float32: convert the model to float32")
+            raise LocalError(f"parameter {shortened(tensor.name)!r} is {kind}; training runs in float32: convert the model to float32")
         else:
             constants[tensor.name] = numpy_helper.to_array(tensor)
     if not parameters:
         raise LocalError("the model has no float32 initializer, so there is nothing to train; export it with its weights")
     for name in parameters:
         if name in RESERVED_NAMES or name.startswith(RESERVED_PREFIXES):
-            raise LocalError(f"parameter {name!r} has a name that training programs need; rename it in the model")
+            raise LocalError(f"parameter {shortened(name)!r} has a name that training programs need; rename it in the model")
     return parameters, constants | dict(_constant_nodes(graph))
 
 
@@ -187,7 +191,7 @@ def _taken_statistics(graph: onnx.GraphProto, parameters: dict[str, NDArray[np.f
     uses = Counter(name for node in graph.node for name in node.input)
     for node in norms:
         for name in node.input[3:5]:
-            where = f"BatchNormalization (node {node.name!r}): its statistic {name!r}"
+            where = f"BatchNormalization (node {shortened(node.name)!r}): its statistic {shortened(name)!r}"
             if uses[name] != 1:
                 raise LocalError(f"{where} is used elsewhere too; exporters merge equal tensors: train the model a step, then export")
             if name not in parameters:
@@ -209,17 +213,17 @@ def _constant_nodes(graph: onnx.GraphProto) -> Iterator[tuple[str, NDArray[Any]]
         elif attribute.name in ("value_float", "value_floats"):
             yield node.output[0], np.array(value, np.float32)
         else:
-            raise LocalError(f"Constant node {node.name!r} holds {attribute.name}; only dense numbers can be trained with")
+            raise LocalError(f"Constant node {shortened(node.name)!r} holds {attribute.name}; only dense numbers can be trained with")
 
 
 def _input_shape(value: onnx.ValueInfoProto) -> Shape:
     shape = _shape(value)
     if value.type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.INT64):
-        raise LocalError(f"input {value.name!r} is neither float32 nor int64; cast outside the model")
+        raise LocalError(f"input {shortened(value.name)!r} is neither float32 nor int64; cast outside the model")
     if len(shape) < 2 or shape[0] is not None or None in shape[1:]:
         raise LocalError(
-            f"input {value.name!r} has shape {_words(shape)}; training needs a dynamic first axis, the batch, and fixed others: "
-            "export with dynamic_axes={input: {0: 'batch'}}"
+            f"input {shortened(value.name)!r} has shape {_words(shape)}; training needs a dynamic first axis, the batch, and fixed others: "
+            "export with dynamic_axes={input: {0: 'batch'}}, or with dynamo=True by dynamic_shapes=({0: torch.export.Dim('batch')},)"
         )
     return shape
 
@@ -227,7 +231,7 @@ def _input_shape(value: onnx.ValueInfoProto) -> Shape:
 def _output_shape(shape: Shape | None, value: onnx.ValueInfoProto) -> Shape:
     if not shape or None in shape[1:] or value.type.tensor_type.elem_type != TensorProto.FLOAT:
         raise LocalError(
-            f"output {value.name!r} has shape {_words(shape or ())}; training needs a float32 output [batch, ...], "
+            f"output {shortened(value.name)!r} has shape {_words(shape or ())}; training needs a float32 output [batch, ...], "
             "all axes but the batch fixed"
         )
     return shape

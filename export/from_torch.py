@@ -78,7 +78,10 @@ def from_torch_file(source: str) -> onnx.ModelProto:
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module) and isinstance(made[1], torch.Tensor)):
         kinds = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
         raise LocalError(f"{source} returned ({kinds}); return a torch.nn.Module and one tensor [batch, ...], as a pair")
-    return from_torch(*made)
+    try:
+        return from_torch(*made)
+    except LocalError as error:
+        raise LocalError(f"{source}: {error}") from error
 
 
 def _torch() -> Any:
@@ -106,12 +109,31 @@ def _exported(module: torch.nn.Module, example: torch.Tensor) -> onnx.ModelProto
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
+        _run_once(module, example)
         cause = str(error.__cause__ or error).strip().partition("\n")[0]
         raise LocalError(f"torch cannot export {type(module).__name__} with a dynamic batch: {cause}") from error
     if program is None:
         raise LocalError(f"torch exported nothing of {type(module).__name__}")
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _run_once(module: torch.nn.Module, example: torch.Tensor) -> None:
+    """Return if the module runs on the example at all: then the exporter's own words say what is wrong.
+
+    Raises:
+        LocalError: it does not; torch says best why.
+    """
+    try:
+        with _torch().no_grad():
+            module(example)
+    except Exception as error:  # the user's own code may raise anything
+        shape = ", ".join(["batch", *map(str, example.shape[1:])])
+        said = str(error).strip().rpartition("\n")[2]
+        cure = "return an example input of the shape and dtype that the module takes"
+        raise LocalError(
+            f"{type(module).__name__} does not run on its example [{shape}] of {str(example.dtype).removeprefix('torch.')}: {said}; {cure}"
+        ) from error
 
 
 @contextmanager
@@ -121,7 +143,7 @@ def _quiet() -> Iterator[None]:
         yield
         return
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # torch logs the tracebacks of what it then raises
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")

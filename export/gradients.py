@@ -18,7 +18,7 @@ import onnx
 
 from export.emitter import Emitter
 from export.forward import Shape
-from regrow.errors import LocalError
+from regrow.errors import LocalError, shortened
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def cannot_train(node: onnx.NodeProto, why: str) -> LocalError:
     """The one error for everything that cannot be differentiated: op, node, reason and cure."""
     op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     output = node.output[0].removeprefix("forward:")
-    return LocalError(f"cannot train {op} (node {node.name!r}, output {output!r}): it {why}")
+    return LocalError(f"cannot train {op} (node {shortened(node.name)!r}, output {shortened(output)!r}): it {why}")
 
 
 def _cure(node: onnx.NodeProto, rules: Mapping[str, Rule], cures: Mapping[str, str]) -> str:
@@ -187,7 +187,7 @@ def differentiate(
             contributions.setdefault(node.input[index], []).append(gradient)
     unreached = [name for name in parameters if name not in contributions]
     if unreached:
-        raise LocalError(f"the output does not depend on parameter {unreached[0]!r}; remove it from the model")
+        raise LocalError(f"the output does not depend on parameter {shortened(unreached[0])!r}; remove it from the model")
     return {name: _lone(graph, contributions[name]) for name in parameters}
 
 

@@ -62,12 +62,23 @@ def read_model(model_path: Path) -> onnx.ModelProto:
     """The model in one file.
 
     Raises:
-        LocalError: it cannot be read.
+        LocalError: it cannot be read, or is no ONNX file.
     """
+    if model_path.suffix == ".py":
+        raise UsageError(f"{model_path} is Python: say {model_path}:FUNCTION, where the function returns (module, example input)")
     try:
-        return onnx.load(model_path, load_external_data=False)  # one file, so that its digest says everything
-    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        model = onnx.load(model_path, load_external_data=False)  # one file, so that its digest says everything
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise LocalError(f"cannot read the model {model_path}: {error}") from error
+    except DecodeError as error:
+        raise LocalError(f"cannot read the model {model_path}: it is no ONNX file, or only part of one; export it again") from error
+    if not model_path.stat().st_size:
+        raise LocalError(f"cannot read the model {model_path}: it is empty; export it again")
+    if not model.ir_version or not model.graph.node:
+        raise LocalError(
+            f"cannot read the model {model_path}: it holds no ONNX graph, so it is another kind of file or was cut short; export it again"
+        )
+    return model
 
 
 def model_from(source: str) -> onnx.ModelProto:

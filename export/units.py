@@ -18,7 +18,7 @@ import onnx
 from onnx import helper
 
 from export.forward import Forward, read_forward
-from regrow.errors import LocalError
+from regrow.errors import LocalError, shortened
 from regrow.units import Axis, Group, Kept, Units
 
 
@@ -105,7 +105,7 @@ class _Site:
     def refused(self, why: str) -> LocalError:
         op = f"{self.node.domain}.{self.node.op_type}" if self.node.domain else self.node.op_type
         output = self.node.output[0].removeprefix("forward:")
-        return LocalError(f"cannot slice {op} (node {self.node.name!r}, output {output!r}) into units: it {why}")
+        return LocalError(f"cannot slice {op} (node {shortened(self.node.name)!r}, output {shortened(output)!r}) into units: it {why}")
 
     def attribute(self, name: str, default: int) -> int:
         found = (helper.get_attribute_value(item) for item in self.node.attribute if item.name == name)
@@ -133,7 +133,7 @@ class _Site:
 
     def claim(self, name: str, claims: Iterable[_Claim]) -> None:
         if name in self.walk.claims:
-            raise self.refused(f"uses parameter {name!r}, which another node uses too; give each its own copy")
+            raise self.refused(f"uses parameter {shortened(name)!r}, which another node uses too; give each its own copy")
         self.walk.claims[name] = tuple(claims)
 
     def claim_vector(self, index: int, channels: _Channels, entries: int) -> None:
@@ -143,7 +143,7 @@ class _Site:
             return
         name, shape = self.weight(index)
         if shape != (entries,):
-            raise self.refused(f"has parameter {name!r} of shape {list(shape)}; it needs one number per channel, [{entries}]")
+            raise self.refused(f"has parameter {shortened(name)!r} of shape {list(shape)}; it needs one number per channel, [{entries}]")
         self.claim(name, [_Claim(channels, owns=True)])
 
 
@@ -191,7 +191,9 @@ def _claim_broadcast(site: _Site, index: int, channels: _Channels) -> None:
     whole = site.shape(site.node.output[0])
     axis = 1 - (len(whole) - len(shape))  # where axis 1 of the output lies in the operand
     if len(shape) > len(whole) or axis not in places or shape[axis] != whole[1] or any(size != 1 for size in shape[:axis]):
-        raise site.refused(f"spreads parameter {name!r} of shape {list(shape)} over several channels; give every channel its own number")
+        raise site.refused(
+            f"spreads parameter {shortened(name)!r} of shape {list(shape)} over several channels; give every channel its own number"
+        )
     site.claim(name, (_Claim(channels, owns=True) if place == axis else _Claim() for place in places))
 
 
@@ -324,7 +326,7 @@ def walk_of(forward: Forward) -> Walk:
     walk.values[forward.logits].space.root().fixed = True
     for name in forward.parameters:
         if name not in walk.claims:
-            raise LocalError(f"the output does not depend on parameter {name!r}; remove it from the model")
+            raise LocalError(f"the output does not depend on parameter {shortened(name)!r}; remove it from the model")
     return walk
 
 

@@ -126,7 +126,7 @@ class Coordinator:
         if self.phase is not Phase.LEADING:
             return None
         joins = (self.planner.join_due_s(), self.planner.restarts.due_s())
-        times = (self.roster.deadlines.least(), self._due_s(), *joins, self.planner.stop_due_s())
+        times = (self.roster.deadlines.least(), self._due_s(), *joins, self.planner.plan_due_s(), self.planner.stop_due_s())
         return min([self.claim.beat_s, *(at for at in times if at is not None)])
 
     # ---- who leads ---------------------------------------------------------------------------------------------------------------
@@ -369,6 +369,7 @@ class Coordinator:
         if due is not None and due <= self.now:
             self.last_s, self.quorum_s = self.now, None
             self.planner.aggregate()
+        self.planner.keep_to_plan()
         reason = self.planner.finish_reason()
         if reason:
             self.planner.finish(reason)

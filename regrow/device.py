@@ -341,7 +341,7 @@ class Device:
 
     def _begin_fetch(self, assignment: wire.Assignment) -> None:
         self._effects += self._fetching.begin(self.connected, self.now)
-        self.assignment, self._next = assignment, None
+        self.assignment, self._next, self._presence.fresh = assignment, None, False
         if self._restraint.refuses:
             self._give_up(self._restraint.refuses)
             return

@@ -23,3 +23,8 @@ class UsageError(LocalError):
 
 class PeerError(RegrowError):
     """The other side is wrong: the only exception that a decoder lets out, whatever the bytes."""
+
+
+def shortened(name: str) -> str:
+    """A name that somebody else chose, as a message quotes it: at most 100 characters of it."""
+    return name if len(name) <= 100 else f"{name[:97]}..."

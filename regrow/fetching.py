@@ -186,7 +186,7 @@ class Fetching:
         subscribed: topics that are asked for now.
         progress_s: when something last came, monotonic seconds.
         known: what the last assembly has decoded.
-        storage: of activations, in the job before.
+        storage: of activations, in the job before; None before the first.
     """
 
     parts: dict[bytes, bytes] = field(default_factory=dict)
@@ -194,7 +194,7 @@ class Fetching:
     subscribed: set[str] = field(default_factory=set)
     progress_s: float = 0.0
     known: Known | None = None
-    storage: Storage = "float32"
+    storage: Storage | None = None
 
     def load(self, saved: Mapping[str, bytes]) -> list[Effect]:
         """Take in the saved parts; those whose digest is not that of their name are dropped."""
@@ -251,7 +251,7 @@ class Fetching:
         ]
 
     def _storage_told(self, me: Identity) -> list[Effect]:
-        """What activations are stored as from now on, where it is another than before, and why."""
+        """What activations are stored as from now on, with the first job and where it is another than before, and why."""
         if self.wanted is None or self.wanted.storage == self.storage:
             return []
         self.storage = self.wanted.storage

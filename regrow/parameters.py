@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow.errors import LocalError, PeerError
+from regrow.errors import LocalError, PeerError, shortened
 
 MAX_COORDINATES = 2**31 - 1  # coordinates travel as uint32 and are counted in int64 sums without overflow
 MAX_JSON_BYTES = 1024 * 1024
@@ -39,7 +39,7 @@ class Tensor:
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > MAX_NAME_CHARACTERS or not self.name.isprintable():
-            raise LocalError(f"tensor name {self.name!r}: needs 1 to {MAX_NAME_CHARACTERS} printable characters")
+            raise LocalError(f"tensor name {shortened(self.name)!r}: needs 1 to {MAX_NAME_CHARACTERS} printable characters")
         if len(self.shape) > MAX_DIMENSIONS or any(type(d) is not int or d <= 0 for d in self.shape):
             raise LocalError(f"tensor {self.name}: shape {self.shape} needs up to {MAX_DIMENSIONS} positive dimensions")
         if self.size > MAX_COORDINATES:

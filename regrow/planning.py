@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -172,11 +172,7 @@ class Planner:
             self._restore(self._coordinator.elapsed_s(), scores, scores[max(scores)])
 
     def _restore(self, elapsed_s: float, scores: dict[float, float], global_score: float | None) -> None:
-        ledger, task = self._ledger, self._ledger.task
-        # Without restoration nobody is raised, and no counter of anybody needs to be kept. Who is excluded has left until another start.
-        raisable = ledger.devices.items() if task.restoration.trigger != "none" else ()
-        before = {who: device.density for who, device in raisable if not self._coordinator.roster.excluded(device)}
-        progress = elapsed_s / task.restoration.planned_s if task.restoration.planned_s else 0.0
+        ledger, task, before = self._ledger, self._ledger.task, self._raisable()
         rounds = ((who, density.mean_round_s(ledger.devices[who].full_round_s)) for who in before)
         state, after, finished, reasons = restoration.evaluate(
             ledger.restoration,
@@ -184,11 +180,59 @@ class Planner:
             before,
             scores,
             global_score,
-            progress,
+            self._progress(elapsed_s),
             elapsed_s=elapsed_s - ledger.began_s,
             full_round_s={who: round_s for who, round_s in rounds if round_s is not None},
-            limits={who: limit for who in before if (limit := ledger.devices[who].ceiling) < 1.0},
+            limits=self._limits(before),
         )
+        self._note_restored(before, after, state, scores, global_score, reasons, finished=finished)
+
+    def keep_to_plan(self) -> None:
+        """Raise everybody at the planned points that have passed: by the clock, whenever the next evaluation is."""
+        due_s = self.plan_due_s()
+        if due_s is None or due_s > self._coordinator.now:
+            return
+        ledger, before = self._ledger, self._raisable()
+        # The timer says that the point has come, whatever a division makes of it.
+        point = restoration.next_point(ledger.restoration, restoration_config(ledger.task))
+        progress = max(self._progress(self._coordinator.elapsed_s()), point or 0.0)
+        found = restoration.planned(ledger.restoration, restoration_config(ledger.task), before, progress, self._limits(before))
+        state, after, reasons = found
+        self._note_restored(before, after, state, ledger.level_scores, ledger.global_score, reasons, finished=ledger.trained_out)
+
+    def plan_due_s(self) -> float | None:
+        """When the next planned point passes; None without one, or while nobody is there to be raised."""
+        ledger, planned_s = self._ledger, self._ledger.task.restoration.planned_s
+        if planned_s is None or not ledger.devices:
+            return None
+        point = restoration.next_point(ledger.restoration, restoration_config(ledger.task))
+        if point is None:
+            return None
+        return self._coordinator.now + point * planned_s - self._coordinator.elapsed_s()
+
+    def _raisable(self) -> dict[str, float]:
+        """The densities of whom restoration may raise: nobody without it; who is excluded has left until another start."""
+        devices = self._ledger.devices.items() if self._ledger.task.restoration.trigger != "none" else ()
+        return {who: device.density for who, device in devices if not self._coordinator.roster.excluded(device)}
+
+    def _limits(self, densities: Iterable[str]) -> dict[str, float]:
+        return {who: limit for who in densities if (limit := self._ledger.devices[who].ceiling) < 1.0}
+
+    def _progress(self, elapsed_s: float) -> float:
+        planned_s = self._ledger.task.restoration.planned_s
+        return elapsed_s / planned_s if planned_s else 0.0
+
+    def _note_restored(
+        self,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        state: restoration.RestorationState,
+        scores: Mapping[float, float],
+        global_score: float | None,
+        reasons: list[str],
+        *,
+        finished: bool,
+    ) -> None:
         changed = {who: value for who, value in after.items() if value != before[who]}
         self._coordinator.commit(
             records.Restored(

@@ -10,6 +10,7 @@ from regrow.programs import StorageRule
 
 HELLO_FIRST_S = 1.0
 HELLO_AGAIN_S = 10.0
+FIRST_COMPLAINT_S = 30.0  # one that never had work says so this soon for the first time
 COMPLAINT_S = 300.0  # a device that could not do its last work and got no other, or has none at all, says so this often
 TRY_AGAIN = "repair the data or the settings and start the agent again; only data that a source appends meanwhile are tried without"
 QUIET_S = 900.0  # a device that may not use its link speaks this often
@@ -55,6 +56,7 @@ class Presence:
     """When the next hello and the next heartbeat are due (monotonic seconds, infinite: none is), and what they say.
 
     `trouble` is why the last assignment could not be done, nothing once one could. `quiet`: its link is not to be used.
+    `fresh`: it never had work, and has not said so.
     """
 
     identity: Identity
@@ -64,6 +66,7 @@ class Presence:
     beat_s: float = float("inf")
     trouble: str = ""
     quiet: bool = False
+    fresh: bool = True
     _complaint_s: float = 0.0
     _hello_wait_s: float = HELLO_FIRST_S
 
@@ -101,7 +104,7 @@ class Presence:
 
     def _wait_anew(self, now: float) -> None:
         if not self.trouble:
-            self._complaint_s = now + COMPLAINT_S
+            self._complaint_s = now + (FIRST_COMPLAINT_S if self.fresh else COMPLAINT_S)
 
     def start_anew(self, data: DataChanged) -> Identity:
         """Who the device is from now on."""
@@ -116,10 +119,10 @@ class Presence:
         """What a device that waits for work says now and then: of its trouble, or else of what may keep it waiting."""
         if now < self._complaint_s:
             return []
-        self._complaint_s = now + COMPLAINT_S
+        self._complaint_s, first, self.fresh = now + COMPLAINT_S, self.fresh, False
         if not self.trouble:
             why = "too few devices are there, or this one was declined for its memory: the gateway's log says so"
-            return [Note("no work yet", {"memory_bytes": self.identity.memory_bytes, "reason": why})]
+            return [Note("no work yet" if first else "still no work", {"memory_bytes": self.identity.memory_bytes, "reason": why})]
         return [Note("without work", {"reason": self.trouble, "cure": TRY_AGAIN})]
 
     def hello_soon(self, now: float) -> None:

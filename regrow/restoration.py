@@ -1,7 +1,8 @@
 """Gradual model restoration: when training stalls, or when it costs no more, somebody gets a larger part of the model.
 
 One early-stopping counter per client and one for the global model. The state is a frozen value that msgspec writes
-as JSON, because the coordinator snapshots it; `evaluate` is called once every `every` aggregations.
+as JSON, because the coordinator snapshots it; `evaluate` is called once every `every` aggregations, `planned` whenever a planned point has
+passed in between.
 
 Where the paper leaves it open, ours: a raise of rho_min resets every counter completely, also the pause after a raise;
 a scheduled point raises rho_min and every client by one rung; the `fixed` trigger finishes like `plateau` does, by the
@@ -142,6 +143,26 @@ def evaluate(
     if config.trigger in ("plateau", "mixed", "pace") or (config.trigger == "fixed" and plans_done):
         state, raised, finished = _whole_plateau(state, config, raised, global_score, limits, reasons)
     return state, raised, finished, reasons
+
+
+def planned(
+    state: RestorationState, config: RestorationConfig, densities: Mapping[str, float], progress: float, limits: Mapping[str, float]
+) -> tuple[RestorationState, dict[str, float], list[str]]:
+    """The planned points that have passed, between two evaluations: the new state, client -> density for every client, the reasons.
+
+    No counter moves but by what a raise resets. Arguments as for `evaluate`; without a plan, or before its next point, nothing changes.
+    """
+    reasons: list[str] = []
+    if config.trigger not in ("fixed", "mixed"):
+        return state, dict(densities), reasons
+    begun = replace(state, rho_min=max(state.rho_min, config.ladder[0]))
+    after, raised = _planned(begun, config, dict(densities), progress, limits, reasons)
+    return after if reasons else state, raised, reasons
+
+
+def next_point(state: RestorationState, config: RestorationConfig) -> float | None:
+    """The fraction of the planned duration at which everybody is raised next, if any is left."""
+    return next(iter(config.planned[state.points :]), None) if config.trigger in ("fixed", "mixed") else None
 
 
 def next_density(config: RestorationConfig, density: float) -> float:

@@ -24,7 +24,7 @@ from broker_server.credentials import COORDINATOR, Credentials
 from broker_server.gateway import Gateway
 from broker_server.runs import create_run, load_task, recover
 from broker_server.store import Store
-from cli.device import trainer_of
+from cli.device import samples_in_words, trainer_of
 from cli.main import main
 from edge_agent.data.source import DataSource
 from edge_agent.trainer import Trainer
@@ -184,3 +184,8 @@ def test_the_agent_s_threads_are_torch_s() -> None:
     finally:
         torch.set_num_threads(before)
     assert trainer_of("onnxruntime") is Trainer
+
+
+def test_an_agent_says_what_it_holds_and_that_nothing_can_be_scored() -> None:
+    assert samples_in_words(480, 120) == "480 samples to train on, 120 to validate with"
+    assert samples_in_words(1, 0).startswith("1 sample to train on, 0 to validate with (so it sends no scores: ")

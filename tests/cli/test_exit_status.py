@@ -296,6 +296,34 @@ def test_ctrl_c_that_others_swallow_counts_all_the_same(function: str, tmp_path:
     assert not (tmp_path / "task").exists()
 
 
+TWICE = """
+import atexit, signal, sys
+from cli.main import main
+class AtTheVeryEnd:
+    def __del__(self, raise_signal=signal.raise_signal, number=signal.SIGINT):
+        raise_signal(number)
+sys.at_the_very_end = AtTheVeryEnd()
+atexit.register(signal.raise_signal, signal.SIGINT)
+{first}
+sys.exit(main({words!r}))
+"""
+SWALLOWED = """
+import cli.models, contextlib
+def listed(_):
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    return 0
+import cli.runs
+cli.runs.runs = listed
+"""
+
+
+@pytest.mark.parametrize("first", [AT_AN_IMPORT.partition("from cli")[0].format(wanted="cli.runs"), SWALLOWED])
+def test_a_second_ctrl_c_while_the_first_ends_the_command_changes_nothing(first: str, tmp_path: Path) -> None:
+    status, said = ended(TWICE.format(first=first, words=["runs", "--runs", "none"]), tmp_path)
+    assert (status, said) in ((INTERRUPTED, ""), (INTERRUPTED, "regrow: interrupted\n"))
+
+
 def test_in_a_process_that_heeds_ctrl_c_itself_it_stays_so(capsys: pytest.CaptureFixture[str]) -> None:
     import signal
 

@@ -272,7 +272,13 @@ def test_check_of_a_torch_module(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_what_check_refuses(fails: Fails, tmp_path: Path) -> None:
     assert "neither a file, nor FILE.py:FUNCTION, nor one of digits_mlp" in fails("model", "check", "none.onnx")
     (tmp_path / "text.onnx").write_text("no model")
-    assert "cannot read the model" in fails("model", "check", tmp_path / "text.onnx")
+    assert "it is no ONNX file, or only part of one" in fails("model", "check", tmp_path / "text.onnx")
+    (tmp_path / "part.onnx").write_bytes(digits_mlp(1).SerializeToString()[:-100])
+    assert "cannot read the model" in fails("model", "check", tmp_path / "part.onnx")
+    (tmp_path / "empty.onnx").touch()
+    assert "it is empty" in fails("model", "check", tmp_path / "empty.onnx")
+    (tmp_path / "net.py").write_text("def make(): ...\n")
+    assert "net.py:FUNCTION, where the function returns" in fails("model", "check", tmp_path / "net.py")
     for words in (("--batch", "0"), ("--batch", "1.5"), ("--batch", ""), ("--uplink", "0"), ("--uplink", "3X"), ("--density", "1.5")):
         assert words[0] in fails("model", "check", "digits_mlp", *words)
     assert "--steps" in fails("model", "check", "digits_mlp", "--steps", "-1")

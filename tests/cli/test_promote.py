@@ -134,6 +134,14 @@ def test_a_python_file_is_told_what_is_expected(fails: Fails, run: Path, tmp_pat
     assert signed(run).history() == []
 
 
+def test_an_ort_file_is_refused_before_a_broker_is_started(fails: Fails, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.ort").write_bytes(b"x")
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # which a broker would complain of first
+        said = fails("promote", run, "--model", tmp_path / "model.ort", "--port", taken.getsockname()[1], "--broker-kind", "amqtt")
+    assert "a .ort file is not taken" in said
+    assert signed(run).history() == []
+
+
 def test_ctrl_c_ends_the_waiting_and_the_broker_and_keeps_the_decision(run: Path, tmp_path: Path) -> None:
     child = Child(["promote", run, "--port", 0, "--broker-kind", "amqtt"], tmp_path / "promote.log")
     try:

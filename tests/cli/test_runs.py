@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from broker_server.run_files import take_lock
-from broker_server.run_record import course_of, facts_of
+from broker_server.run_record import course_of, facts_of, why_unscored
 from broker_server.runs import rollback, run_info
 from cli.main import FAILED, MISUSED, main
 from regrow.errors import LocalError
+from regrow.task import parse_task
 from tests.cli.made_runs import make_run
 from tests.testbed.recorded import recorded_field
 
@@ -161,3 +162,15 @@ def test_the_log_is_read_as_it_is_by_other_programs(place: Path) -> None:
         pandas = pytest.importorskip("pandas")
         found = pandas.read_sql(query, db)
     assert dict(zip(found.device, found.updates, strict=True)) == wanted
+
+
+def test_a_run_that_ends_without_a_score_says_why(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    reported, held = parse_task('name = "t"'), parse_task('name = "t"\n[evaluation]\ndata = "test.npz"')
+    assert why_unscored(run, reported, 0) == ""
+    assert "1 aggregation, and every 5 of them" in why_unscored(run, held, 1)
+    assert "no evaluation on test.npz ended" in why_unscored(run, held, 7)
+    assert "in 7 aggregations no device reported one" in why_unscored(run, reported, 7)
+    with closing(sqlite3.connect(run / "log.sqlite")) as db, db:
+        db.execute("INSERT INTO metrics (wall_time, kind, fields) VALUES (1.0, 'aggregated', ?)", (json.dumps({"global_score": 0.5}),))
+    assert why_unscored(run, held, 7) == ""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.main import INTERRUPTED
 from cli.systemd import watchdog_of
 from edge_agent.vitals import HEALTH, Vitals, boot_id
 from regrow.device import Phase
@@ -107,6 +108,16 @@ def test_a_device_that_computes_without_end_still_ends_well_when_it_is_told_to(f
     device = start(fleet, manager, "computing", *agent("d1"))
     device.said("^hangs$")
     assert device.stop() == 0
+    assert "terminate called" not in device.text()
+
+
+def test_after_ctrl_c_such_a_device_ends_with_the_status_of_ctrl_c(fleet: Fleet, manager: Manager) -> None:
+    fleet.serve()
+    device = start(fleet, manager, "computing", *agent("d1"))
+    device.said("^hangs$")
+    device.process.send_signal(signal.SIGINT)
+    device.process.send_signal(signal.SIGINT)
+    assert device.process.wait(20) == INTERRUPTED
     assert "terminate called" not in device.text()
 
 

@@ -364,7 +364,8 @@ TASK = {
     "trigger.count": ("K; 0: the number of live devices that started with the highest density.", _G),
     "trigger.interval_s": ("Seconds; see `kind`.", _G),
     "restoration.trigger": (
-        "`plateau`: when scores stall. `fixed`: everybody one step at 20, 40, 60, 80 and 100 % of `planned_s`. `mixed`: both. "
+        "`plateau`: when scores stall. `fixed`: everybody one step at 20, 40, 60, 80 and 100 % of `planned_s`, by the clock. "
+        "`mixed`: both. "
         "`pace` (ours): a device as soon as a round at its next density is short against the time that training has lasted. `none`.",
         _G,
     ),

@@ -92,9 +92,8 @@ def test_memory_or_the_owner_decides(programs: dict[str, bytes], rule: StorageRu
     assert jobs
     assert {name: program for name, program in jobs[0].programs.items() if name.startswith("train")} == wanted, "and no other is fetched"
     told: list[dict[str, Any]] = world.notes_of("storage")
-    assert [note["activations"] for note in told] == (["float16"] if storage == "float16" else [])
-    if told:
-        assert (told[0]["float32_needs_bytes"], told[0]["rule"]) == (plain, rule)
+    assert [note["activations"] for note in told] == [storage], "with the first job, float32 too"
+    assert (told[0]["float32_needs_bytes"], told[0]["rule"]) == (plain, rule)
     assert world.coordinator().ledger.version >= 2, "updates of it are taken"
 
 

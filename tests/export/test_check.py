@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.check import layers_kept, levels_of, operators, problems_of, step_costs
+from export.check import layers_kept, levels_of, notes_of, operators, problems_of, step_costs
 from export.forward import read_forward
 from export.memory import step_memory
 from export.models import MODELS, digits_mlp, watch_cnn
@@ -17,6 +17,7 @@ from export.programs import build_programs, initial_vector, layout_of
 from export.timing import medians_s
 from export.unit_programs import build_unit_programs
 from regrow import indexset, values
+from regrow.errors import LocalError
 from regrow.levels import next_order
 from regrow.order import Order, build_order, importance
 from regrow.parameters import Layout
@@ -66,6 +67,58 @@ def test_a_rule_that_refuses_is_named_beside_operators_without_one() -> None:
     assert [(problem.op, problem.node) for problem in found] == [("Softsign", "e"), ("Pad", "pad"), ("Atan", "s")]
     assert "pad with a constant" in found[1].message
     assert "replace it" in found[2].message
+
+
+def branch(name: str, *nodes: onnx.NodeProto) -> onnx.GraphProto:
+    return helper.make_graph(list(nodes), name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
+
+
+def test_control_flow_is_named_with_what_it_holds_and_nothing_is_said_of_dependence() -> None:
+    inner = node(
+        "If",
+        ["c"],
+        ["t"],
+        name="inner",
+        then_branch=branch("p", node("Mish", ["v0"], ["p"], name="deep")),
+        else_branch=branch("q", node("Relu", ["v0"], ["q"])),
+    )
+    outer = node("If", ["c"], ["v1"], name="outer", then_branch=branch("t", inner), else_branch=branch("e", node("Tanh", ["v0"], ["e"])))
+    model = chain(outer, node("Softsign", ["v1"], ["v2"], name="after"), c=np.array(True))
+    found = problems_of(model)
+    assert [(problem.op, problem.node) for problem in found][:3] == [("If", "outer"), ("If", "inner"), ("Mish", "deep")]
+    assert "export one branch" in found[0].message
+    assert "inside If 'outer'" in found[1].message
+    assert not any("depend" in problem.message for problem in found)
+    with pytest.raises(LocalError, match=r"cannot train If \(node 'outer'\)"):
+        build_programs(model)
+
+
+def test_a_name_without_end_is_cut_in_messages() -> None:
+    (found,) = problems_of(chain(node("Mish", ["v0"], ["v1"], name="n" * 5000)))
+    assert len(found.message) < 400
+    assert "nnn..." in found.message
+
+
+def test_what_may_not_be_meant_is_noted() -> None:
+    weight = numpy_helper.from_array(np.ones((8, 8), np.float32), "held")
+    held = node("Constant", [], ["held"], value=weight)
+    model = chain(node("MatMul", ["v0", "held"], ["v1"]), node("Relu", ["v1"], ["v2"]))
+    assert notes_of(model, "cross_entropy") == []
+    model.graph.node.insert(0, held)
+    model.graph.node[-1].output[0] = "scores"
+    model.graph.node.append(node("Softmax", ["scores"], ["logits"]))
+    softmax, constant = notes_of(model, "cross_entropy")
+    assert "without its last Softmax" in softmax
+    assert "'held'" in constant
+    assert notes_of(model, "mse") == [constant]
+
+
+def test_a_fixed_batch_is_cured_for_both_exporters() -> None:
+    fixed = digits_mlp(1)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    (found,) = problems_of(fixed)
+    assert "dynamic_axes" in found.message
+    assert "dynamic_shapes" in found.message
 
 
 def test_foreign_operators_are_named_and_what_only_follows_from_them_is_not() -> None:

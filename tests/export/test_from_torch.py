@@ -137,6 +137,16 @@ def test_a_task_is_made_from_a_file_with_a_function(tmp_path: Path, capsys: pyte
         from_torch_file("nowhere.py:small")
 
 
+def test_an_example_of_the_wrong_shape_is_one_line_with_torch_s_own_reason(tmp_path: Path) -> None:
+    (tmp_path / "network.py").write_text("from torch import nn, zeros\n\ndef net():\n    return nn.Linear(8, 3), zeros(2, 9)\n")
+    words = [sys.executable, "-m", "cli.main", "model", "check", "network.py:net"]
+    done = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    (line,) = (done.stdout + done.stderr).splitlines()
+    assert line.startswith("regrow: network.py:net: Linear does not run on its example [batch, 9] of float32: ")
+    assert "2x9 and 8x3" in line
+    assert "return an example input of the shape" in line
+
+
 BRANCHING = """
 import torch
 
@@ -164,5 +174,5 @@ def test_the_exporter_says_nothing_but_its_error(tmp_path: Path) -> None:
         return (done.stdout + done.stderr).splitlines()
 
     (line,) = said()
-    assert line.startswith("regrow: torch cannot export Branching with a dynamic batch: ")
+    assert line.startswith("regrow: network.py:net: torch cannot export Branching with a dynamic batch: ")
     assert len(said("--log")) > 1

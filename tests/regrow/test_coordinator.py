@@ -381,3 +381,16 @@ def test_bytes_that_are_no_message_are_noted_and_change_nothing() -> None:
             effects = leader.step(Received(topic, b"RG\x01\x63junk"), leader.now)
             assert any(isinstance(effect, Note) and effect.kind == "refused" for effect in effects)
         assert snapshot(leader) == before
+
+
+def test_planned_points_hold_by_the_clock_however_rare_evaluations_are() -> None:
+    settings = task(restoration={"trigger": "fixed", "planned_s": 20.0, "every": 10_000}, stop={"aggregations": 10_000, "seconds": 25.0})
+    world = begin(settings)
+    world.finish()
+    rose = sorted({round(at_s, 1) for at_s, who, note in world.notes if who == COORDINATOR and note.kind == "restored"})
+    led_s = world.coordinator()._lead_s
+    assert [round(at_s - led_s) for at_s in rose] == [4, 8, 12, 16][: len(rose)]
+    assert len(rose) >= 3
+    assert {device.density for device in world.coordinator().ledger.devices.values()} == {1.0}
+    assert world.coordinator().ledger.restoration.points == 5
+    check_run(world, settings)

@@ -33,7 +33,7 @@ from regrow.machine import (
     TrainingFailed,
     Woken,
 )
-from regrow.presence import COMPLAINT_S
+from regrow.presence import COMPLAINT_S, FIRST_COMPLAINT_S
 from testbed.memory import COORDINATOR
 from tests.regrow.device_worlds import RUN, SLOW, accepted_by, ended, running, until
 from tests.regrow.fleet import LAYOUT, identity, task, train
@@ -318,16 +318,20 @@ def test_a_device_whose_coordinator_is_alive_says_hello_once() -> None:
 def test_a_device_that_gets_no_work_says_what_may_be_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator does not answer those whom it declines; they must not wait in silence."""
     world = begin(task(fleet={"min_devices": 3}), TWO)
-    world.run(COMPLAINT_S - 10)
+    world.run(FIRST_COMPLAINT_S - 10)
     assert not world.notes_of("no work yet")
-    world.run(2 * COMPLAINT_S - 10)
+    world.run(FIRST_COMPLAINT_S + 15)
     (said,) = world.notes_of("no work yet", "d0")
+    world.run(2 * COMPLAINT_S)
+    assert (len(world.notes_of("no work yet", "d0")), len(world.notes_of("still no work", "d0"))) == (1, 1)
     assert said["memory_bytes"] == world.device("d0").identity.memory_bytes
     assert "declined" in said["reason"]
     monkeypatch.setattr("regrow.presence.COMPLAINT_S", 10.0)
+    monkeypatch.setattr("regrow.presence.FIRST_COMPLAINT_S", 10.0)
     busy = begin(task(fleet={"min_devices": 2}, stop={"aggregations": None, "seconds": 40.0}), TWO)
     busy.finish()
     assert not busy.notes_of("no work yet")
+    assert not busy.notes_of("still no work")
 
 
 def test_a_device_without_a_link_waits_for_it_and_is_not_woken_again_and_again() -> None:

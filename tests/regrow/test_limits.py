@@ -100,7 +100,7 @@ def test_a_device_that_rests_does_not_wonder_why_it_has_no_work() -> None:
         allow(world, name, NIGHT_ONLY)
     world.run(world.now + 3 * COMPLAINT_S)
     assert {world.device(name).phase for name in TWO} == {Phase.WAITING}
-    assert [note for kind in ("no work yet", "without work") for note in world.notes_of(kind)] == []
+    assert [note for kind in ("no work yet", "still no work", "without work") for note in world.notes_of(kind)] == []
 
 
 def test_work_whose_refusal_was_lost_is_taken_back_with_the_next_word() -> None:

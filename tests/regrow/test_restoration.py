@@ -3,7 +3,16 @@ import pytest
 
 from regrow.errors import LocalError
 from regrow.reference import score_levels
-from regrow.restoration import PACE_ROUNDS, Counter, RestorationConfig, RestorationState, evaluate, next_density
+from regrow.restoration import (
+    PACE_ROUNDS,
+    Counter,
+    RestorationConfig,
+    RestorationState,
+    evaluate,
+    next_density,
+    next_point,
+    planned,
+)
 
 LADDER = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -180,3 +189,13 @@ def test_score_levels_weighs_by_examples() -> None:
 def test_a_wrong_configuration_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(LocalError):
         RestorationConfig(**wrong)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_planned_points_need_no_evaluation() -> None:
+    config, state = RestorationConfig(trigger="mixed"), RestorationState()
+    assert planned(state, config, {"a": 0.05}, 0.19, {}) == (state, {"a": 0.05}, [])
+    state, densities, reasons = planned(state, config, {"a": 0.05, "b": 0.5}, 0.41, {"b": 0.6})
+    assert (state.points, state.rho_min, densities, len(reasons)) == (2, 0.2, {"a": 0.2, "b": 0.6}, 2)
+    assert next_point(state, config) == 0.6
+    plateau = RestorationConfig(trigger="plateau")
+    assert (planned(RestorationState(), plateau, {"a": 0.05}, 9.0, {})[1], next_point(state, plateau)) == ({"a": 0.05}, None)
