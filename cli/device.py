@@ -146,12 +146,12 @@ def _run(
             vitals=Vitals(folder.path, version(), watchdog),
             senses=senses,
         )
+        interrupted = at_signals(running.stop)
         samples = samples_in_words(source.training_size, source.validation_size)
         offer = f"{(running.identity.memory_bytes or 0) / 1e6:.0f} MB of memory to spare"
         print(f"{bundle.device}: {samples}; {offer}; looking for work at {bundle.broker} (Ctrl-C ends, --log says more)", flush=True)
         if allowed := in_words(_budget(options)):
             print(f"{bundle.device}: its owner allows {allowed}", flush=True)
-        interrupted = at_signals(running.stop)
         running.run()
     if member is not None and not can_speak(member.folder):
         print(WIPED.format(member.folder), flush=True)
