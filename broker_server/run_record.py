@@ -191,10 +191,15 @@ class _Reader:
             device.updates.append(update)
         elif metric.kind == "telemetry":
             up, down = int(fields["bytes_up"]), int(fields["bytes_down"])
-            old_up, old_down = self._meters.get(who, (up, down))
+            old_up, old_down = self._meters.get(who, (None, None))
             self._meters[who] = up, down
-            device.bytes_up += up - old_up if up >= old_up else up  # less than before: it began to count anew
-            device.bytes_down += down - old_down if down >= old_down else down
+            device.bytes_up += grown(old_up, up)
+            device.bytes_down += grown(old_down, down)
+
+
+def grown(before: int | None, now: int) -> int:
+    """What a device's counter has counted since its word before (None: there was none). One that says less than before began anew."""
+    return 0 if before is None else now - before if now >= before else now
 
 
 def why_unscored(path: Path, task: Task, version: int) -> str:

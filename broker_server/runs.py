@@ -168,10 +168,15 @@ class RunInfo:
 def list_runs(runs: Path) -> Iterator[RunInfo]:
     """Every run below a folder, read without its lock: one that is being served is listed as well."""
     for log in sorted(runs.glob("*/log.sqlite")) if runs.is_dir() else ():
-        try:
-            yield run_info(log.parent)
-        except LocalError as error:
-            yield RunInfo(log.parent, "?", "?", 0.0, 0, 0, 0, None, "", f"unreadable: {error}")
+        yield known_of(log.parent)
+
+
+def known_of(path: Path) -> RunInfo:
+    """What can be said about a run; one that cannot be read says why in `finished`."""
+    try:
+        return run_info(path)
+    except LocalError as error:
+        return RunInfo(path, "?", "?", 0.0, 0, 0, 0, None, "score", f"unreadable: {error}")
 
 
 def run_info(path: Path) -> RunInfo:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import sqlite3
 import time
 from bisect import bisect_left, bisect_right
@@ -24,8 +23,9 @@ from edge_agent.energy.meter import NoMeter
 from edge_agent.energy.pulse import make_pulse
 from regrow import power_model
 from regrow.errors import LocalError, UsageError
+from regrow.intervals import half_interval
 from regrow.observations import PowerSeen, Row
-from regrow.power_model import Example, t_of
+from regrow.power_model import Example
 from regrow.pulse import PULSE_S, find_pulse
 
 LEAST_BASELINE_S = 60.0
@@ -159,8 +159,7 @@ def baseline_of(rows: list[PowerSeen], wanted_s: float, unknown: str) -> Baselin
     watts = _mean_w(known)
     blocks = [known[first : first + 10] for first in range(0, len(known), 10)]
     means = [_mean_w(block) for block in blocks if len(block) >= 5]
-    spread = math.sqrt(sum((mean - watts) ** 2 for mean in means) / (len(means) - 1)) if len(means) > 1 else 0.0
-    half = t_of(len(means) - 1) * spread / math.sqrt(len(means)) if len(means) > 1 else 0.0
+    half = half_interval(means) or 0.0
     heats = [row.temperature_c for row in known if row.temperature_c is not None]
     return Baseline(
         watts=watts,

@@ -269,14 +269,13 @@ class Agent:
     def _end(self) -> None:
         self._vitals.stopping()
         self._worker.close()
-        self._senses.close(clearing=self._clearing)
         self._link.close()
-        if self._clearing:
-            return
-        with suppress(LocalError):  # it ends for what the disk did, or loses an estimate
-            self.traffic.save()
-        if self._sealing is not None:
-            self._sealing.close(time.monotonic())
+        if not self._clearing:
+            with suppress(LocalError):  # it ends for what the disk did, or loses an estimate
+                self.traffic.save()
+            if self._sealing is not None:
+                self._sealing.close(time.monotonic())
+        self._senses.close(clearing=self._clearing)
 
     @property
     def quiet(self) -> bool:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from edge_agent.doctor.host import hottest
 from edge_agent.firmware import said_by
+from edge_agent.link_facts import Unknown, interface_to
+from edge_agent.sysfs import word
 from regrow.broker_url import parse_broker_url
 from regrow.budget import Budget
 from regrow.errors import LocalError
@@ -39,18 +37,10 @@ def battery_percent(root: Path = Path("/")) -> float | None:
     """Charge of the emptiest battery that feeds this machine, percent; None without one, or where none says it."""
     found = []
     for supply in sorted((root / "sys/class/power_supply").glob("*")):
-        kind, scope, charge = (_word(supply / name) for name in ("type", "scope", "capacity"))
+        kind, scope, charge = (word(supply / name) for name in ("type", "scope", "capacity"))
         if kind == "Battery" and scope != "Device" and re.fullmatch(r"[0-9]{1,3}", charge, re.ASCII) and int(charge) <= 100:
             found.append(float(charge))
     return min(found, default=None)
-
-
-def _word(file: Path) -> str:
-    """The text of a small file; "" where there is none, or it cannot be read now."""
-    try:
-        return file.read_bytes()[:64].decode("ascii", "replace").strip()
-    except OSError:
-        return ""
 
 
 def is_metered(interface: str, ask: Callable[..., str] = said_by) -> bool | None:
@@ -68,20 +58,6 @@ def is_metered(interface: str, ask: Callable[..., str] = said_by) -> bool | None
     if device is None:
         return None
     return _METERED.get(ask("busctl", "get-property", _MANAGER, device[1], f"{_MANAGER}.Device", "Metered").strip().removeprefix("u "))
-
-
-def interface_to(broker: str) -> str | None:
-    """The interface that packets to this broker leave by; None without a route, or a name without an address."""
-    address = parse_broker_url(broker, of_device=True)
-    with suppress(OSError):
-        for family, kind, protocol, _, place in socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(place)  # sends nothing
-                own = probe.getsockname()[0]
-            for name, addresses in psutil.net_if_addrs().items():
-                if own in {each.address.partition("%")[0] for each in addresses}:
-                    return str(name)
-    return None
 
 
 @dataclass(slots=True)
@@ -111,9 +87,11 @@ class Sensors:
         )
 
     def _is_metered(self, now: float) -> bool | None:
-        interface = interface_to(self.broker)
-        if interface is None or self.metered is not None:
-            return None if interface is None else interface in (self.metered or ())
+        interface = interface_to(parse_broker_url(self.broker, of_device=True).host)
+        if isinstance(interface, Unknown):
+            return None
+        if self.metered is not None:
+            return interface in self.metered
         if self._told is None or self._told[0] != interface or now - self._told[1] >= METERED_S:
             self._told = interface, now, is_metered(interface, self.ask)
         return self._told[2]

@@ -6,7 +6,6 @@ operator, cell) is ever kept. `root` is "/" but in tests, which give trees of th
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
 import re
@@ -20,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TCP_INFO = getattr(socket, "TCP_INFO", 11)
 TCP_CONGESTION = getattr(socket, "TCP_CONGESTION", 13)
+DISCARD_PORT = 9  # any would do
 COMMAND_TIMEOUT_S = 3.0
 COUNTERS = ("tx_bytes", "rx_bytes")
 _ROOT = Path("/")
 _STARTED = re.compile(r"[a-z0-9_-]{1,32}\Z")
-_INTERFACE = re.compile(r"[^\s/\x00:]{1,15}\Z")
 _LOUDEST_DBM, _FAINTEST_DBM = 30.0, -150.0
 _TOUCHED_HZ = (1e8, 1e11)
 Run = Callable[[Sequence[str]], str]
@@ -101,47 +102,26 @@ def parse_tcp_info(info: bytes, congestion: bytes) -> TcpFacts | Unknown:
 # ---- the interface -----------------------------------------------------------------------------------------------------------------
 
 
-def interface_of(peer: str, root: Path = _ROOT) -> str | Unknown:
-    """The interface that packets to this address leave by, from the kernel's main routing table.
+def interface_to(host: str) -> str | Unknown:
+    """The interface that packets to this host leave by, policy routing and all.
 
     Args:
-        peer: numeric IPv4 or IPv6 address.
+        host: an address, or a name, which is looked up; "" is nobody.
     """
+    if not host:
+        return Unknown("not connected")
     try:
-        address = ipaddress.ip_address(peer.partition("%")[0])
-    except ValueError:
-        return Unknown(f"{peer!r} is no address")
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    if address.is_loopback:
-        return "lo"
-    version4 = isinstance(address, ipaddress.IPv4Address)
-    text = _read(root / "proc/net" / ("route" if version4 else "ipv6_route"))
-    if isinstance(text, Unknown):
-        return text
-    found = [route for line in text.splitlines() if (route := (_route4 if version4 else _route6)(line.split(), int(address))) is not None]
-    return max(found)[2] if found else Unknown(f"no route to {address} in the main table")
-
-
-def _route4(fields: Sequence[str], address: int) -> tuple[int, int, str] | None:
-    """(prefix length, -metric, interface) of a line of /proc/net/route that holds for this address."""
-    try:
-        name, network, flags, metric, mask = fields[0], *(int(fields[at], 16) for at in (1, 3)), int(fields[6]), int(fields[7], 16)
-        swapped = int.from_bytes(address.to_bytes(4, "big"), "little")
-    except (IndexError, ValueError, OverflowError):
-        return None
-    holds = flags & 1 and 0 <= mask < 2**32 and swapped & mask == network and _INTERFACE.match(name)
-    return (bin(mask).count("1"), -metric, name) if holds else None
-
-
-def _route6(fields: Sequence[str], address: int) -> tuple[int, int, str] | None:
-    try:
-        network, length, metric, flags, name = *(int(fields[at], 16) for at in (0, 1, 5, 8)), fields[9]
-    except (IndexError, ValueError):
-        return None
-    if not (0 <= length <= 128 and flags & 1 and not flags & 0x200 and _INTERFACE.match(name)):  # 0x200: unreachable
-        return None
-    return (length, -metric, name) if address >> (128 - length) == network >> (128 - length) else None
+        found = socket.getaddrinfo(host, DISCARD_PORT, type=socket.SOCK_DGRAM)
+        for family, kind, protocol, _, place in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(place)  # sends nothing
+                own = probe.getsockname()[0].partition("%")[0]
+            for name, addresses in psutil.net_if_addrs().items():
+                if own in {each.address.partition("%")[0] for each in addresses}:
+                    return str(name)
+    except (OSError, ValueError) as error:
+        return Unknown(f"no way to {host}: {getattr(error, 'strerror', None) or error}")
+    return Unknown(f"no interface has the address that packets to {host} leave from")
 
 
 def counters_of(interface: str, root: Path = _ROOT) -> Counters | Unknown:

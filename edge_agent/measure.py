@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from edge_agent.link_facts import Counters, TcpFacts, Unknown, counted_since, counters_of, interface_of
+from edge_agent.link_facts import Counters, TcpFacts, Unknown, counted_since, counters_of, interface_to
 from edge_agent.transport import Event, MqttLink
 from edge_agent.uplink import Piece, UplinkMeter, interval_95, packet_bytes, robust_mean
 from regrow import wire
@@ -116,7 +116,7 @@ class Measurement:
         self._retransmitted = self._told_retransmitted = 0
         self._passed_bytes: int | None = None
         self._first = self._tcp()
-        interface = interface_of(link.peer)
+        interface = interface_to(link.peer)
         self._interface = "" if isinstance(interface, Unknown) else interface
         self._counters = counters_of(self._interface)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from edge_agent.link_facts import Counters, RadioFacts, RadioWatch, TcpFacts, Unknown, counted_since, counters_of, interface_of
+from edge_agent.link_facts import Counters, RadioFacts, RadioWatch, TcpFacts, Unknown, counted_since, counters_of, interface_to
 from edge_agent.state import StateFolder
 from edge_agent.uplink import TINY_BYTES, UplinkMeter, packet_bytes
 from regrow.errors import LocalError
@@ -222,7 +222,7 @@ class Traffic:
 
     def _tell_of_link(self, tcp: TcpFacts | Unknown, now: float) -> None:
         seconds, self._link_s = now - self._link_s, now
-        interface = interface_of(self._link.peer)
+        interface = interface_to(self._link.peer)
         if isinstance(interface, Unknown):
             return
         counters = counters_of(interface)

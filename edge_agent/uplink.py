@@ -21,10 +21,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median, stdev
+from statistics import median
 from typing import Any
 
 from regrow.errors import LocalError
+from regrow.intervals import half_interval
 
 SAMPLE_S = 1.0
 TINY_BYTES = 1024
@@ -37,11 +38,6 @@ WINDOW_BYTES = 8 * 1024  # fewer segments than six say little
 OUTLIER = 0.5
 OUTLIER_DEVIATIONS = 4.0
 _DEVIATION_OF_MAD = 1.4826
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 for more.
-_T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 def packet_bytes(topic: str, payload_bytes: int) -> int:
@@ -82,11 +78,9 @@ def robust_mean(samples: Sequence[Piece]) -> float:
 
 def interval_95(samples: Sequence[Piece]) -> tuple[float, float] | None:
     """95 % interval of the robust mean of independent samples, in bit/s (Student's t); None for fewer than two, which tell no spread."""
-    rates = [sample.bps for sample in without_outliers(samples)] if samples else []
-    if len(rates) < 2:
+    half = half_interval([sample.bps for sample in without_outliers(samples)] if samples else [])
+    if half is None:
         return None
-    freedom = len(rates) - 1
-    half = (_T95[freedom - 1] if freedom <= len(_T95) else 1.96) * stdev(rates) / math.sqrt(len(rates))
     mean = robust_mean(samples)
     return max(mean - half, 0.0), mean + half
 

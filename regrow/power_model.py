@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regrow.errors import LocalError, PeerError
+from regrow.intervals import t_quantile
 from regrow.message import Count, Positive, Rate, Text
 from regrow.observations import Phase
 
@@ -26,13 +27,6 @@ FEWEST_UNITS = 3  # two to fit and one to hold out
 LEAST_SPREAD_C = 2.0  # of temperature within phases, below which no slope can be told
 LEAST_ROW_S = 1.0
 MAX_JSON_BYTES = 1 << 20
-# Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom.
-# fmt: off
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)
-# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +90,7 @@ class PowerModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if known is None:
             return None
         watts = known.watts + self.watts_a_degree * (0.0 if temperature_c is None else temperature_c - REFERENCE_C)
-        half = t_of(known.units - 1) * math.sqrt(known.unit_sd_w**2 * (1 + 1 / known.units) + known.row_sd_w**2)
+        half = t_quantile(known.units - 1) * math.sqrt(known.unit_sd_w**2 * (1 + 1 / known.units) + known.row_sd_w**2)
         low, high = max(watts - half, 0.0), max(watts + half, 0.0)
         return max(watts, 0.0) * seconds, low * seconds, high * seconds
 
@@ -222,8 +216,3 @@ def _try(model: PowerModel, unit: str, examples: Sequence[Example]) -> list[Held
 def _key(phase: Phase) -> Phase:
     """A baseline is idleness on purpose."""
     return "idle" if phase == "baseline" else phase
-
-
-def t_of(freedom: int) -> float:
-    """Student's t for a two-sided 95 % interval; above 30 degrees of freedom within 0.002 of it."""
-    return _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.46 / freedom

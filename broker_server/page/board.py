@@ -31,7 +31,7 @@ class Board:
 
     Args:
         gateway: it need not run yet.
-        spent, updated_s, by_level: what the run's store says of devices and levels from before this process.
+        spent, updates, by_level: what the run's store says of devices and levels from before this process.
     """
 
     def __init__(
@@ -39,11 +39,12 @@ class Board:
         gateway: Gateway,
         *,
         spent: Mapping[str, Spent] | None = None,
-        updated_s: Mapping[str, float] | None = None,
+        updates: Mapping[str, tuple[int, float]] | None = None,
         by_level: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         self._gateway = gateway
-        self._spent, self._updated_s, self._by_level = dict(spent or {}), dict(updated_s or {}), dict(by_level or {})
+        self._spent, self._by_level = dict(spent or {}), dict(by_level or {})
+        self._updated_s = {who: at_s for who, (_, at_s) in (updates or {}).items()}
         self._heard_s: dict[str, float] = {}
         self._joules = Joules(gateway.coordinator.ledger.task.fleet.heartbeat_s)
         self._declined: dict[str, str] = {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OBSERVATIONS = "observations.sqlite"
+from broker_server.observations import open_observations
+from regrow.errors import LocalError
+
 POINTS = 600
 
 
@@ -28,20 +30,9 @@ class Energy:
         return {"joules": self.joules, "phases": self.phases, "certainty": how, "unmeasured_s": self.unmeasured_s}
 
 
-@contextmanager
-def _reading(home: Path) -> Iterator[sqlite3.Connection | None]:
-    """The observations, read-only; None where there are none."""
-    file = home / OBSERVATIONS
-    if not file.is_file():
-        yield None
-        return
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=2.0)) as db:
-        yield db
-
-
 def _rows(home: Path, query: str, values: Sequence[object]) -> list[Any]:
-    with suppress(sqlite3.Error), _reading(home) as db:  # not there yet, or being made: nothing is known
-        return [] if db is None else db.execute(query, values).fetchall()
+    with suppress(sqlite3.Error, LocalError), closing(open_observations(home)) as db:  # not there yet, or being made: nothing is known
+        return db.execute(query, values).fetchall()
     return []
 
 

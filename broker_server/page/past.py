@@ -16,7 +16,8 @@ from typing import Any
 
 from broker_server.page import energy
 from broker_server.run_files import connect
-from broker_server.runs import RunInfo, read_task, run_info
+from broker_server.run_record import grown
+from broker_server.runs import known_of, read_task, run_info
 from broker_server.view import in_words
 from regrow.errors import LocalError
 from regrow.levels import densities_of
@@ -55,11 +56,7 @@ class Spent:
 
     def after(self, up: int, down: int) -> Spent:
         """With what it says next."""
-        return Spent(self.sent_bytes + _more(self.said_up, up), self.received_bytes + _more(self.said_down, down), up, down)
-
-
-def _more(before: int | None, now: int) -> int:
-    return 0 if before is None else now - before if now >= before else now
+        return Spent(self.sent_bytes + grown(self.said_up, up), self.received_bytes + grown(self.said_down, down), up, down)
 
 
 @contextmanager
@@ -83,11 +80,11 @@ def spent_by_device(run: Path) -> dict[str, Spent]:
         return {who: Spent(sent, received, up, down) for who, sent, received, up, down, _ in db.execute(query)}
 
 
-def updates_by_device(run: Path) -> dict[str, float]:
-    """When each device's last update was accepted, unix seconds."""
-    query = "SELECT json_extract(fields, '$.device'), max(wall_time) FROM metrics WHERE kind = 'update' GROUP BY 1"
+def updates_by_device(run: Path) -> dict[str, tuple[int, float]]:
+    """(accepted updates, when the last one was, unix seconds) of every device."""
+    query = "SELECT json_extract(fields, '$.device'), count(*), max(wall_time) FROM metrics WHERE kind = 'update' GROUP BY 1"
     with reading(run) as db:
-        return dict(db.execute(query).fetchall())
+        return {who: (count, at_s) for who, count, at_s in db.execute(query)}
 
 
 def updates_by_level(run: Path) -> dict[int, tuple[int, int]]:
@@ -266,10 +263,7 @@ class Runs:
 
 
 def _line_of(run: Path) -> Table:
-    try:
-        info = run_info(run)
-    except LocalError as error:
-        info = RunInfo(run, "?", "?", 0.0, 0, 0, 0, None, "score", f"unreadable: {error}")
+    info = known_of(run)
     fields = ("task", "method", "started_s", "version", "devices", "updates", "score", "score_name", "finished")
     return {"run": run.name, **{name: getattr(info, name) for name in fields}}
 
@@ -284,21 +278,18 @@ def last_state(run: Path) -> Table:
         LocalError: the run cannot be read.
     """
     info, task, now_s = run_info(run), read_task(run / "task"), time.time()
-    spent, updated = spent_by_device(run), updates_by_device(run)
+    spent, updates = spent_by_device(run), updates_by_device(run)
     last = "SELECT json_extract(fields, '$.device'), wall_time, fields, max(id) FROM metrics WHERE kind {} GROUP BY 1"
     with reading(run) as db:
         said = {who: (at, json.loads(fields)) for who, at, fields, _ in db.execute(last.format("= 'telemetry'"))}
         dense = {
             who: json.loads(fields).get("density") for who, _, fields, _ in db.execute(last.format("IN ('joined', 'restored', 'assigned')"))
         }
-        counts = dict(
-            db.execute("SELECT json_extract(fields, '$.device'), count(*) FROM metrics WHERE kind = 'update' GROUP BY 1").fetchall()
-        )
         made = db.execute("SELECT fields FROM metrics WHERE kind = 'aggregated' ORDER BY id DESC LIMIT 1").fetchone()
     newest = json.loads(made[0]) if made else {}
     silent_s = HEARTBEATS * task.fleet.heartbeat_s
     devices = {}
-    for who in sorted({*said, *dense, *counts} - {None}):
+    for who in sorted({*said, *dense, *updates} - {None}):
         at, fields = said.get(who, (None, {}))
         row = {name: fields.get(name) for name in ("phase", "uplink_bps", "failed", "step_s", "memory_bytes")}
         resting = fields.get("limit") if fields.get("limit_density") is None else ""
@@ -306,7 +297,8 @@ def last_state(run: Path) -> Table:
         row |= {"online": heard and not resting, "resting": (resting or "") if heard else "", "heard_s": at, "density": dense.get(who)}
         bytes_of = spent.get(who, Spent())
         row |= {"sent_bytes": bytes_of.sent_bytes, "received_bytes": bytes_of.received_bytes}
-        devices[who] = row | {"updates": counts.get(who, 0), "updated_s": updated.get(who)}
+        count, updated_s = updates.get(who, (0, None))
+        devices[who] = row | {"updates": count, "updated_s": updated_s}
     about = {"run": run.name, "task": task.name, "method": task.method.name, "finished": info.finished, "version": info.version}
     about |= {"score": newest.get("global_score"), "mean_density": newest.get("mean_density"), "known": len(devices)}
     about |= {"online": sum(row["online"] for row in devices.values()), "resting": sum(bool(row["resting"]) for row in devices.values())}

@@ -45,7 +45,12 @@ def paged(gateway: Gateway, callbacks: Callbacks, *, place: Place, run: Path, ho
     """
     note, keep = callbacks
     access = Access(token_in(home), place.host)
-    board = Board(gateway, spent=spent_by_device(run), updated_s=updates_by_device(run), by_level=updates_by_level(run))
+    board = Board(
+        gateway,
+        spent=spent_by_device(run),
+        updates=updates_by_device(run),
+        by_level=updates_by_level(run),
+    )
     page = _listening(place, lambda where: Page((where.host, where.port), access, board, controls, Runs(run.parent), home, run))
     found = Place(place.host, page.server_port)
     print(_said(found, place, access, home.parent), flush=True)

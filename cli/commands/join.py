@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cli.arguments import Commands, add_command
+from cli.arguments import Commands, add_command, not_negative
 
 
 def add_parser(commands: Commands) -> None:
@@ -17,3 +17,5 @@ def add_parser(commands: Commands) -> None:
     )
     join.add_argument("claim", type=Path, metavar="CLAIM", help="NAME.claim.json from `regrow fleet add`")
     join.add_argument("--identity", type=Path, required=True, metavar="DIR", help="folder of the identity; made when missing")
+    wait = "how long a gateway that does not answer is asked again"
+    join.add_argument("--wait", type=not_negative, default=20.0, metavar="SECONDS", help=wait)

@@ -15,6 +15,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from edge_agent.doctor.checks import Check, Tell
+from edge_agent.energy.hwmon import CHIPS
 from edge_agent.firmware import said_by
 from edge_agent.heat import PI_FLAGS, Zones, pi_flags
 from edge_agent.memory import spare_bytes
@@ -29,7 +30,6 @@ SLOW_WRITE_S = 2.0
 _TIME_ERROR = 5  # of adjtimex: the clock is not synchronised
 _SKEW_WARN_S, _SKEW_FAIL_S = 60.0, 86_400.0
 _CARD_TROUBLE = re.compile(r"mmcblk\d.*(error|timed? ?out)|I/O error|EXT4-fs error|remounting filesystem read-only", re.IGNORECASE)
-_POWER_CHIPS = ("ina3221", "ina219", "ina226", "ina260", "ina2xx")
 _SD_CURE = "copy the state folder away and replace the card"
 
 
@@ -277,7 +277,7 @@ def power_sensor(root: Path) -> Finding:
     found = []
     for hwmon in sorted((root / "sys/class/hwmon").glob("hwmon*")):
         chip = (_text(hwmon / "name") or "").strip()
-        if chip in _POWER_CHIPS:
+        if chip in (*CHIPS, "ina3221"):
             labels = [(_text(label) or "").strip() for label in sorted(hwmon.glob("in*_label"))]
             found.append(f"{chip} ({', '.join(labels)})" if labels else chip)
     found += ["intel-rapl (the package, not the wall)"] if list((root / "sys/class/powercap").glob("intel-rapl:*/energy_uj")) else []

@@ -485,7 +485,12 @@ def test_what_the_store_knew_before_is_counted_on(tmp_path: Path) -> None:
         before = rig.board.whole()["run"]
         from broker_server.page.past import spent_by_device, updates_by_device, updates_by_level
 
-        after = Board(rig.gateway, spent=spent_by_device(rig.run), updated_s=updates_by_device(rig.run), by_level=updates_by_level(rig.run))
+        after = Board(
+            rig.gateway,
+            spent=spent_by_device(rig.run),
+            updates=updates_by_device(rig.run),
+            by_level=updates_by_level(rig.run),
+        )
         after.look()
         assert after.whole()["run"]["sent_bytes"] == before["sent_bytes"]
         assert after.whole()["run"]["contributions"] == before["contributions"]

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -19,7 +20,7 @@ from cli.main import main
 from edge_agent import identity
 from edge_agent.identity import Identity
 from edge_agent.identity_folder import adopt, in_use
-from regrow.errors import LocalError
+from regrow.errors import LocalError, PeerError
 
 
 @pytest.fixture
@@ -155,11 +156,31 @@ def test_join_without_a_gateway_keeps_the_claim_and_says_how_to_go_on(
     main(["fleet", "add", "a", "--out", str(tmp_path), *runs])
     file = tmp_path / "a.claim.json"
     file.write_text(file.read_text().replace("https://192.0.2.1:8443", "https://127.0.0.1:1"))
-    assert main(["join", str(file), "--identity", str(tmp_path / "id")]) == 1
+    assert main(["join", str(file), "--identity", str(tmp_path / "id"), "--wait", "0"]) == 1
     said = capsys.readouterr().err
     assert "cannot be reached" in said
     assert "regrow agent --identity" in said
     assert (tmp_path / "id" / "device.json").exists()
+
+
+def test_join_asks_again_while_the_gateway_opens_its_door(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["fleet", "add", "a", "--out", str(tmp_path), *runs])
+    answers = iter([PeerError("the door cannot be reached"), PeerError("the door cannot be reached"), SimpleNamespace(device="a")])
+
+    def enrol(_: Path) -> object:
+        answer = next(answers)
+        if isinstance(answer, PeerError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("cli.join.enrol", enrol)
+    monkeypatch.setattr("cli.join.AGAIN_S", 0.0)
+    assert main(["join", str(tmp_path / "a.claim.json"), "--identity", str(tmp_path / "id")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("cannot join yet: the door cannot be reached; trying for 20 s") == 1
+    assert "a is in fleet" in said
 
 
 def test_an_agent_wants_an_identity_or_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from edge_agent.agent import Agent
 from edge_agent.budgets import BUDGET, LEAST_AHEAD_BYTES, SETTLE_S, Budgets, RoundJoules, budget_of, in_words, limits_in
 from edge_agent.bundle import Bundle
-from edge_agent.conditions import InBackground, Reading, Sensors, battery_percent, interface_to, is_metered
+from edge_agent.conditions import InBackground, Reading, Sensors, battery_percent, is_metered
 from edge_agent.data.source import DataSource
+from edge_agent.link_facts import Unknown
 from edge_agent.senses import Senses
 from edge_agent.state import StateFolder
 from edge_agent.worker import Worker
@@ -83,7 +84,7 @@ def manager(metered: str, device: str = 'o "/org/freedesktop/NetworkManager/Devi
 
 
 def test_networkmanager_says_what_is_metered(monkeypatch: pytest.MonkeyPatch) -> None:
-    way: list[str | None] = ["wlan0"]
+    way: list[str | Unknown] = ["wlan0"]
     monkeypatch.setattr("edge_agent.conditions.interface_to", lambda _: way[0])
     answers = {"u 0\n": None, "u 1\n": True, "u 2\n": False, "u 3\n": True, "u 4\n": False, "u 9\n": None, "": None, "nonsense": None}
     assert {said: is_metered("wlan0", manager(said)) for said in answers} == answers
@@ -98,13 +99,8 @@ def test_networkmanager_says_what_is_metered(monkeypatch: pytest.MonkeyPatch) ->
     assert sensors.read().metered is False, "it is not asked all the time"
     way[0] = "wwan0"
     assert sensors.read().metered is True, "but when the way is another"
-    way[0] = None
+    way[0] = Unknown("no route")
     assert sensors.read().metered is None
-
-
-def test_the_interface_is_the_one_that_leads_to_the_broker() -> None:
-    assert interface_to(BROKER) == "lo"
-    assert interface_to("mqtt://no-such-host.invalid:1883") is None
 
 
 def test_a_limit_that_cannot_be_judged_here_is_an_error_with_its_cure(tmp_path: Path, folder: StateFolder) -> None:

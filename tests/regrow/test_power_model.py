@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from regrow.errors import LocalError, PeerError
 from regrow.observations import Phase
-from regrow.power_model import Example, PowerModel, fit, from_json, t_of
+from regrow.power_model import Example, PowerModel, fit, from_json
 
 TRUTH: dict[Phase, float] = {"idle": 2.0, "train": 5.0, "transmit": 2.8, "receive": 2.6}
 
@@ -137,9 +137,3 @@ def test_a_spoilt_file_is_a_model_or_an_error(middle: bytes, at: int, length: in
     except PeerError:
         return
     assert isinstance(model, PowerModel)
-
-
-def test_students_t() -> None:
-    assert [t_of(freedom) for freedom in (1, 2, 30)] == [12.706, 4.303, 2.042]
-    assert t_of(40) == pytest.approx(2.021, abs=0.002)
-    assert t_of(1000) == pytest.approx(1.962, abs=0.001)
