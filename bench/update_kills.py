@@ -109,6 +109,8 @@ class Device:
         """The agent of the current version, anew."""
         with self._lock:
             self._end()
+            if self._closed:
+                raise SystemExit(f"{self.name} is closed")
             command = [self.prefix / "current" / "bin" / "regrow", "agent", "--bundle", self.folder / f"{self.name}.json"]
             command += ["--data", self.folder / "data.npz", "--state", self.state, "--no-tuning", "--max-uplink-bps", "200000"]
             with (self.folder / "agent.log").open("ab") as log:
@@ -120,8 +122,9 @@ class Device:
             self._end()
 
     def close(self) -> None:
-        self._closed = True
-        self.power_off()
+        with self._lock:
+            self._closed = True
+            self._end()
 
     def _end(self) -> None:
         if self._agent is not None:
@@ -131,7 +134,8 @@ class Device:
     def _supervise(self) -> None:
         while not self._closed:
             self._asked.read_text()
-            self.start()
+            with suppress(SystemExit):
+                self.start()
             self._answer()
 
     def _answer(self) -> None:
@@ -289,6 +293,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for everything; must not exist")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "update_kills.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.combine:
         write_result(options.out, combined([json.loads(file.read_text()) for file in options.combine]))
         return
@@ -349,13 +354,15 @@ def measure(options: argparse.Namespace) -> None:
         fleet.serve()
         devices = [Device(options.work / name, name, fleet, [wheels[OLD], *others]) for name in names]
         campaign = Campaign(wheels, others, options.chains, options.out)
-        threads = [threading.Thread(target=campaign.work, args=(device,)) for device in devices]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for device in devices:
-            device.close()
+        threads = [threading.Thread(target=campaign.work, args=(device,), daemon=True) for device in devices]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:  # also after Ctrl-C and SIGTERM
+            for device in devices:
+                device.close()
     if campaign.wrong:
         raise SystemExit("\n".join(campaign.wrong))
 
