@@ -9,7 +9,9 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pandas
 import pytest
+from pyarrow import parquet
 
 from broker_server.run_files import take_lock
 from broker_server.run_record import course_of, facts_of, why_unscored
@@ -18,6 +20,7 @@ from cli.main import FAILED, MISUSED, main
 from regrow.errors import LocalError
 from regrow.task import parse_task
 from tests.cli.made_runs import make_run
+from tests.readers import duckdb_on
 from tests.testbed.recorded import recorded_field
 
 
@@ -112,7 +115,7 @@ def test_a_run_as_tables(kind: str, place: Path, tmp_path: Path) -> None:
     elif kind == "json":
         found = json.loads((tmp_path / "update.json").read_text())
     else:
-        found = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "update.parquet").to_pylist()
+        found = parquet.read_table(tmp_path / "update.parquet").to_pylist()
     assert len(found) == updates
     assert {"device", "staleness", "bytes", "elapsed_s"} <= found[0].keys()
     assert {f"{table}.{kind}" for table in ("run", "curve", "telemetry", "observed-transfers")} <= {
@@ -159,9 +162,10 @@ def test_the_log_is_read_as_it_is_by_other_programs(place: Path) -> None:
     query = "SELECT fields->>'device' AS device, count(*) AS updates FROM metrics WHERE kind = 'update' GROUP BY 1"
     with closing(sqlite3.connect(f"{(run / 'log.sqlite').as_uri()}?mode=ro", uri=True)) as db:
         assert dict(db.execute(query)) == wanted
-        pandas = pytest.importorskip("pandas")
         found = pandas.read_sql(query, db)
     assert dict(zip(found.device, found.updates, strict=True)) == wanted
+    with duckdb_on(run / "log.sqlite", "run") as duck:
+        assert dict(duck.execute(query.replace("FROM metrics", "FROM run.metrics")).fetchall()) == wanted
 
 
 def test_a_run_that_ends_without_a_score_says_why(tmp_path: Path) -> None:

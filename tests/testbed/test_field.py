@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from broker_server.field.progress import read_field
 from broker_server.run_record import facts_of
@@ -108,7 +109,6 @@ def test_a_field_run_from_plan_to_report(fleet: Fleet, capsys: pytest.CaptureFix
     assert {row["method"] for row in simulated} == set(METHODS), simulated
     for row in simulated:
         assert 0.2 < float(row["payload bytes"]) < 5.0, row  # processes on a busy machine are no field
-    parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(out / "data" / "transfers.parquet")
     assert table.num_rows == len(transfers)
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
+from pyarrow import parquet
 
 from broker_server.field.frames import frames_of
 from broker_server.field.observed import TRAINING, Observed
@@ -18,6 +20,7 @@ from broker_server.field.summary import by_device, clocks, default_target, gaps,
 from broker_server.observations import open_observations
 from broker_server.runs import run_info
 from cli.main import main
+from tests.readers import duckdb_on
 from tests.testbed.recorded import AHEAD_S, BASELINE_S, FULL_S, WATTS, recorded_field
 
 
@@ -181,7 +184,6 @@ def test_the_files_of_the_report(place: Path, record: FieldRecord, capsys: pytes
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert "run 2 moved behind the wall" in page
     assert "ina3221 VDD_IN" in page
-    parquet = pytest.importorskip("pyarrow.parquet")
     for file in (out / "data").glob("*.csv"):
         with file.open() as lines:
             rows = list(csv.reader(lines))
@@ -199,11 +201,14 @@ def test_the_files_of_the_report(place: Path, record: FieldRecord, capsys: pytes
     }
 
 
-def test_the_file_of_observations_is_read_as_it_is_by_pandas(place: Path) -> None:
-    pandas = pytest.importorskip("pandas")
-    with closing(sqlite3.connect(place / "runs" / ".gateway" / "observations.sqlite")) as db:
-        found = pandas.read_sql("SELECT device, sum(payload_bytes) AS bytes FROM transfers WHERE up GROUP BY device", db)
+def test_the_file_of_observations_is_read_as_it_is_by_other_programs(place: Path) -> None:
+    file = place / "runs" / ".gateway" / "observations.sqlite"
+    query = "SELECT device, sum(payload_bytes) AS bytes FROM {}transfers WHERE up GROUP BY device ORDER BY device"
+    with closing(sqlite3.connect(file)) as db:
+        found = pandas.read_sql(query.format(""), db)
     assert list(found.device) == ["pi-1", "pi-2", "pi-3"]
+    with duckdb_on(file, "o") as duck:
+        assert duck.execute(query.format("o.")).fetchall() == list(zip(found.device, found.bytes, strict=True))
 
 
 def test_one_repetition_has_no_interval_and_no_observations_are_said(tmp_path: Path) -> None:
