@@ -33,7 +33,7 @@ from regrow.observations import Field, FieldReport, keeps_still, phase_at
 log = logging.getLogger(__name__)
 FOLDER = "field"
 LOOK_S = 0.5
-SETTLED_S = 2.0  # a folder that has changed later than this ago may change again in the same tick of its clock
+SETTLED_S = 2.0  # for so long a folder may change again in the same tick of its clock
 REFRESH_S = 30.0
 POOR_CLOCK_S, AGAIN_S, TRIES = 0.5, 3.0, 3  # an answer to what lay on the broker tells little of a clock: ask again soon
 GRACE_S = 30.0  # so long a device that has not said that it works again gets no work
@@ -92,7 +92,7 @@ class FieldHerald:
         self._connected = False
         self._look_s = float("-inf")
         self._devices: dict[str, _Told] = {}
-        self._read_s = float("-inf")
+        self._written_ns, self._changed_s = -1, float("-inf")
         self._still: frozenset[str] = frozenset()
 
     def step(self, event: Event | None, now: float, *, leads: bool = True) -> list[Effect]:  # noqa: ARG002 - it is about no task
@@ -142,12 +142,13 @@ class FieldHerald:
     def _read(self, now: float) -> list[Effect]:
         """See what the files say now, where the folder has changed."""
         try:
-            changed_s = self._folder.stat().st_mtime
+            written_ns = self._folder.stat().st_mtime_ns
         except OSError:
             return []
-        if changed_s + SETTLED_S < self._read_s:
+        if written_ns != self._written_ns:
+            self._written_ns, self._changed_s = written_ns, now
+        elif now > self._changed_s + SETTLED_S:
             return []
-        self._read_s = time.time()
         effects: list[Effect] = []
         there = set()
         for file in self._folder.glob(f"*{_SUFFIX}"):

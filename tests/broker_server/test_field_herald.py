@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,16 @@ def connected(bench: Bench) -> list[Effect]:
 
 def run(bench: Bench, **more: object) -> Field:
     return Field(number=1, name="walk", **{"phase": "run", "start_s": bench.wall_s, "end_s": bench.wall_s + 1000.0, **more})  # type: ignore[arg-type]
+
+
+def test_a_clock_that_is_set_back_hides_no_announcement(bench: Bench) -> None:
+    connected(bench)
+    announce(bench.home, ["d1"], run(bench))
+    assert len(said(bench.step())) == 1
+    assert said(bench.step(after_s=10.0)) == []
+    announce(bench.home, ["d2"], run(bench))
+    os.utime(bench.home / FOLDER, (T0_S, T0_S))
+    assert len(said(bench.step(), "d2")) == 1
 
 
 def test_what_is_announced_is_published_and_published_again_after_a_reconnect(bench: Bench) -> None:
