@@ -25,7 +25,7 @@ from regrow.machine import Connected, Received, Subscribe, Train
 from regrow.observations import Mark, PhaseSeen, PowerSeen, Row
 from regrow.parameters import Layout, Tensor
 from regrow.presence import Identity
-from regrow.pulse import BITS, find_pulse
+from regrow.pulse import BITS, is_high
 from tests.edge_agent.energy import boards
 from tests.edge_agent.energy.boards import write
 from tests.edge_agent.energy.test_phases import MODEL
@@ -288,7 +288,7 @@ def test_the_load_follows_the_pattern() -> None:
 
 
 def test_a_real_pulse_shows_in_this_machines_own_processor_time() -> None:
-    """The processor time that this process takes is a power meter of sorts, on a machine that others use too."""
+    """The processor time that this process takes is a power meter of sorts; how sharp it is depends on what else the machine does."""
     samples: list[tuple[float, float]] = []
     over = threading.Event()
 
@@ -305,5 +305,5 @@ def test_a_real_pulse_shows_in_this_machines_own_processor_time() -> None:
     watcher.join()
     at_s, busy_s = np.asarray(samples).T
     times, watts = (at_s[1:] + at_s[:-1]) / 2, np.diff(busy_s) / np.diff(at_s)
-    found = find_pulse(times, watts)
-    assert abs(found.offset_s(began_s)) < 0.1
+    high = np.asarray([is_high(at - began_s) for at in times])
+    assert watts[high].mean() > 3 * watts[~high].mean()
