@@ -130,7 +130,7 @@ def main() -> None:
         systems = options.systems or folder / "systems"
         unpack(systems / "device", PACKAGES)
         unpack(systems / "gateway", GATEWAY_PACKAGES)
-        fetch_debs(systems / "gateway", "mosquitto chrony", systems / "debs")
+        fetch_debs(systems / "gateway", "mosquitto chrony fake-hwclock", systems / "debs")
         try:
             found = first_boot(stack, folder, systems)
         finally:

@@ -55,7 +55,7 @@ def gateway(options: argparse.Namespace) -> int:
         images.write_cloud_init(host, instance, out)
     print(f"{options.out}: the boot partition of the gateway {host.name}, for {host.system.title}; {_size(options.out)}")
     if options.debs is None:
-        print("its first boot needs the internet for mosquitto and chrony; --debs DIR puts their .deb files into the image")
+        print("its first boot needs the internet for mosquitto, chrony and fake-hwclock; --debs DIR puts their .deb files into the image")
     return 0
 
 

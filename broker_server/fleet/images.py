@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from broker_server.fleet.boards import Role, System, deploy_folder, download, own_wheel
+from regrow.broker_url import parse_broker_url
 from regrow.errors import UsageError
 from regrow.topics import check_name
 
@@ -35,6 +36,7 @@ NEEDED: Mapping[Role, tuple[str, ...]] = {
 }
 UNITS = ("regrow-agent.service", "regrow-update.service", "regrow-update.path")
 UPDATES = "--updates /etc/regrow/update.json"
+PUBLIC_CLOCKS = "0.debian.pool.ntp.org 1.debian.pool.ntp.org 2.debian.pool.ntp.org 3.debian.pool.ntp.org"
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}\Z")
 _SSH_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-\S+|ssh-rsa|sk-\S+) [A-Za-z0-9+/=]+( .*)?\Z")
 _TIMEZONE = re.compile(r"[A-Za-z0-9_+/-]+\Z")
@@ -120,7 +122,8 @@ def claimed_device(claim: bytes) -> str:
     try:
         fields: Any = json.loads(claim)
         device, token, keys = fields["device"], fields["claim"], fields["coordinator_keys"]
-    except (ValueError, KeyError, TypeError):
+        parse_broker_url(fields["broker"])
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError):
         raise UsageError("the claim: expected the file that `regrow fleet add NAME` wrote") from None
     if b"PRIVATE KEY" in claim or not isinstance(device, str) or not isinstance(token, dict) or not isinstance(keys, list):
         raise UsageError("the claim: expected the file that `regrow fleet add NAME` wrote, with no key in it")
@@ -202,6 +205,8 @@ def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> 
     claim = json.loads(image.claim)
     keys: list[str] = claim.get("release_keys", claim["coordinator_keys"])  # public ones: what signs the fleet's releases
     (folder / "update.json").write_text(json.dumps({"keys": keys}, indent=2) + "\n")
+    # timesyncd hears nothing of what NetworkManager learns by DHCP. It asks these in turn; a gateway that is an image is one of them.
+    (folder / "timesyncd.conf").write_text(f"[Time]\nFallbackNTP={parse_broker_url(claim['broker']).host} {PUBLIC_CLOCKS}\n")
     (folder / "authorized_keys").write_text("".join(f"{key}\n" for key in host.ssh_keys))
     (folder / "units").mkdir(exist_ok=True)
     units = (*(deploy / name for name in UNITS), deploy / "image" / "regrow-wifi.service")

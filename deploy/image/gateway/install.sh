@@ -19,9 +19,9 @@ apt() { apt-get -q -y -o DPkg::Lock::Timeout=300 "$@"; }
 dpkg --configure -a || true # what a power cut interrupted; where another program holds the lock, apt waits for it
 if ls "$here"/debs/*.deb >/dev/null 2>&1; then
     apt install --no-install-recommends "$here"/debs/*.deb || fail "the packages in debs/ do not suffice"
-elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null; then
-    { apt update && apt install --no-install-recommends mosquitto chrony; } ||
-        fail "mosquitto and chrony are missing: connect this board to the internet and restart it, or put their .deb files into regrow/debs"
+elif ! command -v mosquitto >/dev/null || ! command -v chronyd >/dev/null || ! command -v fake-hwclock >/dev/null; then
+    { apt update && apt install --no-install-recommends mosquitto chrony fake-hwclock; } ||
+        fail "mosquitto, chrony and fake-hwclock are missing: connect this board to the internet and restart it, or put their .deb files into regrow/debs"
 fi
 # The gateway starts a mosquitto of its own, with the fleet's certificates.
 systemctl disable --now mosquitto 2>/dev/null || true
@@ -84,7 +84,7 @@ if systemctl cat systemd-resolved >/dev/null 2>&1; then
     printf '[Resolve]\nLLMNR=no\n' >/etc/systemd/resolved.conf.d/regrow.conf
     systemctl try-restart --no-block systemd-resolved
 fi
-# The fleet's clock: devices have none that survives a power cut.
+# The fleet's clock: devices have none that survives a power cut. This board's own goes on from where fake-hwclock kept it.
 install -d -m 755 /etc/chrony/conf.d
 install -m 644 "$here/chrony.conf" /etc/chrony/conf.d/regrow.conf
 systemctl enable chrony

@@ -20,7 +20,7 @@ from regrow.errors import LocalError
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMtSqQBn4+YJRPyMqiJ5ND9zTaRZMYfyXMDTKoo/OKVC someone"
-CLAIM = json.dumps({"device": "pi-07", "coordinator_keys": ["00" * 32], "claim": {"token": "once"}})
+CLAIM = json.dumps({"device": "pi-07", "broker": "mqtts://gw:8883", "coordinator_keys": ["00" * 32], "claim": {"token": "once"}})
 
 
 @pytest.fixture
@@ -109,6 +109,7 @@ def test_the_installer_script_unpacks_what_was_put_in(tmp_path: Path, given: lis
     after = {path.relative_to(unpacked / "regrow"): path.read_bytes() for path in (unpacked / "regrow").rglob("*.*")}
     assert before == after
     assert Path("install.sh") in after
+    assert after[Path("timesyncd.conf")].startswith(b"[Time]\nFallbackNTP=gw 0.")
 
 
 def test_every_script_of_an_image_is_one_that_a_shell_reads() -> None:
