@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from broker_server.observations import FILE, annotate
 from broker_server.page import energy, past
 from broker_server.page.past import POINTS, Runs, Spent, device_history, last_state, series_of, spent_by_device
 from broker_server.store import Store
@@ -74,9 +75,8 @@ def test_levels_are_told_by_what_they_gave() -> None:
 def journal(home: Path, *rows: tuple[str, Any]) -> None:
     """As broker_server.observations has it: the columns are a row's fields, with device before and received_s behind."""
     home.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(home / energy.OBSERVATIONS)) as db:
-        for table, kind in (("phases", PhaseSeen), ("power", PowerSeen)):
-            db.execute(f"CREATE TABLE {table} (device, {', '.join(kind.__struct_fields__)}, received_s)")
+    annotate(home, "this makes the file", 0.0)
+    with closing(sqlite3.connect(home / FILE)) as db:
         for who, row in rows:
             values = (who, *(getattr(row, name) for name in row.__struct_fields__), 0.0)
             table = "phases" if isinstance(row, PhaseSeen) else "power"
@@ -121,7 +121,7 @@ def test_heartbeats_tell_watts_where_no_journal_does(tmp_path: Path) -> None:
 
 
 def test_a_journal_that_cannot_be_read_tells_nothing(tmp_path: Path) -> None:
-    (tmp_path / energy.OBSERVATIONS).write_bytes(b"not a database, but long enough to look at" * 100)
+    (tmp_path / FILE).write_bytes(b"not a database, but long enough to look at" * 100)
     assert energy.spent_on(tmp_path, "one").joules is None
     assert energy.power_of(tmp_path, "a") == []
     assert energy.joules_at(tmp_path, "one", [1.0]) == [None]

@@ -193,7 +193,7 @@ def test_bytes_are_counted_through_restarts_and_begin_anew_at_midnight(folder: S
     assert fourth.look().bytes_left == 9_500_000
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 300_000), st.booleans(), st.booleans()), max_size=15))
 def test_no_way_to_end_makes_the_count_too_low(tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, bool, bool]]) -> None:
     limit, used, cuts = 3_000_000, 0, 0

@@ -58,7 +58,7 @@ def test_an_explicit_part_overrides_the_rule() -> None:
     assert (trained(source), validated(source)) == ({1, 2}, {0, 3})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     capacity=st.integers(1, 40),
     fraction=st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9]),

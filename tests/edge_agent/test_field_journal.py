@@ -125,7 +125,7 @@ class Model(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-Model.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+Model.TestCase.settings = settings(max_examples=25, stateful_step_count=40)
 test_it_is_a_list_whose_gaps_are_told = Model.TestCase
 
 

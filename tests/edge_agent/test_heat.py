@@ -60,7 +60,7 @@ def test_over_current_and_thermal_throttling_count_when_they_happen(tmp_path: Pa
     heat.close()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=80), name=st.sampled_from([*boards.HEAT, boards.PI_FLAGS]))
 def test_any_file_gives_a_condition(tmp_path: Path, content: bytes, name: str) -> None:
     write(tmp_path, {**boards.HEAT, boards.PI_FLAGS: "0\n"})

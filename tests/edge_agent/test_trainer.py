@@ -204,7 +204,7 @@ def test_an_evaluation_that_is_not_what_it_says_is_refused() -> None:
     assert Trainer(ADAM).evaluate(VECTOR, X, np.ones((4, 10), np.float32)).examples == 4
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_whatever_the_bytes_only_a_peer_error_comes_out(data: st.DataObject) -> None:
     program = bytearray(PROGRAMS["train"])

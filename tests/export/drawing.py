@@ -58,7 +58,7 @@ class Case:
 def drawn(examples: int) -> settings:
     """Without shrinking: the networks are small, and a failing example says which numbers were drawn."""
     phases = (Phase.explicit, Phase.generate)
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases)
+    return settings(max_examples=examples, phases=phases)
 
 
 def numbers(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:

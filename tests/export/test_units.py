@@ -87,7 +87,7 @@ def inside_only(layout: Layout, units: Units, kept: Kept, vector: NDArray[np.flo
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_the_slice_computes_what_the_full_model_does_with_everything_else_zero(name: str, data: st.DataObject) -> None:
     model, layout, units = parts(name)
@@ -100,7 +100,7 @@ def test_the_slice_computes_what_the_full_model_does_with_everything_else_zero(n
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_a_step_of_the_slice_is_the_masked_step_of_the_full_model(name: str, data: st.DataObject) -> None:
     """The masks are the sub-model's coordinates. Biases have no mask: those of dropped units stay still because nothing reads the unit."""
@@ -129,7 +129,7 @@ def test_a_step_of_the_slice_is_the_masked_step_of_the_full_model(name: str, dat
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_gather_and_scatter_are_inverse_and_speak_of_unit_coordinates(name: str, data: st.DataObject) -> None:
     _, layout, units = parts(name)
@@ -246,7 +246,7 @@ def test_widths_round_up_and_rolling_windows_wrap() -> None:
         assert [width_sizes(group, count / size) for count in range(1, size + 1)] == [(count,) for count in range(1, size + 1)]
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0.01, 1.0), min_size=2, max_size=2).map(sorted))
 def test_narrow_widths_lie_inside_wide_ones(widths: list[float]) -> None:
     _, layout, units = parts("residual")

@@ -20,7 +20,7 @@ from tests.golden.examples import EXAMPLES, INSTALL
 
 N, KEPT = 900, 20
 STEPS: dict[WireDtype, int] = {"int8": 127, "int4": 7}
-COMMON = settings(deadline=None, derandomize=True, max_examples=20)
+COMMON = settings(max_examples=20)
 Floats = NDArray[np.float32]
 
 
@@ -182,7 +182,7 @@ def test_a_score_that_is_not_finite_stays_at_home() -> None:
     wire.decode(update.chunk(0, INSTALL), wire.UpdateChunk)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(st.integers(0, 10_000), st.sampled_from(["cut", "flip", "garbage"]))
 def test_a_corrupt_file_is_a_local_error_or_reads_as_one(at: int, how: str) -> None:
     generator = np.random.default_rng(1)

@@ -21,7 +21,7 @@ from tests.golden.examples import EXAMPLES, INSTALL
 from tests.regrow.fleet import INITIAL, LAYOUT, TARGET, task, train
 from tests.regrow.harness import Tape, begin, check_run
 
-COMMON = settings(deadline=None, derandomize=True, max_examples=40)
+COMMON = settings(max_examples=40)
 DTYPES: tuple[WireDtype, ...] = ("float32", "float16", "int8")
 FIVE = Layout((Tensor("w", (5,)), Tensor("b", (1,), always_kept=True)))
 

@@ -54,7 +54,7 @@ def test_where_it_began(hz: float, noise_w: float) -> None:
     assert found.offset_s(1_790_000_000.0) == pytest.approx(17.13 - 1_790_000_000.0, abs=0.08)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(1.0, 32.0), st.floats(0.2, 20.0), st.integers(0, 1000))
 def test_anywhere_and_of_any_size(began_s: float, rise_w: float, seed: int) -> None:
     found = find_pulse(*trace(began_s, rise_w=rise_w, noise_w=rise_w / 8, seed=seed))

@@ -91,7 +91,7 @@ def notarised(settings: Task, persist_s: float) -> tuple[Tape, Notary]:
     return world, notary
 
 
-@settings(deadline=None, derandomize=True, max_examples=8)
+@settings(max_examples=8)
 @given(st.sampled_from([0.0, 0.001, 0.2, 1.0, 3.0]), st.lists(st.tuples(st.sampled_from(["cut", "broker"]), st.floats(0.5, 4)), max_size=3))
 def test_nothing_leaves_before_it_is_durable(persist_s: float, troubles: list[tuple[str, float]]) -> None:
     world, notary = notarised(SHORT, persist_s)

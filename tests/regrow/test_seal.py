@@ -16,7 +16,7 @@ from regrow.errors import LocalError, PeerError
 from regrow.seal import SEAL_BYTES, Opened, SealError, open_seal
 from tests.golden.examples import EXAMPLES
 
-COMMON = settings(deadline=None, derandomize=True, max_examples=60)
+COMMON = settings(max_examples=60)
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 TOPIC = "regrow/v1/toy/r1/device/d1/update/4/0"
 FRAME = wire.encode(*EXAMPLES["update"])

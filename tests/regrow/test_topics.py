@@ -13,7 +13,7 @@ from testbed.memory import matches
 
 RUN = Run("toy", "r1")
 name = st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True)
-COMMON = settings(deadline=None, derandomize=True, max_examples=50)
+COMMON = settings(max_examples=50)
 
 
 @COMMON

@@ -40,7 +40,7 @@ def test_fastest_counts_its_delay_from_the_quorum() -> None:
     assert due(Trigger(kind="fastest", interval_s=0.5), 2, 5, quorum_s=9.8) == 9.8 + 0.5
 
 
-@settings(deadline=None, derandomize=True, max_examples=80)
+@settings(max_examples=80)
 @given(st.sampled_from(KINDS), st.integers(0, 50), st.integers(1, 20), st.integers(0, 20))
 def test_with_nobody_outstanding_any_arrival_is_enough(kind: str, wanted: int, arrived: int, fastest: int) -> None:
     trigger = Trigger(kind=kind, count=wanted)  # type: ignore[arg-type]  # sampled from the literal's values
@@ -48,7 +48,7 @@ def test_with_nobody_outstanding_any_arrival_is_enough(kind: str, wanted: int, a
     assert due(trigger, 0, arrived, fastest=fastest) is None
 
 
-@settings(deadline=None, derandomize=True, max_examples=80)
+@settings(max_examples=80)
 @given(st.integers(0, 50), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
 def test_a_quorum_never_exceeds_what_can_still_come(wanted: int, arrived: int, outstanding: int, fastest: int) -> None:
     for kind in ("fastest", "count"):

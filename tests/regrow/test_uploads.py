@@ -20,7 +20,7 @@ from tests.golden.examples import EXAMPLES, INSTALL
 from tests.regrow.fleet import INITIAL, LAYOUT, task
 
 CHUNK = wire.MIN_CHUNK_BYTES
-COMMON = settings(deadline=None, derandomize=True, max_examples=40)
+COMMON = settings(max_examples=40)
 
 
 def head(size: int = 10, data: bytes = b"") -> wire.UpdateHead:

@@ -19,7 +19,7 @@ from regrow.values import WireDtype
 from tests.golden.examples import EXAMPLES, INSTALL
 
 CORPUS = {name: (wire.encode(message, payload), type(message)) for name, (message, payload) in EXAMPLES.items()}
-COMMON = settings(deadline=None, derandomize=True, max_examples=40)
+COMMON = settings(max_examples=40)
 count = st.integers(0, 2**53)
 finite = st.floats(0, 1e12)
 sixteen = st.binary(min_size=16, max_size=16)

@@ -337,7 +337,7 @@ _HEADER = _BATCH.index(b"T\x00\x0c")  # the pixels follow; before and after them
 
 @pytest.mark.filterwarnings("ignore:invalid escape:DeprecationWarning")  # pickletools, of a damaged text opcode
 @given(st.integers(0, len(_BATCH) - 3072), st.binary(max_size=3), st.integers(0, 4))
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_to_the_structure_is_a_batch_or_a_local_error(place: int, replacement: bytes, removed: int) -> None:
     at = place if place <= _HEADER else place + 3072
     content = _BATCH[:at] + replacement + _BATCH[at + removed :]

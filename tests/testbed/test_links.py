@@ -41,7 +41,7 @@ STARTS = st.floats(0.0, 1e5)
 SIZES = st.integers(0, 100_000)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(LINKS, STARTS, SIZES, SIZES)
 def test_sending_two_parts_in_a_row_takes_as_long_as_sending_both(link: Link, start_s: float, first: int, second: int) -> None:
     whole = link.finish_s(start_s, first + second)
@@ -51,14 +51,14 @@ def test_sending_two_parts_in_a_row_takes_as_long_as_sending_both(link: Link, st
         assert link.finish_s(start_s, first + second - 1) <= parts <= link.finish_s(start_s, first + second + 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(LINKS, STARTS, st.floats(0.0, 1000.0), SIZES, SIZES)
 def test_more_bytes_or_a_later_start_never_end_earlier(link: Link, start_s: float, later_s: float, few: int, more: int) -> None:
     assert link.finish_s(start_s, few + more) >= link.finish_s(start_s, few)
     assert link.finish_s(start_s + later_s, few) >= link.finish_s(start_s, few) - 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LINKS, st.lists(st.tuples(STARTS, SIZES), min_size=2, max_size=8))
 def test_the_order_of_questions_does_not_change_the_answers(link: Link, questions: list[tuple[float, int]]) -> None:
     twin = _fresh(link)

@@ -170,7 +170,7 @@ class EveryTimer(World):
         return number != client.timer
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.5, 4.0, math.inf]), max_size=12), min_size=1, max_size=3), st.booleans())
 def test_timers_that_are_put_off_wake_as_if_each_were_an_event(times: list[list[float]], killed: bool) -> None:
     heard = []
@@ -241,7 +241,7 @@ def test_the_index_finds_whom_a_scan_finds(changes: list[tuple[bool, str, str]],
         assert index.listeners(topic) == naive
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(FILTERS, max_size=4), min_size=1, max_size=4), st.lists(FILTERS, min_size=1, max_size=6))
 def test_deliveries_are_those_of_a_scan_in_the_order_of_the_clients(filters: list[list[str]], published: list[str]) -> None:
     heard: list[tuple[str, str]] = []

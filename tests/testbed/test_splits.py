@@ -40,7 +40,7 @@ KINDS = st.one_of(
 
 
 @given(datasets(), KINDS, st.integers(1, 12), st.integers(0, 2**63), st.integers(1, 10))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_each_example_goes_to_exactly_one_client_or_it_says_why(
     dataset: Dataset, kind: str, clients: int, seed: int, min_examples: int
 ) -> None:
@@ -64,7 +64,6 @@ def test_each_example_goes_to_exactly_one_client_or_it_says_why(
 
 
 @given(datasets(), st.integers(1, 12), st.sampled_from([0.001, 0.3, 1e6]), st.integers(0, 99))
-@settings(deadline=None)
 def test_an_equal_split_exists_whenever_there_are_enough_examples(dataset: Dataset, clients: int, alpha: float, seed: int) -> None:
     fewest = len(dataset.y) // clients
     if fewest:
@@ -91,7 +90,7 @@ def skew(dataset: Dataset, parts: list[Indices]) -> float:
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_large_alpha_is_like_iid_and_a_small_one_far_from_it(seed: int) -> None:
     dataset = balanced(5000, 10)
     by_alpha = [skew(dataset, split(dataset, 10, f"dirichlet:{alpha}", seed)) for alpha in (0.01, 0.3, 1e6)]
@@ -162,7 +161,6 @@ def test_within_a_label_nobody_inherits_the_order_of_the_file(kind: str) -> None
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.floats(0, 0.99), st.integers(0, 2**40))
-@settings(deadline=None)
 def test_training_and_validation_are_disjoint_and_complete(sizes: list[int], fraction: float, seed: int) -> None:
     indices = np.split(np.random.default_rng(0).permutation(sum(sizes)), np.cumsum(sizes)[:-1])
     both = train_validation(indices, fraction, seed)

@@ -207,7 +207,7 @@ def test_a_request_must_be_the_senders_own() -> None:
     Keys("d1").request()  # and an honest one is none of these
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300), st.binary(max_size=40), st.binary(max_size=70))
 def test_whatever_the_bytes_are_only_peer_errors_escape(csr: bytes, key: bytes, proof: bytes) -> None:
     with pytest.raises(PeerError):

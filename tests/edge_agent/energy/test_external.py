@@ -96,7 +96,7 @@ def test_lines_from_a_serial_meter(line: tuple[int, Path]) -> None:
     meter.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.binary(max_size=60) | st.sampled_from([b"4.5 W\n", b"\r\n", b"-1\n", b"0\n", b"1e9\n", b"4.\n"]), max_size=8))
 def test_any_bytes_on_the_line_give_a_reading_or_a_reason(said: list[bytes]) -> None:
     theirs, ours = os.openpty()

@@ -314,7 +314,7 @@ def plausible(reading: Reading) -> bool:
         (Rapl, boards.LAPTOP),
     ],
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_files_give_a_reading_or_a_reason(make: Callable[[Path], Meter], files: dict[str, str], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -357,7 +357,7 @@ def _opens_or_says_why(make: Callable[[Path], Meter], root: Path) -> None:
     meter.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(start=st.integers(0, 999_999), grown=st.lists(st.integers(0, 999_999), max_size=30))
 def test_whatever_a_counter_wraps_at_its_joules_add_up(start: int, grown: list[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
