@@ -8,7 +8,7 @@ demo: .venv/demo.stamp
 	$(BIN)/regrow demo $(DEMO)
 
 test: .venv/dev.stamp lint
-	$(BIN)/pytest -m "not network" -n auto
+	$(BIN)/pytest -m "not network" -n auto --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
