@@ -56,9 +56,11 @@ if [ -d /etc/systemd/resolved.conf.d ] || systemctl cat systemd-resolved >/dev/n
     [ ! -d /run/systemd/system ] || systemctl try-restart --no-block systemd-resolved
 fi
 # The clock of a board without a battery: the internet's, or the gateway's where there is none.
-install -d -m 755 /etc/systemd/timesyncd.conf.d
-install -m 644 "$here/timesyncd.conf" /etc/systemd/timesyncd.conf.d/regrow.conf
-[ ! -d /run/systemd/system ] || systemctl try-restart --no-block systemd-timesyncd
+if systemctl cat systemd-timesyncd >/dev/null 2>&1; then
+    install -d -m 755 /etc/systemd/timesyncd.conf.d
+    install -m 644 "$here/timesyncd.conf" /etc/systemd/timesyncd.conf.d/regrow.conf
+    [ ! -d /run/systemd/system ] || systemctl try-restart --no-block systemd-timesyncd
+fi
 sync
 systemctl daemon-reload
 for unit in "$here"/units/*; do

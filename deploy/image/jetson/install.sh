@@ -21,9 +21,11 @@ if [ -f "$here/claim.json" ]; then
     rm -f "$here/claim.json"
 fi
 # The clock of a board without a battery: the internet's, or the gateway's where there is none.
-install -d -m 755 /etc/systemd/timesyncd.conf.d
-install -m 644 "$here/timesyncd.conf" /etc/systemd/timesyncd.conf.d/regrow.conf
-[ ! -d /run/systemd/system ] || systemctl try-restart --no-block systemd-timesyncd
+if systemctl cat systemd-timesyncd >/dev/null 2>&1; then
+    install -d -m 755 /etc/systemd/timesyncd.conf.d
+    install -m 644 "$here/timesyncd.conf" /etc/systemd/timesyncd.conf.d/regrow.conf
+    [ ! -d /run/systemd/system ] || systemctl try-restart --no-block systemd-timesyncd
+fi
 install -m 644 "$here/regrow-agent-jetson.service" /etc/systemd/system/
 systemctl daemon-reload
 systemctl enable --now regrow-agent-jetson
