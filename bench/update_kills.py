@@ -151,7 +151,8 @@ class Device:
 
     def runs(self) -> str:
         """What the current version says it is; "" when it does not start."""
-        ended = subprocess.run([self.prefix / "current" / "bin" / "regrow", "--version"], capture_output=True, text=True, check=False)
+        command = [self.prefix / "current" / "bin" / "regrow", "--version"]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.defpath})
         return ended.stdout.split()[-1] if ended.returncode == 0 and ended.stdout else ""
 
     def trained_since(self, since_s: float) -> bool:
