@@ -3,7 +3,7 @@
 Each meter is read as on a device: temperature and throttling once a second, integration, phases and a row a second beside it. Sensors are
 trees of files as real boards show them (the same system calls, answered from memory instead of by a chip, whose own time is no processor
 time), a pseudo-terminal, and a function in the place of the Raspberry Pi's firmware. RAPL is the machine's own where it has one. Phases
-change every half second, as on a busy device. Run it from the root: `PYTHONPATH=. python bench/energy.py`.
+change every half second, as on a busy device. Run it from the root: `python -m bench.energy`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from machine import write_result
-
+from bench.machine import write_result
 from edge_agent.energy.account import Energy
 from edge_agent.energy.battery import Battery
 from edge_agent.energy.external import MqttMeter, SerialMeter
@@ -188,7 +187,7 @@ def main() -> None:
     for result in results:
         print(f"{result['meter']:45} {result['share_of_a_core']:.3%} of a core, {result['measured_s']} s measured")
     worst = max(result["share_of_a_core"] for result in results)
-    command = f"PYTHONPATH=. python bench/energy.py --seconds {arguments.seconds:g}"
+    command = f"python -m bench.energy --seconds {arguments.seconds:g}"
     write_result(arguments.out, {"command": command, "hz": HZ, "limit": LIMIT, "worst": worst, "meters": results})
 
 

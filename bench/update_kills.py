@@ -1,6 +1,6 @@
 """Does a device always run the old version or the new one, and train again, wherever its update is killed? True installs.
 
-    python bench/update_kills.py --wheels DIR --chains 20        # DIR: wheels of what regrow needs on a device
+    python -m bench.update_kills --wheels DIR --chains 20        # DIR: wheels of what regrow needs on a device
 
 A device here is a prefix with two real virtual environments (pip, offline; NumPy, onnxruntime and all), the agent that its link `current`
 names, and the updater that `good` names. A chain is one release that is killed at each of the updater's places in turn, and then one whose
