@@ -8,7 +8,7 @@ written before a cut is in the kernel, so that a cut is one for processes, not f
 
 Each boots under systemd-nspawn in a network namespace of its own, with one cable between the two. Needs root, and of Debian: debootstrap,
 systemd-container, iproute2, openssh-client, e2fsprogs. What only hardware has is not tried: radios (the access point's settings are given
-to the cable: address, DHCP, names), cards, sensors, and the setting of a clock, which a container may not (chronyd runs with -x).
+to the cable: address, DHCP, names), cards, sensors, and the setting of a clock, which a container may not (chronyd runs with -x, fake-hwclock only keeps).
 """
 
 from __future__ import annotations
@@ -175,6 +175,9 @@ def gateway_boots(board: Board, person: Login, seconds: dict[str, float]) -> Non
     drop_in = board.root / "etc/systemd/system/chrony.service.d"
     drop_in.mkdir(parents=True)
     (drop_in / "container.conf").write_text("[Unit]\nConditionCapability=\n[Service]\nExecStart=\nExecStart=!/usr/sbin/chronyd -x -F 1\n")
+    drop_in = board.root / "etc/systemd/system/fake-hwclock-load.service.d"
+    drop_in.mkdir(parents=True)
+    (drop_in / "container.conf").write_text("[Unit]\nConditionCapability=CAP_SYS_TIME\n")
     print("booting the gateway", flush=True)
     board.power_on()
     board.wait(lambda: (board.root / "opt/regrow/a/bin").is_dir(), PATIENCE_S)
