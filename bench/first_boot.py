@@ -8,7 +8,8 @@ written before a cut is in the kernel, so that a cut is one for processes, not f
 
 Each boots under systemd-nspawn in a network namespace of its own, with one cable between the two. Needs root, and of Debian: debootstrap,
 systemd-container, iproute2, openssh-client, e2fsprogs. What only hardware has is not tried: radios (the access point's settings are given
-to the cable: address, DHCP, names), cards, sensors, and the setting of a clock, which a container may not (chronyd runs with -x, fake-hwclock only keeps).
+to the cable: address, DHCP, names), cards, sensors, and the setting of a clock, which a container may not (chronyd runs with -x, and
+fake-hwclock only keeps the time).
 """
 
 from __future__ import annotations
