@@ -139,7 +139,14 @@ def _check_admitted(runs: Path, device: str) -> None:
         return
     if device not in members:
         raise UsageError(f"no device {device!r} here: `regrow fleet list` and `regrow device list` name those that there are")
+    from broker_server.fleet import coordinator_key  # which needs cryptography, as only a fleet does
+    from cli.fleet import missed_in_words
+
     state = members[device].state
+    if state == "claimed" and not members[device].may_join:
+        raise LocalError(f"{device} has not joined, and its claim has expired: `regrow fleet add {device}` makes another")
+    if device in coordinator_key.missed(Registry(fleet).fleet(), members):
+        raise LocalError(missed_in_words(device, members[device]))
     if state == "claimed":
         raise LocalError(f"{device} has not joined yet: its claim waits to be used on the device, with `regrow join`")
     if state not in MEMBERS:
@@ -186,6 +193,9 @@ def gateway_checks(runs: Path, url: str) -> list[Check]:
 
 
 def fleet_checks(fleet: Path) -> list[Check]:
-    """The dates of a fleet's certificates. fleet: its folder."""
+    """The dates of a fleet's certificates, and whether its devices believe it. fleet: its folder."""
+    from broker_server import doctor as gateway
+
     renewal = "renew it on the gateway: docs/fleet.md"
-    return [certificate_check(name, fleet / file, renewal) for name, file in (("tls.authority", "ca.crt"), ("tls.broker", "broker.crt"))]
+    dates = [certificate_check(name, fleet / file, renewal) for name, file in (("tls.authority", "ca.crt"), ("tls.broker", "broker.crt"))]
+    return [*dates, Check(("gateway.devices",), lambda tell: tell(gateway.devices(fleet)))]

@@ -17,7 +17,7 @@ pytest.importorskip("cryptography")
 
 from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.authority import Authority, check_request, verify
-from broker_server.fleet.registry import Registry
+from broker_server.fleet.registry import Claim, Registry
 from cli.main import main
 from edge_agent import identity
 from edge_agent.enrolment import TIMEOUT_S
@@ -124,6 +124,8 @@ def test_list_and_show_say_what_a_device_is_and_does(runs: list[str], tmp_path: 
     assert "a: revoked" in said
     assert re.search(r"certificate 1: [0-9a-f]+, revoked \d{4}-\d\d-\d\d \d\d:\d\d$", said, re.MULTILINE)
     assert "in use" not in said
+    assert re.search(r"^  added: \d{4}-\d\d-\d\d \d\d:\d\d$", said, re.MULTILINE)
+    assert not re.search(r"\[|_s:", said), "no list of Python, no name of a field"
 
 
 @pytest.mark.parametrize(("command", "state"), [("pause", "paused"), ("drain", "draining"), ("resume", "active")])
@@ -345,11 +347,11 @@ def test_the_coordinators_key_is_changed_by_a_command_that_says_how_far_it_is(
     said = capsys.readouterr().out
     assert "announces to the devices under the old one" in said
     assert "back up" in said
-    assert "0 of 2 devices know the new key; not yet: a, b, c" in said
+    assert "0 of 2 devices know the new key; not yet: a, b; claims made before it, not used yet: c;" in said
     first = registry(runs).fleet().key_change_until_s
     coordinator_key.heard(registry(runs), "a", 1)
     assert main([*rotate, "--days", "60"]) == 0
-    assert "1 of 2 devices know the new key; not yet: b, c" in capsys.readouterr().out
+    assert "1 of 2 devices know the new key; not yet: b; claims" in capsys.readouterr().out
     later = registry(runs).fleet().key_change_until_s
     assert first is not None
     assert later is not None
@@ -366,6 +368,33 @@ def test_the_coordinators_key_is_changed_by_a_command_that_says_how_far_it_is(
         assert "b missed the change of the coordinator's key" in capsys.readouterr().out
     assert main(["fleet", "show", "a", *runs]) == 0
     assert "missed" not in capsys.readouterr().out
+    assert main(["fleet", "list", *runs]) == 0
+    _, a, b, c, *_ = capsys.readouterr().out.splitlines()
+    assert ["  hears nothing  " in row for row in (a, b, c)] == [False, True, False]
+    main(["doctor", "--json", *runs])
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}["gateway.devices"]
+    assert found["state"] == "warn"
+    assert found["said"].startswith("b missed the change of the coordinator's key")
+    assert main(["doctor", "--device", "b", *runs]) == 1
+    assert capsys.readouterr().err.startswith(
+        "regrow: b missed the change of the coordinator's key and hears nothing any more: `regrow fleet"
+    )
+
+
+def test_a_claim_that_has_expired_is_told_with_the_command_that_helps(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fleet", "add", "a", "--out", str(tmp_path), *runs])
+    with registry(runs).change() as devices:
+        devices["a"] = msgspec.structs.replace(devices["a"], claim=Claim(token="ab", expires_s=5))
+    capsys.readouterr()
+    for words, said in ((["list"], "a       claim expired  "), (["show", "a"], "a: claim expired\n")):
+        assert main(["fleet", *words, *runs]) == 0
+        found = capsys.readouterr().out
+        assert said in found
+        assert "the claim of a has expired: `regrow fleet add a` makes another" in found
+    assert main(["doctor", "--device", "a", *runs]) == 1
+    assert "its claim has expired: `regrow fleet add a` makes another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
