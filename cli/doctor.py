@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from edge_agent.doctor.host import host_checks
 from edge_agent.doctor.service import service_checks
 from edge_agent.doctor.training import model_fit, training_checks
 from edge_agent.identity import Identity, fleet_context
-from edge_agent.identity_folder import read_about, state_in_use
+from edge_agent.identity_folder import About, read_about, state_in_use
+from edge_agent.sealing import known_s
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError, UsageError
 from regrow.findings import Finding, failed, in_words, to_json
@@ -73,7 +75,7 @@ def _broken(folder: Path, state: Path | None) -> Subject:
         about = read_about(folder)
     except (LocalError, OSError):
         return Subject("", "", None, state or Path("regrow-state"), version(), identity=folder, broken=True)
-    state, tls = state or Path(f"regrow-state-{about.device}"), lambda: fleet_context(about.authority)
+    state, tls = state or Path(f"regrow-state-{about.device}"), lambda: fleet_context(about.authority, _fleet_clock(folder, about))
     return Subject(about.device, about.broker, None, state, version(), tls, folder, not_before_s=about.since_s, broken=True)
 
 
@@ -81,11 +83,16 @@ def subject_of(bundle: Bundle, state: Path, member: Identity | None) -> Subject:
     """The device of a bundle, or of an identity."""
     if member is not None:
         folder = member.folder  # keys may change while the agent runs
-        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.look(folder).tls_context()  # noqa: E731
+        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.look(folder).tls_context(_fleet_clock(folder, member.about))  # noqa: E731
         return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder, not_before_s=member.about.since_s)
     authority = bundle.authority
     tls = None if authority is None else lambda: fleet_context(authority)
     return Subject(bundle.device, bundle.broker, bundle.password, state, version(), tls)
+
+
+def _fleet_clock(folder: Path, about: About) -> Callable[[], float]:
+    """The fleet's time, as the agent takes it when it starts."""
+    return lambda: known_s(folder, about.since_s) or time.time()
 
 
 def examined_by_agent(subject: Subject) -> Callable[[Callable[[], float]], Sequence[Finding]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_agent.enrolment import TIMEOUT_S, enrol
 from edge_agent.identity import Identity
 from edge_agent.identity_folder import About, adopt, claim_in, has_used, in_use
+from edge_agent.sealing import known_s
 from regrow.errors import LocalError, PeerError, UsageError
 
 AGAIN_S = 1.0
@@ -37,7 +38,7 @@ def _is_in(about: About, identity: Path) -> bool:
     """
     if about.claim is None or not has_used(identity, about.claim):
         return False
-    if ended := Identity.look(identity).ended(time.time()):
+    if ended := Identity.look(identity).ended(known_s(identity, about.since_s) or time.time()):
         raise LocalError(ended)
     print(f"{about.device} is in fleet {about.fleet} already; next: regrow agent --identity {identity} --data SOURCE")
     return True

@@ -461,7 +461,7 @@ HANDLERS = {
 
 DOCTOR = {
     "software": "Versions of Regrow and Python, the processor's kind; fails on 32-bit systems.",
-    "clock.year": "The clock can be right: 2025 to 2100, and not before the device was let into its fleet.",
+    "clock.year": "The clock can be right: 2025 to 2100; in a fleet, neither behind its time as the device knows it nor a month ahead.",
     "clock.synchronised": "Something keeps it right: systemd-timesyncd, or whatever tells the kernel so.",
     "clock.difference": "How far it is from the gateway's, when the gateway asks: above 60 s warns, above a day fails.",
     "disk.free": "Free bytes and names on the disk of the state, or of the runs; read-only fails. Below 500 MB warns, below 50 MB fails.",
