@@ -23,7 +23,7 @@ lint: .venv/dev.stamp
 	$(PYTHON) -m venv .venv
 
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[server]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[server,fleet]'
 	touch $@
 
 .venv/dev.stamp: .venv/demo.stamp

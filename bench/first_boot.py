@@ -160,7 +160,20 @@ def gateway_card(folder: Path, debs: Path) -> Path:
     regrow(folder, *wheels, "--out", "wheels")
     card = folder / "gateway-card"
     words = ["--fleet-name", "field", "--task", "task", "--access-point", "Fleet", "--country", "DE", "--wifi-passphrase", "passphrase"]
-    words += ["--ssd", "regrow-data", "--ssh-key", "key.pub", "--wheels", "gateway-wheels", "--debs", str(debs), "--out", str(card)]
+    words += [
+        "--architecture",
+        os.uname().machine,
+        "--ssd",
+        "regrow-data",
+        "--ssh-key",
+        "key.pub",
+        "--wheels",
+        "gateway-wheels",
+        "--debs",
+        str(debs),
+        "--out",
+        str(card),
+    ]
     regrow(folder, "image", "gateway", *words)
     point = card / "regrow" / "access-point.nmconnection"
     wired = point.read_text().replace("type=wifi", "type=ethernet").replace("wlan0", "lan0")
@@ -202,7 +215,20 @@ def device_card(folder: Path, person: Login) -> Path:
     patterns, y = rng.standard_normal((10, 64)), rng.integers(0, 10, 300)
     np.savez(folder / "samples.npz", x=(patterns[y] + rng.standard_normal((300, 64))).astype(np.float32), y=y)
     card = folder / "device-card"
-    words = ["--os", SYSTEM, "--ssh-key", "key.pub", "--wheels", "wheels", "--data", "samples.npz", "--out", str(card)]
+    words = [
+        "--os",
+        SYSTEM,
+        "--architecture",
+        os.uname().machine,
+        "--ssh-key",
+        "key.pub",
+        "--wheels",
+        "wheels",
+        "--data",
+        "samples.npz",
+        "--out",
+        str(card),
+    ]
     regrow(folder, "image", "pi", "--device", DEVICE, *words)
     return card
 

@@ -67,6 +67,19 @@ def _members(fleet: Path) -> str:
     return f", {sum(device.state in MEMBERS for device in devices)} of {len(devices)} in the fleet may connect"
 
 
+def devices(fleet: Path) -> Finding:
+    """Whether every device of the fleet believes what the gateway says. fleet: its folder."""
+    from broker_server.fleet import coordinator_key  # which needs cryptography, as only a fleet does
+
+    name, registry = "gateway.devices", Registry(fleet)
+    members = {device: known for device, known in registry.devices().items() if known.state in MEMBERS}
+    missed = coordinator_key.missed(registry.fleet(), members)
+    if missed:
+        said = f"{', '.join(missed)} missed the change of the coordinator's key and cannot hear the gateway any more"
+        return Finding(name, "warn", said, "`regrow fleet list` says the commands that let each in anew")
+    return Finding(name, "ok", "every device of the fleet knows the coordinator's key")
+
+
 def listener_of(home: Path) -> BrokerAddress | None:
     """Where the broker listens that we last started; None without one."""
     found: dict[float, tuple[str, int]] = {}

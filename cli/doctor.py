@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from edge_agent.doctor.host import host_checks
 from edge_agent.doctor.service import service_checks
 from edge_agent.doctor.training import model_fit, training_checks
 from edge_agent.identity import Identity, fleet_context
-from edge_agent.identity_folder import read_about, state_in_use
+from edge_agent.identity_folder import About, read_about, state_in_use
+from edge_agent.sealing import known_s
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError, UsageError
 from regrow.findings import Finding, failed, in_words, to_json
@@ -73,7 +75,7 @@ def _broken(folder: Path, state: Path | None) -> Subject:
         about = read_about(folder)
     except (LocalError, OSError):
         return Subject("", "", None, state or Path("regrow-state"), version(), identity=folder, broken=True)
-    state, tls = state or Path(f"regrow-state-{about.device}"), lambda: fleet_context(about.authority)
+    state, tls = state or Path(f"regrow-state-{about.device}"), lambda: fleet_context(about.authority, _fleet_clock(folder, about))
     return Subject(about.device, about.broker, None, state, version(), tls, folder, not_before_s=about.since_s, broken=True)
 
 
@@ -81,11 +83,16 @@ def subject_of(bundle: Bundle, state: Path, member: Identity | None) -> Subject:
     """The device of a bundle, or of an identity."""
     if member is not None:
         folder = member.folder  # keys may change while the agent runs
-        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.look(folder).tls_context()  # noqa: E731
+        tls: Callable[[], ssl.SSLContext] | None = lambda: Identity.look(folder).tls_context(_fleet_clock(folder, member.about))  # noqa: E731
         return Subject(bundle.device, bundle.broker, None, state, version(), tls, folder, not_before_s=member.about.since_s)
     authority = bundle.authority
     tls = None if authority is None else lambda: fleet_context(authority)
     return Subject(bundle.device, bundle.broker, bundle.password, state, version(), tls)
+
+
+def _fleet_clock(folder: Path, about: About) -> Callable[[], float]:
+    """The fleet's time, as the agent takes it when it starts."""
+    return lambda: known_s(folder, about.since_s) or time.time()
 
 
 def examined_by_agent(subject: Subject) -> Callable[[Callable[[], float]], Sequence[Finding]]:
@@ -139,7 +146,14 @@ def _check_admitted(runs: Path, device: str) -> None:
         return
     if device not in members:
         raise UsageError(f"no device {device!r} here: `regrow fleet list` and `regrow device list` name those that there are")
+    from broker_server.fleet import coordinator_key  # which needs cryptography, as only a fleet does
+    from cli.fleet import missed_in_words
+
     state = members[device].state
+    if state == "claimed" and not members[device].may_join:
+        raise LocalError(f"{device} has not joined, and its claim has expired: `regrow fleet add {device}` makes another")
+    if device in coordinator_key.missed(Registry(fleet).fleet(), members):
+        raise LocalError(missed_in_words(device, members[device]))
     if state == "claimed":
         raise LocalError(f"{device} has not joined yet: its claim waits to be used on the device, with `regrow join`")
     if state not in MEMBERS:
@@ -186,6 +200,9 @@ def gateway_checks(runs: Path, url: str) -> list[Check]:
 
 
 def fleet_checks(fleet: Path) -> list[Check]:
-    """The dates of a fleet's certificates. fleet: its folder."""
+    """The dates of a fleet's certificates, and whether its devices believe it. fleet: its folder."""
+    from broker_server import doctor as gateway
+
     renewal = "renew it on the gateway: docs/fleet.md"
-    return [certificate_check(name, fleet / file, renewal) for name, file in (("tls.authority", "ca.crt"), ("tls.broker", "broker.crt"))]
+    dates = [certificate_check(name, fleet / file, renewal) for name, file in (("tls.authority", "ca.crt"), ("tls.broker", "broker.crt"))]
+    return [*dates, Check(("gateway.devices",), lambda tell: tell(gateway.devices(fleet)))]

@@ -21,6 +21,14 @@ from edge_agent.identity_folder import adopt, new_claim
 from regrow.errors import UsageError
 
 COLUMNS = ("device", "state", "doing", "heard of", "certificate until", "board")
+SHOWN = {
+    "board": "board",
+    "added_s": "added",
+    "claim_until_s": "claim until",
+    "doing": "doing",
+    "heard_s": "heard of",
+    "shall_replace": "shall replace certificate",
+}
 
 
 def fleet_folder(options: argparse.Namespace) -> Path:
@@ -61,7 +69,7 @@ def add(options: argparse.Namespace) -> int:
     path = members.write_claim(registry, options.name, options.out, days=options.days, board=options.board)
     until = day(registry.device(options.name).claim.expires_s)  # type: ignore[union-attr]  # it has just been made
     print(f"{path}: for {options.name} alone, once, until {until}; on the device: regrow join {path.name} --identity DIR")
-    if before is not None and before.claim is not None and before.claim.key is None and before.claim.expires_s >= now_s():
+    if before is not None and before.claim is not None and before.may_join:
         old = f"the claim made before, until {day(before.claim.expires_s)}, no longer works"
         print(f"{old}: use this file in its place, also on a card or in an image that was written with the old one")
     return 0
@@ -94,23 +102,36 @@ def list_devices(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({name: _facts(device, seen.get(name, {})) for name, device in devices.items()}, indent=2))
         return 0
-    rows = [COLUMNS, *(_row(name, device, seen.get(name, {})) for name, device in devices.items())]
+    deaf = coordinator_key.missed(registry.fleet(), devices)
+    rows = [COLUMNS, *(_row(name, device, seen.get(name, {}), deaf=name in deaf) for name, device in devices.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     for row in rows if devices else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not devices:
         print("no devices yet: regrow fleet add NAME")
     tell_of_missed(registry.fleet(), devices)
+    tell_of_expired(devices)
     return 0
 
 
 def tell_of_missed(fleet: Fleet, devices: Mapping[str, Device]) -> None:
     """Say who of these does not know the key that the coordinator seals with, and what helps."""
     for name in coordinator_key.missed(fleet, devices):
-        if devices[name].state == "claimed":
-            print(f"the claim of {name} is from before the change of the coordinator's key: `regrow fleet add {name}` makes another")
-        else:
-            print(f"{name} missed the change of the coordinator's key and hears nothing any more: {new_claim(name)}")
+        print(missed_in_words(name, devices[name]))
+
+
+def missed_in_words(name: str, device: Device) -> str:
+    """Why a device that missed the change of the coordinator's key hears nothing, and what helps."""
+    if device.state == "claimed":
+        return f"the claim of {name} is from before the change of the coordinator's key: `regrow fleet add {name}` makes another"
+    return f"{name} missed the change of the coordinator's key and hears nothing any more: {new_claim(name)}"
+
+
+def tell_of_expired(devices: Mapping[str, Device]) -> None:
+    """Say whose claim can no longer be used, and what helps."""
+    for name, device in devices.items():
+        if device.state == "claimed" and not device.may_join:
+            print(f"the claim of {name} has expired: `regrow fleet add {name}` makes another")
 
 
 def show(options: argparse.Namespace) -> int:
@@ -120,15 +141,23 @@ def show(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"device": options.name, **facts}, indent=2))
         return 0
-    print(f"{options.name}: {facts['state']}")
-    tell_of_missed(registry.fleet(), {options.name: registry.device(options.name)})
-    for name, value in facts.items():
-        if name == "certificates":
-            for number, certified in enumerate(value, 1):
-                print(f"  certificate {number}: {certified['serial']}, {_state_of(certified)}")
-        elif value not in (None, "", [], "claimed") and name != "state":
-            print(f"  {name}: {day(value) if name.endswith('_s') else value}")
+    only = {options.name: registry.device(options.name)}
+    print(f"{options.name}: {_state_in_words(only[options.name])}")
+    tell_of_missed(registry.fleet(), only)
+    tell_of_expired(only)
+    for name, said in SHOWN.items():
+        if facts[name] not in (None, ""):
+            print(f"  {said}: {day(facts[name]) if name.endswith('_s') else facts[name]}")
+    for key in facts["signing_keys"]:
+        print(f"  signing key: {key}")
+    for number, certified in enumerate(facts["certificates"], 1):
+        print(f"  certificate {number}: {certified['serial']}, {_state_of(certified)}")
     return 0
+
+
+def _state_in_words(device: Device) -> str:
+    """Its state, in words."""
+    return "claim expired" if device.state == "claimed" and not device.may_join else device.state
 
 
 def _facts(device: Device, seen: dict[str, Any]) -> dict[str, Any]:
@@ -157,11 +186,12 @@ def _state_of(certified: dict[str, Any]) -> str:
     return f"{'in use' if certified['used'] else 'not yet used'}, until {day(certified['not_after_s'])}"
 
 
-def _row(name: str, device: Device, seen: dict[str, Any]) -> tuple[str, ...]:
+def _row(name: str, device: Device, seen: dict[str, Any], *, deaf: bool) -> tuple[str, ...]:
     good = device.good
     heard = _ago(now_s() - seen["seen_s"]) if "seen_s" in seen else "-"
     claimed = f"claim until {day(device.claim.expires_s)}" if device.state == "claimed" and device.claim is not None else "-"
-    return name, device.state, _doing(device, seen) or "-", heard, day(good[-1].not_after_s) if good else claimed, device.board or "-"
+    doing = "hears nothing" if deaf and device.state != "claimed" else _doing(device, seen) or "-"
+    return name, _state_in_words(device), doing, heard, day(good[-1].not_after_s) if good else claimed, device.board or "-"
 
 
 def _doing(device: Device, seen: dict[str, Any]) -> str | None:

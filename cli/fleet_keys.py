@@ -41,8 +41,10 @@ def _coordinator(options: argparse.Namespace) -> int:
     devices = registry.devices()
     waits = coordinator_key.awaited(fleet, devices)
     in_fleet = [name for name, device in devices.items() if device.state in MEMBERS]
-    know = len([name for name in in_fleet if name not in waits])
-    lacking = f"; not yet: {', '.join(waits)}" if waits else ""
+    late, claims = [name for name in in_fleet if name in waits], [name for name in waits if name not in in_fleet]
+    lacking = f"; not yet: {', '.join(late)}" if late else ""
+    lacking += f"; claims made before it, not used yet: {', '.join(claims)}" if claims else ""
     until = "" if fleet.key_change_until_s is None else f", at the latest on {day(fleet.key_change_until_s)}"
-    print(f"{know} of {len(in_fleet)} devices know the new key{lacking}; the old one goes when all know it{until} (--finish: now)")
+    know = f"{len(in_fleet) - len(late)} of {len(in_fleet)} devices know the new key"
+    print(f"{know}{lacking}; the old one goes when all know it{until} (--finish: now)")
     return 0

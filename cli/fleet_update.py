@@ -80,7 +80,7 @@ def _status(releases: Releases, *, as_json: bool) -> int:
                 here[0],
                 here[1] or device.board,
                 here[2],
-                _said(report, manifest.number, device, heard=heard),
+                _said(name, report, manifest.number, device, heard=heard),
             )
         )
         silent |= report is None and heard and device.state in MEMBERS
@@ -99,9 +99,10 @@ def _status(releases: Releases, *, as_json: bool) -> int:
     return 0
 
 
-def _said(report: wire.ReleaseReport | None, number: int, device: Device, *, heard: bool) -> str:
+def _said(name: str, report: wire.ReleaseReport | None, number: int, device: Device, *, heard: bool) -> str:
     if report is None and device.state not in MEMBERS:
-        return "has not joined yet" if device.state == "claimed" else device.state
+        expired = f"claim expired: regrow fleet add {name}"
+        return device.state if device.state != "claimed" else "has not joined yet" if device.may_join else expired
     if report is None:
         return NO_UPDATES if heard else "never heard of"
     return in_words(report) if report.number == number else f"release {report.number}: {in_words(report)}"

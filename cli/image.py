@@ -7,7 +7,7 @@ import getpass
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def pi(options: argparse.Namespace) -> int:
     image = _image(options, host)
     left = ""
     with _whole(options.out) as out:
-        _payload(options, image, out / "regrow", boards.BOARDS)
+        _payload(options, image, out / "regrow")
         if host.system.form == "cloud-init":
             images.write_cloud_init(host, image.claim, out)
         else:
@@ -43,7 +43,7 @@ def gateway(options: argparse.Namespace) -> int:
     host = _host(options, options.name)
     if host.system.form != "cloud-init":
         raise UsageError(f"--os {host.system.name}: a gateway needs one that reads cloud-init, such as pi-os-trixie")
-    boards.lock_of(host.system.python, boards.BOARDS, "gateway")  # before anything is written
+    boards.lock_of(host.system.python, options.architecture, "gateway")  # before anything is written
     point = None
     if options.access_point is not None:
         point = images.wifi_of(options.access_point, _passphrase(options.wifi_passphrase), options.country)
@@ -51,7 +51,7 @@ def gateway(options: argparse.Namespace) -> int:
     with _whole(options.out) as out:
         instance = write_gateway(image, out / "regrow", options.debs)
         print("collecting the wheels", flush=True)
-        images.collect_wheels(host.system, out / "regrow" / "wheels", options.wheels, options.wheel, boards.BOARDS, "gateway")
+        images.collect_wheels(host.system, out / "regrow" / "wheels", options.wheels, options.wheel, options.architecture, "gateway")
         images.write_cloud_init(host, instance, out)
     print(f"{options.out}: the boot partition of the gateway {host.name}, for {host.system.title}; {_size(options.out)}")
     if options.debs is None:
@@ -67,7 +67,7 @@ def generic(options: argparse.Namespace) -> int:
     image = _image(options, images.Host(system, options.device))
     path = options.out / f"install-{options.device}.sh"
     with _whole(options.out) as out:
-        _payload(options, image, out / "regrow", options.architecture)
+        _payload(options, image, out / "regrow")
         images.write_script(out / "regrow", out / path.name)
     print(f"{path}: copy it to {options.device} over a channel that you trust and run it there as root; {_size(path)}")
     return 0
@@ -152,11 +152,11 @@ def _image(options: argparse.Namespace, host: images.Host) -> images.Image:
     return images.Image(host, claim.read_bytes(), where, options.agent_options)
 
 
-def _payload(options: argparse.Namespace, image: images.Image, folder: Path, architecture: str) -> None:
+def _payload(options: argparse.Namespace, image: images.Image, folder: Path) -> None:
     data = Path(options.data)
     images.write_payload(image, folder, data if data.is_file() else None)
     print("collecting the wheels", flush=True)
-    images.collect_wheels(image.host.system, folder / "wheels", options.wheels, options.wheel, architecture)
+    images.collect_wheels(image.host.system, folder / "wheels", options.wheels, options.wheel, options.architecture)
 
 
 @contextmanager
@@ -169,13 +169,16 @@ def _whole(out: Path, *, any_folder: bool = False) -> Iterator[Path]:
     stage = out / STAGE
     made = next((folder for folder in reversed((out, *out.parents)) if not folder.exists()), stage)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True, mode=0o777 if any_folder else 0o700)
         _rid(stage)  # of a command that was killed
         boot = any((out / name).exists() for name in BOOT_FILES)
         if any(out.iterdir()) and not (boot or any_folder):
             raise UsageError(f"--out {out}: neither empty nor a boot partition; name a new folder")
-        stage.mkdir()
+        stage.mkdir(mode=0o777 if any_folder else 0o700)
         yield stage
+        if not (boot or any_folder):
+            with suppress(PermissionError):  # of a file system without owners
+                out.chmod(0o700)  # an empty folder that was there
         for entry in sorted(stage.iterdir()):
             _rid(out / entry.name)
             entry.replace(out / entry.name)
@@ -199,7 +202,8 @@ def _passphrase(path: Path | None) -> str:
         if not sys.stdin.isatty():
             raise UsageError("--wifi-passphrase FILE: the Wi-Fi passphrase cannot be asked for here")
         return getpass.getpass("Wi-Fi passphrase: ")
-    return (sys.stdin.read() if str(path) == "-" else path.read_text()).strip("\r\n")
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    return data.decode(errors="replace").strip("\r\n")  # what is not UTF-8 is refused with all else that is not ASCII
 
 
 def _size(path: Path) -> str:

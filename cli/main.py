@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 OURS = ("regrow", "edge_agent", "broker_server", "export", "testbed", "cli")
+EXTRAS = {"cryptography": "fleet", "torch": "torch", "onnxscript": "torch", "ray": "ray"}
+"""Which extra of pyproject.toml brings a package that only some commands need; the others are the gateway's, [server]."""
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 """Exit status of every command: 0 done; 1 something failed at work, and one line says what; 2 what was asked for is wrong: an option, an
 argument, a configuration file (UsageError, or argparse); 130 after Ctrl-C, however orderly the end."""
@@ -136,7 +138,8 @@ def _told(error: Exception) -> int | None:
     if isinstance(error, RegrowError):
         said = str(error)
     elif isinstance(error, ModuleNotFoundError) and error.name is not None and error.name.split(".")[0] not in OURS:
-        said = f"this command needs {error.name}: pip install 'regrow[server]' on the gateway"
+        package = error.name.split(".")[0]
+        said = f"this command needs {package}: pip install 'regrow[{EXTRAS.get(package, 'server')}]'"
     elif isinstance(error, OSError):
         logging.getLogger(__name__).debug("%r", error, exc_info=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -258,7 +258,8 @@ class Agent:
             self._timer_s = float("inf")
             self._step(Woken())
         connected, phase, alive = self._link.connected, self.device.phase, self._worker.alive
-        self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive)
+        deaf = self._sealing is not None and self._sealing.deaf
+        self._vitals.turn(time.monotonic(), connected=connected, phase=phase, alive=alive, deaf=deaf)
 
     def _tend_seal(self) -> None:
         if self._sealing is not None:

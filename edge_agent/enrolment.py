@@ -29,8 +29,11 @@ ANSWER_BYTES = 64 * 1024
 TIMEOUT_S = 20.0
 
 
-def enrol(folder: Path) -> Identity:
+def enrol(folder: Path, timeout_s: float = TIMEOUT_S) -> Identity:
     """Ask once for the certificate that the folder's claim is for.
+
+    Args:
+        timeout_s: how long the gateway may stay silent.
 
     Raises:
         LocalError: there is no claim, or the gateway refuses it: a person must do something.
@@ -41,7 +44,7 @@ def enrol(folder: Path) -> Identity:
         raise LocalError(f"{folder} has no claim to join a fleet with")
     asked = identity.request(folder)
     fields = {name: base64.b64encode(value).decode() for name, value in _parts(asked).items()}
-    status, said = _post(about, {"device": about.device, "token": about.claim.token, **fields})
+    status, said = _post(about, {"device": about.device, "token": about.claim.token, **fields}, timeout_s)
     if status == 403:
         why = "the claim has expired, was used by another device, or is not of this fleet; `regrow fleet add` makes another"
         raise LocalError(f"the gateway refuses {about.device}: {str(said.get('error', ''))[:200]}; {why}")
@@ -90,10 +93,10 @@ def _parts(asked: identity.Request) -> dict[str, bytes]:
     return {"csr": asked.csr, "signing_key": asked.signing_key, "proof": asked.proof}
 
 
-def _post(about: About, fields: dict[str, str]) -> tuple[int, dict[str, object]]:
+def _post(about: About, fields: dict[str, str], timeout_s: float) -> tuple[int, dict[str, object]]:
     where = urlsplit(about.enrol)
     context = identity.fleet_context(about.authority, believed_time(about))
-    link = http.client.HTTPSConnection(where.hostname or "", where.port, timeout=TIMEOUT_S, context=context)
+    link = http.client.HTTPSConnection(where.hostname or "", where.port, timeout=timeout_s, context=context)
     try:
         link.request("POST", PATH, json.dumps(fields), {"Content-Type": "application/json"})
         answer = link.getresponse()

@@ -50,13 +50,17 @@ class Request:
     proof: bytes
 
 
+class DatesError(ssl.SSLError):
+    """The server's certificate is not valid now."""
+
+
 class DatedContext(ssl.SSLContext):
     """A TLS client that trusts one fleet's CA only, and holds the server's dates against `now` (unix seconds) instead of the clock."""
 
     now: Callable[[], float]
 
     def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
-        """Raises ssl.SSLError, too, when the server's certificate is not valid now."""
+        """Raises DatesError, too."""
         sock = super().wrap_socket(*arguments, **options)
         dates = sock.getpeercert() or {}
         try:
@@ -66,7 +70,8 @@ class DatedContext(ssl.SSLContext):
         now_s = self.now()
         if not starts_s <= now_s <= ends_s:
             sock.close()
-            raise ssl.SSLError(f"the server's certificate is valid from {starts_s} to {ends_s} (unix time), and it is {now_s:.0f}")
+            starts, ends, now = (time.strftime("%Y-%m-%d", time.gmtime(moment_s)) for moment_s in (starts_s, ends_s, now_s))
+            raise DatesError(ssl.SSL_ERROR_SSL, f"the server's certificate is valid from {starts} to {ends}, and it is {now}")
         return sock
 
 

@@ -7,6 +7,7 @@ files then take the places of the old ones. Whoever opens the folder finishes th
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -70,13 +71,28 @@ def adopt(folder: Path, claim_file: Path) -> About:
     Raises:
         LocalError: it is no claim, or the folder cannot be written.
     """
-    about = _about(claim_file)
-    if about.claim is None:
-        raise UsageError(f"{claim_file}: no claim in it; make one on the gateway with `regrow fleet add NAME`")
+    about = claim_in(claim_file)
     with opened(folder):
         shutil.rmtree(folder / "pending", ignore_errors=True)
         write(folder / "device.json", claim_file.read_bytes())
     return about
+
+
+def claim_in(file: Path) -> About:
+    """What the claim file says. Raises LocalError: it is no claim."""
+    about = _about(file, "copy it from the gateway again, or make another there: `regrow fleet add NAME`")
+    if about.claim is None:
+        raise UsageError(f"{file}: no claim in it; make one on the gateway with `regrow fleet add NAME`")
+    return about
+
+
+def has_used(folder: Path, claim: Claim) -> bool:
+    """Whether the certificate in the folder is what this very claim was turned into."""
+    if not has_certificate(folder):
+        return False
+    settle(folder)
+    read_about(folder)
+    return bool(json.loads((folder / "device.json").read_text()).get("claimed") == _digest(claim))
 
 
 def settle(folder: Path) -> None:
@@ -87,7 +103,7 @@ def settle(folder: Path) -> None:
 
 def read_about(folder: Path) -> About:
     """What device.json says. Raises LocalError: there is none, or it does not check out."""
-    return _about(folder / "device.json")
+    return _about(folder / "device.json", f"put a copy of it back, or {CURE}")
 
 
 def believe(folder: Path, keys: Sequence[bytes], number: int) -> About:
@@ -123,7 +139,7 @@ def is_news(claim_file: Path, folder: Path) -> bool:
     known = (folder / "device.json").exists()
     if known and not claim_file.exists():
         return False
-    return not known or _about(claim_file).since_s > read_about(folder).since_s
+    return not known or claim_in(claim_file).since_s > read_about(folder).since_s
 
 
 def is_wiping(folder: Path) -> bool:
@@ -232,6 +248,7 @@ def finish_change(folder: Path) -> None:
     claim = said.pop("claim", None)
     if claim is not None:
         write(folder / AUTHORITY, claim["ca"].encode())
+        said["claimed"] = _digest(Claim(claim["token"], claim["expires_s"]))
         write(folder / "device.json", json.dumps(said, indent=2).encode() + b"\n")
     shutil.rmtree(ready)
     sync_folder(folder)
@@ -256,7 +273,11 @@ def write(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def _about(path: Path) -> About:
+def _digest(claim: Claim) -> str:
+    return hashlib.sha256(claim.token.encode()).hexdigest()
+
+
+def _about(path: Path, cure: str) -> About:
     wrong = f"{path}: not a device's identity or claim"
     try:
         said = json.loads(path.read_text())
@@ -273,14 +294,14 @@ def _about(path: Path) -> About:
             keys_number=_whole(said, "keys_number") if "keys_number" in said else 0,
         )
     except OSError as error:
-        raise LocalError(f"{error.filename or path}: {error.strerror}; {CURE}") from error
+        raise LocalError(f"{error.filename or path}: {error.strerror}; {cure}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else "it is not JSON of that form"  # its content may be secret
-        raise LocalError(f"{wrong}, {what}; {CURE}") from error
+        raise LocalError(f"{wrong}, {what}; {cure}") from error
     if not parse_broker_url(about.broker, of_device=True).tls or not about.enrol.startswith("https://"):
-        raise LocalError(f"{wrong}: a fleet is reached by mqtts:// and https:// only; {CURE}")
+        raise LocalError(f"{wrong}: a fleet is reached by mqtts:// and https:// only; {cure}")
     if not about.coordinator_keys or any(len(key) != 32 for key in about.coordinator_keys):
-        raise LocalError(f"{wrong}: coordinator_keys are Ed25519 keys of 32 bytes each; {CURE}")
+        raise LocalError(f"{wrong}: coordinator_keys are Ed25519 keys of 32 bytes each; {cure}")
     return about
 
 

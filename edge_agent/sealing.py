@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 
 from edge_agent.identity_folder import new_claim
-from edge_agent.state import StateFolder
+from edge_agent.state import StateFolder, content_of
 from regrow import seal, topics, wire
 from regrow.errors import LocalError, PeerError
 from regrow.fleet_time import FleetTime
@@ -52,8 +52,24 @@ class _Heard(msgspec.Struct, frozen=True):
     stamps: dict[str, int]
 
 
+def known_s(folder: Path, since_s: float = 0.0) -> float:
+    """The fleet's time as the agent of this identity knows it before it hears anything, unix seconds; 0: it cannot be read.
+
+    Args:
+        since_s: it is at least this late, unix seconds.
+    """
+    try:
+        saved = msgspec.json.decode(content_of((folder / FOLDER / HEARD).read_bytes()) or b"", type=_Heard).time_ms / 1000
+    except (OSError, msgspec.DecodeError, ValueError):
+        saved = 0.0
+    return max(saved, since_s)
+
+
 class Sealing:
     """One agent's, from its start to its end.
+
+    Attributes:
+        deaf: the coordinator's word on its keys is sealed by one that this device does not know, so nothing is heard.
 
     Args:
         identity: who it is; whoever changes its keys puts the new one in place with `identity = ...`.
@@ -72,7 +88,7 @@ class Sealing:
         self._saved_ms, self._save_s = known.time_ms, now + SAVE_S
         self.time = FleetTime(max(known.time_ms, since_ms), now)
         self._guard = FromCoordinator(identity.device, lambda: self.identity.coordinator_keys, verify, self.time, known.stamps)
-        self._again = False
+        self._again = self.deaf = False
         self._begin(now)
 
     def _load(self) -> _Heard:
@@ -103,7 +119,10 @@ class Sealing:
         """The same event, its message bare; None: nobody must hear it."""
         if not isinstance(event, Received):
             return event
+        refused = self._guard.refusals.times(seal.UNKNOWN_KEY)
         heard = self._guard.open(event, now)
+        if event.topic == topics.coordinator_keys(self.identity.device) and event.payload:
+            self.deaf = self._guard.refusals.times(seal.UNKNOWN_KEY) > refused
         if heard is None or heard.topic != topics.older(self.identity.device):
             return heard
         try:

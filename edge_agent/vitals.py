@@ -12,6 +12,7 @@ which would wear the card:
     connected_s  when there was last a connection to the broker that had let us in; null: not since the start
     round_s      when the coordinator last accepted an update; null: not since the start
     phase        of the device (docs/architecture.md), or "stuck"
+    deaf         what the coordinator says is sealed by a key that this device does not know
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Vitals:
         self.work = Progress("training", patience)
         self._watchdog = watchdog or Watchdog()
         self._file = state / HEALTH
-        self._fields: dict[str, str | float | None] = {"version": version, "boot": boot_id(), "started_s": time.monotonic()}
-        self._fields |= {"connected_s": None, "round_s": None}
+        self._fields: dict[str, str | float | bool | None] = {"version": version, "boot": boot_id(), "started_s": time.monotonic()}
+        self._fields |= {"connected_s": None, "round_s": None, "deaf": False}
         self._write_s = float("-inf")
         self._jobless_s: float | None = None
 
@@ -63,8 +64,10 @@ class Vitals:
         """The loop has ended."""
         self._watchdog.stopping()
 
-    def turn(self, now: float, *, connected: bool, phase: Phase, alive: bool) -> None:
-        """The loop has turned. alive: the training thread runs."""
+    def turn(self, now: float, *, connected: bool, phase: Phase, alive: bool, deaf: bool = False) -> None:
+        """The loop has turned. alive: the training thread runs; deaf: as in health.json."""
+        if deaf != self._fields["deaf"]:
+            self._fields["deaf"], self._write_s = deaf, float("-inf")
         if connected:
             self._first("connected_s")
             self._fields["connected_s"] = now

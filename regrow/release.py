@@ -171,7 +171,7 @@ def fitting(wheels: Sequence[Wheel], python: str, machine: str, glibc: tuple[int
     """
     found: dict[str, list[Wheel]] = defaultdict(list)
     for wheel in wheels:
-        if _fits(wheel.name, int(python.split(".")[1]), machine, glibc):
+        if wheel_fits(wheel.name, python, machine, glibc):
             found[wheel.distribution].append(wheel)
     for distribution, several in found.items():
         if len(several) > 1:
@@ -192,7 +192,11 @@ def targets_of(wheels: Sequence[Wheel]) -> list[tuple[str, str]]:
     ]
 
 
-def _fits(name: str, minor: int, machine: str, glibc: tuple[int, int]) -> bool:
+def wheel_fits(name: str, python: str, machine: str, glibc: tuple[int, int]) -> bool:
+    """Whether Python `python` ("3.11") on this machine installs the wheel of this name; nobody does what is no wheel's name."""
+    if not re.match(_WHEEL, name):
+        return False
+    minor = int(python.split(".")[1])
     pythons, abis, platforms = name.removesuffix(".whl").split("-")[-3:]
     right_platform = any(_platform_fits(platform, machine, glibc) for platform in platforms.split("."))
     return right_platform and any(_python_fits(python, abi, minor) for python in pythons.split(".") for abi in abis.split("."))

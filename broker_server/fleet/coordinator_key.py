@@ -137,5 +137,4 @@ def missed(fleet: Fleet, devices: Mapping[str, Device]) -> list[str]:
 
 
 def _counts(device: Device) -> bool:
-    waits = device.claim is not None and device.claim.key is None and device.claim.expires_s >= now_s()
-    return device.state in MEMBERS or (device.state == "claimed" and waits)
+    return device.state in MEMBERS or (device.state == "claimed" and device.may_join)

@@ -99,7 +99,7 @@ class Gatekeeper:
             self._enrolment.open()
         except LocalError as error:
             self._open_s = now + DATES_S
-            return [str(error)]
+            return [f"{error}; tried again every {DATES_S:.0f} s"]
         return [f"enrolment is open on {self._enrolment.host}:{self._enrolment.port}"]
 
 

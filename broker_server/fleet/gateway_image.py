@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker_server.fleet.boards import deploy_folder
-from broker_server.fleet.images import Host, Wifi, keyfile_ssid, shell_settings
+from broker_server.fleet.images import Host, Wifi, keyfile_ssid, shell_settings, write_secret
 from regrow.errors import UsageError
 from regrow.topics import check_name
 
@@ -100,11 +100,12 @@ def write_gateway(image: GatewayImage, folder: Path, debs: Path | None = None) -
 
 def _write_access_point(wifi: Wifi, name: str, folder: Path) -> None:
     """NetworkManager opens the network; with "shared" it also runs a dnsmasq, which serves addresses and names."""
-    (folder / "access-point.nmconnection").write_text(
+    connection = (
         "[connection]\nid=regrow-access-point\ntype=wifi\ninterface-name=wlan0\nautoconnect=true\n\n"
         f"[wifi]\nmode=ap\nband=bg\nssid={keyfile_ssid(wifi)}\n\n[wifi-security]\nkey-mgmt=wpa-psk\nproto=rsn\npsk={wifi.key}\n\n"
         f"[ipv4]\nmethod=shared\naddress1={ADDRESS}/24\n\n[ipv6]\nmethod=disabled\n"
     )
+    write_secret(folder / "access-point.nmconnection", connection.encode())
     # local: nobody else is asked, for its IPv6 address too, which would take a device without the internet 15 s each time.
     (folder / "dnsmasq.conf").write_text(
         f"local=/internal/\nhost-record={name}.internal,{ADDRESS}\ndhcp-option=option:ntp-server,{ADDRESS}\n"

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -27,6 +28,7 @@ from typing import Any
 from broker_server.fleet.boards import Role, System, deploy_folder, download, own_wheel
 from regrow.broker_url import parse_broker_url
 from regrow.errors import UsageError
+from regrow.release import PYTHONS, wheel_fits
 from regrow.topics import check_name
 
 FIRST_RUN = "systemd.run={boot}/firstrun.sh systemd.run_success_action=reboot systemd.unit=kernel-command-line.target"
@@ -42,6 +44,7 @@ _SSH_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-\S+|ssh-rsa|sk-\S+) [A-Za-z0-9+/
 _TIMEZONE = re.compile(r"[A-Za-z0-9_+/-]+\Z")
 _PLAIN = re.compile(r"[^\s\"'\\$`]+\Z")
 _WPA_ITERATIONS = 4096  # IEEE 802.11i
+_GLIBC = (2, 35)  # of the oldest system in the matrix
 # cloud-init counts a runcmd as done when it begins. Where it failed, or the power did, the next boot runs it again.
 _UNTIL_INSTALLED = "cd /var/lib/cloud/instance/sem; [ -e /etc/regrow/installed ] || rm -f config_runcmd config_scripts_user"
 
@@ -79,6 +82,8 @@ class Host:
 
     def __post_init__(self) -> None:
         check_name(self.name, "device")
+        if self.name.endswith("-"):
+            raise UsageError(f"{self.name!r} cannot be a host name, which ends with a letter or a digit; choose another name")
         if not _USER.match(self.user) or self.user in ("root", "regrow"):
             raise UsageError(f"--user {self.user!r}: lower-case letters, digits, '_' and '-', and neither root nor regrow")
         if self.timezone and not _TIMEZONE.match(self.timezone):
@@ -168,10 +173,7 @@ def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     if wheels is not None:
-        found = sorted(wheels.glob("*.whl"))
-        if not found:
-            raise UsageError(f"--wheels {wheels}: there are no wheels in it; `regrow image wheels` fills such a folder")
-        for path in found:
+        for path in _fitting(wheels, system.python, architecture, role):
             shutil.copyfile(path, folder / path.name)
     else:
         download(system.python, folder, architecture, role)
@@ -181,11 +183,35 @@ def collect_wheels(system: System, folder: Path, wheels: Path | None, wheel: Pat
         own_wheel(folder)
     for needed in NEEDED[role]:
         if not list(folder.glob(f"{needed}-*.whl")):
-            raise UsageError(f"the wheelhouse has no wheel of {needed}: `regrow image wheels --role {role}` fills one")
-    tag = f"-cp{system.python.replace('.', '')}-"
-    if system.python and not list(folder.glob(f"numpy-*{tag}*.whl")):
-        cure = f"`regrow image wheels --python {system.python} --role {role}` fills one"
-        raise UsageError(f"the wheelhouse is not for Python {system.python}, which {system.title} has: {cure}")
+            raise UsageError(f"the wheelhouse has no wheel of {needed}: {_wheels_command(system.python, architecture, role)} fills one")
+
+
+def _fitting(folder: Path, python: str, architecture: str, role: Role) -> list[Path]:
+    """The folder's wheels that install there. python: "" for any.
+
+    Raises:
+        UsageError: there are none, or of something there is only one for another Python or processor.
+    """
+    found = sorted(folder.glob("*.whl"))
+    if not found:
+        raise UsageError(f"--wheels {folder}: there are no wheels in it; {_wheels_command(python, architecture, role)} fills such a folder")
+    pythons = [python] if python else PYTHONS
+    fitting = [path for path in found if any(wheel_fits(path.name, one, architecture, _GLIBC) for one in pythons)]
+    there = {_distribution(path) for path in fitting}
+    misfit = next((path for path in found if _distribution(path) not in there), None)
+    if misfit is not None:
+        wanted = f"Python {python} on {architecture}" if python else architecture
+        cure = f"{_wheels_command(python, architecture, role)} makes the right folder"
+        raise UsageError(f"--wheels {folder}: {misfit.name} is not for {wanted}; {cure}")
+    return fitting
+
+
+def _distribution(wheel: Path) -> str:
+    return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+
+
+def _wheels_command(python: str, architecture: str, role: Role) -> str:
+    return f"`regrow image wheels --python {python or 'X.Y'} --architecture {architecture} --role {role} --out DIR`"
 
 
 def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> None:
@@ -201,7 +227,7 @@ def write_payload(image: Image, folder: Path, data_file: Path | None = None) -> 
     }
     (folder / "device.env").write_text(shell_settings(settings))
     (folder / "agent.env").write_text(f"REGROW_DATA={image.data}\nREGROW_OPTIONS={' '.join(filter(None, (UPDATES, image.options)))}\n")
-    (folder / "claim.json").write_bytes(image.claim)
+    write_secret(folder / "claim.json", image.claim)
     claim = json.loads(image.claim)
     keys: list[str] = claim.get("release_keys", claim["coordinator_keys"])  # public ones: what signs the fleet's releases
     (folder / "update.json").write_text(json.dumps({"keys": keys}, indent=2) + "\n")
@@ -249,7 +275,7 @@ def write_cloud_init(host: Host, instance: bytes, out: Path) -> None:
     name = f"regrow-{host.name}-{hashlib.sha256(instance).hexdigest()[:8]}"
     (out / "user-data").write_text(f"#cloud-config\n{json.dumps(user_data, indent=2)}\n")
     (out / "meta-data").write_text(json.dumps({"instance-id": name, "local-hostname": host.name}, indent=2) + "\n")
-    (out / "network-config").write_text(json.dumps(_network(host.wifi), indent=2) + "\n")
+    write_secret(out / "network-config", json.dumps(_network(host.wifi), indent=2).encode() + b"\n")
 
 
 def shell_settings(settings: Mapping[str, str]) -> str:
@@ -275,22 +301,30 @@ def write_first_run(host: Host, out: Path, boot: Path) -> str:
     line = boot / "cmdline.txt"
     if not line.is_file():
         return f"append this to the one line of cmdline.txt on the boot partition: {words}"
-    before = line.read_text().strip()
-    if "systemd.run=" not in before:
-        (out / line.name).write_text(f"{before} {words}\n")
+    before = line.read_bytes().strip()
+    if b"systemd.run=" not in before:
+        (out / line.name).write_bytes(before + f" {words}\n".encode())
     return ""
 
 
 def write_wifi(wifi: Wifi, folder: Path) -> None:
     """Write a network for deploy/image/wifi.sh to take over: NetworkManager's form and netplan's."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "regrow-wifi.nmconnection").write_text(
+    connection = (
         f"[connection]\nid=regrow-wifi\ntype=wifi\nautoconnect=true\n\n[wifi]\nmode=infrastructure\nssid={keyfile_ssid(wifi)}\n\n"
         f"[wifi-security]\nkey-mgmt=wpa-psk\npsk={wifi.key}\n\n[ipv4]\nmethod=auto\n\n[ipv6]\nmethod=auto\n"
     )
+    write_secret(folder / "regrow-wifi.nmconnection", connection.encode())
     network = _network(wifi)
     del network["ethernets"]
-    (folder / "60-regrow-wifi.yaml").write_text(json.dumps({"network": network}, indent=2) + "\n")
+    write_secret(folder / "60-regrow-wifi.yaml", json.dumps({"network": network}, indent=2).encode() + b"\n")
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a file that only its owner may read, where the file system knows owners."""
+    path.unlink(missing_ok=True)  # of another mode
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
 
 
 def keyfile_ssid(wifi: Wifi) -> str:

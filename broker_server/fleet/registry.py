@@ -99,6 +99,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return [certified for certified in self.certificates if certified.revoked_s is None]
 
     @property
+    def may_join(self) -> bool:
+        """Whether a claim of it waits to be used."""
+        return self.claim is not None and self.claim.key is None and self.claim.expires_s >= now_s()
+
+    @property
     def signing_keys(self) -> tuple[bytes, ...]:
         """Ed25519 public keys that this device may sign with now, 32 bytes each; two while it changes its keys, none when it is out."""
         return tuple(bytes.fromhex(certified.signing_key) for certified in self.good) if self.state in MEMBERS else ()

@@ -103,6 +103,7 @@ def _host(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ssh-key", type=Path, metavar="FILE", help="public keys of those who may log in; without it nobody may")
     command.add_argument("--user", default="pi", metavar="NAME", help="whom they log in as")
     command.add_argument("--timezone", default="", metavar="ZONE", help="such as Europe/Berlin")
+    _architecture(command)
 
 
 def _architecture(command: argparse.ArgumentParser) -> None:

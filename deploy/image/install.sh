@@ -13,7 +13,7 @@ command -v python3 >/dev/null || fail "this system has no python3"
 [ "$(getconf LONG_BIT)" = 64 ] || fail "this is a 32-bit system; NumPy and onnxruntime need a 64-bit one, which every board since the Pi 3 runs"
 . "$here/device.env"
 version=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-[ -z "$REGROW_PYTHON" ] || [ "$version" = "$REGROW_PYTHON" ] || fail "the wheels here are for Python $REGROW_PYTHON, this system has $version: make the image with another --os"
+[ -z "$REGROW_PYTHON" ] || [ "$version" = "$REGROW_PYTHON" ] || fail "the wheels here are for Python $REGROW_PYTHON, this system has $version: make the image for that one, with --os (regrow image pi) or --python (regrow image generic)"
 
 # As in docs/updates.md: one environment of two, and links. What a power cut interrupted is made anew.
 if [ ! -e "$prefix/bin" ]; then

@@ -25,16 +25,19 @@ from edge_agent.doctor.host import host_checks
 from edge_agent.doctor.network import network_checks
 from edge_agent.doctor.rights import LISTEN_S, Rights
 from edge_agent.doctor.service import service_checks
-from edge_agent.identity import Identity
+from edge_agent.identity import Identity, verify
 from edge_agent.identity_folder import new_claim, state_in_use
 from edge_agent.memory import spare_bytes
+from edge_agent.sealing import known_s
 from edge_agent.state import MAGIC
 from edge_agent.transport import CLOSED, MqttLink
 from edge_agent.vitals import HEALTH, WRITE_S, boot_id
+from regrow import topics
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 from regrow.findings import Finding
-from regrow.machine import Connected, Disconnected, Received, Subscribe
+from regrow.machine import Connected, Disconnected, Event, Received, Subscribe
+from regrow.seal import UNKNOWN_KEY, SealError, open_seal
 
 UNIT = "regrow-agent"
 LOGIN_S = 12.0
@@ -90,15 +93,16 @@ def live_checks(subject: Subject, reference: Callable[[], float | None]) -> list
 
 def _common(subject: Subject, reference: Callable[[], float | None]) -> list[Check]:
     checks = [Check(("software",), lambda tell: tell(software(subject.version)))]
-    checks += host_checks(subject.state, subject.root, reference, subject.not_before_s)
+    fleet_s = 0.0 if subject.identity is None else known_s(subject.identity, subject.not_before_s)
+    checks += host_checks(subject.state, subject.root, reference, fleet_s)
     if subject.broker:
-        checks += network_checks(parse_broker_url(subject.broker, of_device=True), subject.tls)
+        checks += network_checks(parse_broker_url(subject.broker, of_device=True), subject.tls, fleet_s)
     if subject.identity is not None:
         folder = subject.identity
         renewal = f"the agent renews it in time; once it has ended: {new_claim(subject.device or 'NAME', folder)}"
         checks.append(Check(("tls.identity",), lambda tell: tell(identity(folder))))
-        checks.append(certificate_check("tls.own", subject.identity / "device.crt", renewal))
-        checks.append(certificate_check("tls.authority", subject.identity / "ca.crt", "the fleet needs another CA: docs/fleet.md"))
+        checks.append(certificate_check("tls.own", folder / "device.crt", renewal, fleet_s))
+        checks.append(certificate_check("tls.authority", folder / "ca.crt", "the fleet needs another CA: docs/fleet.md", fleet_s))
     checks.append(Check(("state.folder",), lambda tell: tell(state_folder(subject.state)), 10.0))
     checks.append(Check(("limits",), lambda tell: tell(limits_in(subject.state))))
     return [*checks, *service_checks(UNIT, subject.root)]
@@ -196,7 +200,7 @@ def broker(subject: Subject, tell: Tell) -> None:
     if held is None and subject.identity is not None:
         held = state_in_use(subject.identity)
     if held is not None:
-        _by_health(held, tell)
+        _by_health(held, subject, tell)
         return
     if subject.broken:
         for name in _BROKER:
@@ -212,7 +216,7 @@ def broker(subject: Subject, tell: Tell) -> None:
     try:
         refusal = _log_in(link, patient=subject.password is None)
         if refusal is None:
-            _try_rights(link, subject.device, tell)
+            _try_rights(link, subject, tell)
             return
     finally:
         link.close()
@@ -241,11 +245,12 @@ def _log_in(link: MqttLink, *, patient: bool) -> str | None:
     return said
 
 
-def _try_rights(link: MqttLink, device: str, tell: Tell) -> None:
+def _try_rights(link: MqttLink, subject: Subject, tell: Tell) -> None:
+    device, deaf = subject.device, False
     tell(Finding(_BROKER[0], "ok", f"the broker lets {device} in"))
     rights = Rights(device, secrets.token_bytes(16))
     leads: set[str] = set()
-    link.perform(Subscribe((CLAIMS,)))
+    link.perform(Subscribe((CLAIMS,) if subject.identity is None else (CLAIMS, topics.coordinator_keys(device))))
     for effect in rights.begin(time.monotonic()):
         link.perform(effect)  # type: ignore[arg-type]  # rights only say and listen
     until_s = time.monotonic() + LISTEN_S
@@ -253,19 +258,39 @@ def _try_rights(link: MqttLink, device: str, tell: Tell) -> None:
         for event in link.poll(0.2):
             if isinstance(event, Received) and event.topic.endswith("/claim") and event.payload:
                 leads.add(event.topic.split("/")[2])
+            deaf = deaf or _is_strange(subject, event)
             for effect in rights.step(event, time.monotonic()):
                 link.perform(effect)  # type: ignore[arg-type]
         for effect in rights.step(None, time.monotonic()):
             link.perform(effect)  # type: ignore[arg-type]
     tell(rights.finding())
-    if leads:
+    if deaf:
+        tell(_deaf(subject))
+    elif leads:
         tell(Finding(_BROKER[2], "ok", f"a gateway leads {', '.join(sorted(leads))}"))
     else:
         cure = "start `regrow serve`, or compare the broker's access rules with docs/deploy.md"
         tell(Finding(_BROKER[2], "warn", f"no gateway was heard in {LISTEN_S:g} s", cure))
 
 
-def _by_health(state: Path, tell: Tell) -> None:
+def _is_strange(subject: Subject, event: Event) -> bool:
+    """Whether this is the coordinator's word on its keys, sealed by one that the device does not know."""
+    keys_topic = topics.coordinator_keys(subject.device)
+    if subject.identity is None or not isinstance(event, Received) or event.topic != keys_topic or not event.payload:
+        return False
+    try:
+        open_seal(keys_topic, event.payload, Identity.look(subject.identity).coordinator_keys, verify)
+    except SealError as error:
+        return error.kind == UNKNOWN_KEY
+    return False
+
+
+def _deaf(subject: Subject) -> Finding:
+    said = "this device hears nothing that the gateway says: it does not know the key, and was off when the fleet changed it"
+    return Finding(_BROKER[2], "fail", said, new_claim(subject.device, subject.identity or "DIR"))
+
+
+def _by_health(state: Path, subject: Subject, tell: Tell) -> None:
     """What the running agent last wrote of itself."""
     fields: dict[str, object] = {}
     with suppress(OSError, ValueError):
@@ -282,4 +307,7 @@ def _by_health(state: Path, tell: Tell) -> None:
     else:
         tell(Finding(_BROKER[0], "fail", "the running agent has no connection", "look at the steps of network and tls, and at its log"))
     tell(Finding(_BROKER[1], "unknown", "not tried: it would end the running agent's connection", ask))
-    tell(Finding(_BROKER[2], "unknown", "not tried: it would end the running agent's connection", ask))
+    if fields.get("deaf") is True:
+        tell(_deaf(subject))
+    else:
+        tell(Finding(_BROKER[2], "unknown", "not tried: it would end the running agent's connection", ask))

@@ -29,12 +29,13 @@ HOT_C, TOO_HOT_C = 75.0, 85.0
 SLOW_WRITE_S = 2.0
 _TIME_ERROR = 5  # of adjtimex: the clock is not synchronised
 _SKEW_WARN_S, _SKEW_FAIL_S = 60.0, 86_400.0
+_OFF_S = 30 * 86_400.0  # a device that was off that long is nothing odd
 _CARD_TROUBLE = re.compile(r"mmcblk\d.*(error|timed? ?out)|I/O error|EXT4-fs error|remounting filesystem read-only", re.IGNORECASE)
 _SD_CURE = "copy the state folder away and replace the card"
 
 
 def host_checks(
-    folder: Path, root: Path = Path("/"), reference: Callable[[], float | None] | None = None, not_before_s: float = 0.0
+    folder: Path, root: Path = Path("/"), reference: Callable[[], float | None] | None = None, fleet_s: float = 0.0
 ) -> list[Check]:
     """Checks of this machine.
 
@@ -42,11 +43,11 @@ def host_checks(
         folder: where the state, or the runs, are kept.
         root: below which proc, sys, run and dev lie.
         reference: the gateway's time (unix seconds), None when it could not be asked; without it this is the gateway.
-        not_before_s: unix seconds that have certainly passed.
+        fleet_s: the fleet's time as this device knows it, unix seconds: it is later now; 0: there is none.
     """
     clock = [] if reference is None else [Check(("clock.difference",), lambda tell: tell(clock_difference(time.time, reference)))]
     return [
-        Check(("clock.year",), lambda tell: tell(clock_year(time.time(), not_before_s))),
+        Check(("clock.year",), lambda tell: tell(clock_year(time.time(), fleet_s))),
         Check(("clock.synchronised",), lambda tell: tell(clock_synchronised(root))),
         *clock,
         Check(("disk.free", "disk.write"), lambda tell: disk(folder, tell)),
@@ -61,14 +62,19 @@ def host_checks(
 # ---- clock -------------------------------------------------------------------------------------------------------------------------
 
 
-def clock_year(now_s: float, not_before_s: float = 0.0) -> Finding:
-    """Whether the clock can be right at all. now_s, not_before_s: unix seconds."""
-    said = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s))
-    if now_s >= not_before_s and EARLIEST_YEAR <= time.gmtime(now_s).tm_year <= LATEST_YEAR:
-        return Finding("clock.year", "ok", said)
+def clock_year(now_s: float, fleet_s: float = 0.0) -> Finding:
+    """Whether the clock can be right at all; an agent of a fleet goes by the fleet's time. now_s, fleet_s: unix seconds."""
+    said, ahead_s = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)), now_s - fleet_s
     cure = "without a battery the clock starts anywhere: let it reach a time server (timedatectl set-ntp true), or the gateway's chrony"
-    fleet = f", but this device was let into its fleet on {time.strftime('%Y-%m-%d', time.gmtime(not_before_s))}" if not_before_s else ""
-    return Finding("clock.year", "fail", f"the clock says {said}{fleet}", cure)
+    if not fleet_s:
+        right = EARLIEST_YEAR <= time.gmtime(now_s).tm_year <= LATEST_YEAR
+        return Finding("clock.year", "ok", said) if right else Finding("clock.year", "fail", f"the clock says {said}", cure)
+    if -_SKEW_WARN_S <= ahead_s <= _OFF_S:
+        return Finding("clock.year", "ok", said)
+    how_far = f"{abs(ahead_s) / 86_400:.1f} days {'ahead of' if ahead_s > 0 else 'behind'} the fleet's time"
+    known = f"as this device knows it ({time.strftime('%Y-%m-%d', time.gmtime(fleet_s))})"
+    off = "; right only if the device was off or alone all that time" if ahead_s > 0 else ""
+    return Finding("clock.year", "warn", f"the clock says {said}, {how_far} {known}{off}", cure)
 
 
 def clock_synchronised(root: Path) -> Finding:

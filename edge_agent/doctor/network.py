@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from edge_agent.doctor.certificates import dated
 from edge_agent.doctor.checks import Check, Tell
+from edge_agent.identity import DatesError
 from regrow.broker_url import BrokerAddress
 from regrow.findings import Finding
 
@@ -20,13 +21,13 @@ _NOT_YET, _EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_...
 Places = Sequence[tuple[int, tuple[str, int]]]
 
 
-def network_checks(address: BrokerAddress, tls: Callable[[], ssl.SSLContext] | None = None) -> list[Check]:
-    """The steps to a broker. tls: makes the context for mqtts://; None: with the system's authorities."""
+def network_checks(address: BrokerAddress, tls: Callable[[], ssl.SSLContext] | None = None, fleet_s: float = 0.0) -> list[Check]:
+    """The steps to a broker. tls: makes the context for mqtts://; None: with the system's authorities; fleet_s: as of `dated`."""
     names = _NAMES if address.tls else _NAMES[:3]
-    return [Check(names, lambda tell: walk(address, tls, tell), timeout_s=3 * STEP_S)]
+    return [Check(names, lambda tell: walk(address, tls, tell, fleet_s), timeout_s=3 * STEP_S)]
 
 
-def walk(address: BrokerAddress, tls: Callable[[], ssl.SSLContext] | None, tell: Tell) -> None:
+def walk(address: BrokerAddress, tls: Callable[[], ssl.SSLContext] | None, tell: Tell, fleet_s: float = 0.0) -> None:
     """Tell of every step; those behind one that fails are unknown."""
     places = _resolve(address, tell)
     _route(places, tell)
@@ -40,7 +41,7 @@ def walk(address: BrokerAddress, tls: Callable[[], ssl.SSLContext] | None, tell:
             tell(Finding(name, "unknown", "there is no connection to try it on"))
         return
     with sock:
-        _handshake(sock, address, (tls or ssl.create_default_context)(), tell)
+        _handshake(sock, address, (tls or ssl.create_default_context)(), tell, fleet_s)
 
 
 def _resolve(address: BrokerAddress, tell: Tell) -> Places:
@@ -107,7 +108,7 @@ def _connect(address: BrokerAddress, places: Places, tell: Tell) -> socket.socke
     return None
 
 
-def _handshake(sock: socket.socket, address: BrokerAddress, context: ssl.SSLContext, tell: Tell) -> None:
+def _handshake(sock: socket.socket, address: BrokerAddress, context: ssl.SSLContext, tell: Tell, fleet_s: float) -> None:
     handshake, certificate = _NAMES[3:]
     try:
         with context.wrap_socket(sock, server_hostname=address.host) as wrapped:
@@ -120,6 +121,10 @@ def _handshake(sock: socket.socket, address: BrokerAddress, context: ssl.SSLCont
         tell(Finding(handshake, "fail", said, cure))
         tell(Finding(certificate, "fail" if dates else "unknown", error.verify_message, cure if dates else ""))
         return
+    except DatesError as error:
+        for name in (handshake, certificate):
+            tell(Finding(name, "fail", str(error), "look at the clocks here and on the gateway, which renews its certificate in time"))
+        return
     except (OSError, ValueError) as error:
         tell(Finding(handshake, "fail", f"no TLS: {error}", "is this the port for mqtts://? does the broker ask for another certificate?"))
         tell(Finding(certificate, "unknown", "there was no handshake"))
@@ -129,4 +134,4 @@ def _handshake(sock: socket.socket, address: BrokerAddress, context: ssl.SSLCont
         tell(Finding(certificate, "unknown", "the broker showed no certificate that was checked"))
         return
     begins_s, ends_s = (float(ssl.cert_time_to_seconds(str(peer[key]))) for key in ("notBefore", "notAfter"))
-    tell(dated(certificate, begins_s, ends_s, time.time(), "the broker's certificate is renewed on the gateway"))
+    tell(dated(certificate, begins_s, ends_s, time.time(), "the broker's certificate is renewed on the gateway", fleet_s))

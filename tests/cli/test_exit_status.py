@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 
 from broker_server.runs import create_run, load_task
-from cli.main import FAILED, INTERRUPTED, MISUSED, main
+from cli.main import FAILED, INTERRUPTED, MISUSED, _told, main
 from export.models import digits_mlp
 from export.task import build_task, save_model
 from tests.docs.generate import commands
@@ -235,6 +237,23 @@ def test_what_fails_at_work_is_1(
 def test_every_command_is_tried() -> None:
     names = {name for name, parser in commands() if parser._subparsers is None}
     assert not {name for name in names if not any(f"regrow {line} ".startswith(f"{name} ") for line in MISUSES)}
+
+
+def test_a_package_that_is_missing_is_named_with_an_extra_that_brings_it(capsys: pytest.CaptureFixture[str]) -> None:
+    extras: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def packages(extra: str) -> set[str]:
+        found: set[str] = set()
+        for need in extras[extra]:
+            within = re.match(r"regrow\[(.*)\]", need)
+            found |= set().union(*map(packages, within[1].split(","))) if within else {re.split(r"[^A-Za-z0-9-]", need)[0]}
+        return found
+
+    for package in set().union(*map(packages, extras.keys() - {"dev"})):
+        assert _told(ModuleNotFoundError(name=f"{package.replace('-', '_')}.inner")) == FAILED
+        named = re.search(r"pip install 'regrow\[(.*)\]'\n", capsys.readouterr().err)
+        assert named is not None
+        assert package in packages(named[1])
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +17,12 @@ pytest.importorskip("cryptography")
 
 from broker_server.fleet import coordinator_key, members
 from broker_server.fleet.authority import Authority, check_request, verify
-from broker_server.fleet.registry import Registry
+from broker_server.fleet.registry import Claim, Registry
 from cli.main import main
 from edge_agent import identity
+from edge_agent.enrolment import TIMEOUT_S
 from edge_agent.identity import Identity
-from edge_agent.identity_folder import adopt, in_use
+from edge_agent.identity_folder import About, adopt, in_use
 from regrow.errors import LocalError, PeerError
 
 
@@ -121,6 +124,8 @@ def test_list_and_show_say_what_a_device_is_and_does(runs: list[str], tmp_path: 
     assert "a: revoked" in said
     assert re.search(r"certificate 1: [0-9a-f]+, revoked \d{4}-\d\d-\d\d \d\d:\d\d$", said, re.MULTILINE)
     assert "in use" not in said
+    assert re.search(r"^  added: \d{4}-\d\d-\d\d \d\d:\d\d$", said, re.MULTILINE)
+    assert not re.search(r"\[|_s:", said), "no list of Python, no name of a field"
 
 
 @pytest.mark.parametrize(("command", "state"), [("pause", "paused"), ("drain", "draining"), ("resume", "active")])
@@ -169,7 +174,7 @@ def test_join_asks_again_while_the_gateway_opens_its_door(
     main(["fleet", "add", "a", "--out", str(tmp_path), *runs])
     answers = iter([PeerError("the door cannot be reached"), PeerError("the door cannot be reached"), SimpleNamespace(device="a")])
 
-    def enrol(_: Path) -> object:
+    def enrol(_: Path, __: float) -> object:
         answer = next(answers)
         if isinstance(answer, PeerError):
             raise answer
@@ -181,6 +186,56 @@ def test_join_asks_again_while_the_gateway_opens_its_door(
     said = capsys.readouterr().out
     assert said.count("cannot join yet: the door cannot be reached; trying for 20 s") == 1
     assert "a is in fleet" in said
+
+
+def test_join_waits_no_longer_for_a_silent_gateway_than_it_was_told(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["fleet", "add", "a", "--out", str(tmp_path), *runs])
+    file = tmp_path / "a.claim.json"
+    monkeypatch.setattr("cli.join.LEAST_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        file.write_text(file.read_text().replace("192.0.2.1:8443", f"127.0.0.1:{silent.getsockname()[1]}"))
+        began_s = time.monotonic()
+        assert main(["join", str(file), "--identity", str(tmp_path / "id"), "--wait", "0.2"]) == 1
+        assert time.monotonic() - began_s < TIMEOUT_S / 2
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" to let a in"), "before it waits"
+
+
+def test_join_again_with_the_claim_that_let_the_device_in_is_well(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["fleet", "add", "a", "--out", str(tmp_path), *runs])
+    file, folder = tmp_path / "a.claim.json", tmp_path / "id"
+
+    def answered(about: About, fields: dict[str, str], _: float) -> tuple[int, dict[str, object]]:
+        csr, key, proof = (base64.b64decode(fields[name]) for name in ("csr", "signing_key", "proof"))
+        assert about.claim is not None
+        request = check_request(csr, key, proof, about.device)
+        try:
+            pem = members.enrol(registry(runs), Authority(registry(runs).folder), about.device, about.claim.token, request)
+        except PeerError as error:
+            return 403, {"error": str(error)}
+        return 200, {"certificate": pem}
+
+    monkeypatch.setattr("edge_agent.enrolment._post", answered)
+    join = ["join", str(file), "--identity", str(folder)]
+    assert main(join) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with in_use(folder):
+        assert main(join) == 0
+    assert "a is in fleet farm already" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == {**before, "running": b""}
+    members.revoke(registry(runs), "a")
+    assert main(["fleet", "add", "a", "--out", str(tmp_path), *runs]) == 0
+    assert main(join) == 0
+    assert "already" not in capsys.readouterr().out, "this claim is another one"
+    file.write_text("{")
+    assert main(join) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"regrow: {file}: not a device's identity or claim")
+    assert "copy it from the gateway again" in said
+    assert "revoke" not in said
 
 
 def test_an_agent_wants_an_identity_or_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,11 +347,11 @@ def test_the_coordinators_key_is_changed_by_a_command_that_says_how_far_it_is(
     said = capsys.readouterr().out
     assert "announces to the devices under the old one" in said
     assert "back up" in said
-    assert "0 of 2 devices know the new key; not yet: a, b, c" in said
+    assert "0 of 2 devices know the new key; not yet: a, b; claims made before it, not used yet: c;" in said
     first = registry(runs).fleet().key_change_until_s
     coordinator_key.heard(registry(runs), "a", 1)
     assert main([*rotate, "--days", "60"]) == 0
-    assert "1 of 2 devices know the new key; not yet: b, c" in capsys.readouterr().out
+    assert "1 of 2 devices know the new key; not yet: b; claims" in capsys.readouterr().out
     later = registry(runs).fleet().key_change_until_s
     assert first is not None
     assert later is not None
@@ -313,6 +368,33 @@ def test_the_coordinators_key_is_changed_by_a_command_that_says_how_far_it_is(
         assert "b missed the change of the coordinator's key" in capsys.readouterr().out
     assert main(["fleet", "show", "a", *runs]) == 0
     assert "missed" not in capsys.readouterr().out
+    assert main(["fleet", "list", *runs]) == 0
+    _, a, b, c, *_ = capsys.readouterr().out.splitlines()
+    assert ["  hears nothing  " in row for row in (a, b, c)] == [False, True, False]
+    main(["doctor", "--json", *runs])
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}["gateway.devices"]
+    assert found["state"] == "warn"
+    assert found["said"].startswith("b missed the change of the coordinator's key")
+    assert main(["doctor", "--device", "b", *runs]) == 1
+    assert capsys.readouterr().err.startswith(
+        "regrow: b missed the change of the coordinator's key and hears nothing any more: `regrow fleet"
+    )
+
+
+def test_a_claim_that_has_expired_is_told_with_the_command_that_helps(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fleet", "add", "a", "--out", str(tmp_path), *runs])
+    with registry(runs).change() as devices:
+        devices["a"] = msgspec.structs.replace(devices["a"], claim=Claim(token="ab", expires_s=5))
+    capsys.readouterr()
+    for words, said in ((["list"], "a       claim expired  "), (["show", "a"], "a: claim expired\n")):
+        assert main(["fleet", *words, *runs]) == 0
+        found = capsys.readouterr().out
+        assert said in found
+        assert "the claim of a has expired: `regrow fleet add a` makes another" in found
+    assert main(["doctor", "--device", "a", *runs]) == 1
+    assert "its claim has expired: `regrow fleet add a` makes another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("cryptography")
 
 from broker_server.fleet import members
-from broker_server.fleet.registry import Device, Registry
+from broker_server.fleet.registry import Claim, Device, Registry
 from broker_server.fleet.releases import Releases
 from cli.main import main
 from regrow import wire
@@ -64,7 +64,8 @@ def test_a_release_is_staged_widened_shown_and_halted(fleet: Path, tmp_path: Pat
 def test_the_status_says_why_a_device_says_nothing(fleet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wheel, _ = (str(file) for file in wheels_of(tmp_path / "wheels", "2.0.0"))
     with Registry(fleet).change() as devices:
-        devices["d5"] = Device(state="claimed", added_s=1)
+        devices["d4"] = Device(state="claimed", added_s=1, claim=Claim(token="ab", expires_s=2))
+        devices["d5"] = Device(state="claimed", added_s=1, claim=Claim(token="ab", expires_s=2**40))
         devices["d6"] = Device(state="revoked", added_s=1)
     (fleet / "seen.json").write_text(json.dumps({"d1": {"seen_s": 5, "doing": "working"}, "d6": {"seen_s": 5, "doing": "working"}}))
     assert main(["fleet", "update", "--fleet", str(fleet), "--wheel", wheel, "--wheels", str(tmp_path / "wheels")]) == 0
@@ -74,7 +75,7 @@ def test_the_status_says_why_a_device_says_nothing(fleet: Path, tmp_path: Path, 
     said = {row["device"]: row["what became of it"] for row in json.loads(capsys.readouterr().out)["devices"]}
     wanted = ["never heard of", "its agent runs without --updates", "healthy", "never heard of"]
     assert [said[f"d{number}"] for number in range(4)] == wanted
-    assert (said["d5"], said["d6"]) == ("has not joined yet", "revoked")
+    assert [said[f"d{number}"] for number in (4, 5, 6)] == ["claim expired: regrow fleet add d4", "has not joined yet", "revoked"]
     assert main(["fleet", "update", "--fleet", str(fleet), "--status"]) == 0
     assert "start it with --updates /etc/regrow/update.json there" in capsys.readouterr().out
     (fleet / "seen.json").unlink()

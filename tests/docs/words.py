@@ -461,7 +461,7 @@ HANDLERS = {
 
 DOCTOR = {
     "software": "Versions of Regrow and Python, the processor's kind; fails on 32-bit systems.",
-    "clock.year": "The clock can be right: 2025 to 2100, and not before the device was let into its fleet.",
+    "clock.year": "The clock can be right: 2025 to 2100; in a fleet, neither behind its time as the device knows it nor a month ahead.",
     "clock.synchronised": "Something keeps it right: systemd-timesyncd, or whatever tells the kernel so.",
     "clock.difference": "How far it is from the gateway's, when the gateway asks: above 60 s warns, above a day fails.",
     "disk.free": "Free bytes and names on the disk of the state, or of the runs; read-only fails. Below 500 MB warns, below 50 MB fails.",
@@ -487,7 +487,7 @@ DOCTOR = {
     "broker.login": "The broker lets the device in; while an agent runs, what that last wrote of its connection.",
     "broker.rights": "A random word on each topic that the device must be able to write comes back; on a gateway with `--broker`, the "
     "coordinator's.",
-    "broker.gateway": "A gateway claims to lead a task.",
+    "broker.gateway": "A gateway claims to lead a task, and the device knows the key that its word is sealed with.",
     "cpu": "Cores, and the vector units that onnxruntime chooses its kernels by.",
     "onnxruntime": "It can be loaded, in a process of its own; its version and providers.",
     "training.step": "Five real gradient steps of a tiny model, compared with the same in NumPy.",
@@ -495,6 +495,7 @@ DOCTOR = {
     "that the gateway serves.",
     "gateway.access": "The secrets check out, and what the broker was given is made from them.",
     "broker.answers": "A broker answers, and turns strangers away.",
+    "gateway.devices": "Every device of the fleet knows the coordinator's key: one that was off while it changed hears nothing any more.",
     "gateway.runs": "Every run can be read.",
     "gateway.coordinator": "Who serves the unfinished runs is connected, leads, and gets somewhere.",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import re
 import socket
 import ssl
 import sys
@@ -23,6 +24,7 @@ from edge_agent.doctor.certificates import certificate, dated
 from edge_agent.doctor.checks import Check, run_checks
 from edge_agent.doctor.device import Subject, live_checks, state_folder
 from edge_agent.doctor.rights import LISTEN_S, Rights
+from edge_agent.identity import fleet_context
 from edge_agent.state import MAGIC, StateFolder
 from regrow import topics, wire
 from regrow.broker_url import BrokerAddress
@@ -111,9 +113,20 @@ def test_an_absurd_year(now_s: float, state: str) -> None:
     assert host.clock_year(now_s).state == state
 
 
-def test_a_clock_before_the_fleet() -> None:
-    assert host.clock_year(NOW_S, NOW_S - 1).state == "ok"
-    assert host.clock_year(NOW_S, NOW_S + 1).state == "fail"
+@pytest.mark.parametrize(
+    ("now_s", "state", "said"),
+    [
+        (NOW_S + DAY_S, "ok", ""),
+        (NOW_S - 30, "ok", ""),
+        (NOW_S - 2 * DAY_S, "warn", "2.0 days behind the fleet's time as this device knows it (2026-05-28)"),
+        (NOW_S + 4000 * DAY_S, "warn", "4000.0 days ahead of the fleet's time"),
+        (0.0, "warn", "days behind the fleet's time"),
+    ],
+)
+def test_a_clock_beside_the_fleets_time(now_s: float, state: str, said: str) -> None:
+    found = host.clock_year(now_s, NOW_S)
+    assert found.state == state
+    assert said in found.said
 
 
 @pytest.mark.parametrize(("ahead_s", "state"), [(0, "ok"), (-59, "ok"), (61, "warn"), (-3 * DAY_S, "fail")])
@@ -423,6 +436,29 @@ def test_an_expired_certificate_is_told_with_the_commands_that_let_the_device_in
 def test_dates_are_not_judged_by_a_clock_that_cannot_be_right() -> None:
     assert dated("tls.own", NOW_S, NOW_S + 90 * DAY_S, 0.0, "renew").state == "unknown"
     assert dated("tls.own", NOW_S, NOW_S + 90 * DAY_S, NOW_S - DAY_S, "renew").state == "fail"
+
+
+def test_dates_are_judged_by_the_fleets_time_where_it_is_known() -> None:
+    def judged(now_s: float, fleet_s: float) -> Finding:
+        return dated("tls.own", NOW_S, NOW_S + 90 * DAY_S, now_s, "renew", fleet_s)
+
+    assert judged(0.0, NOW_S + DAY_S).state == "ok"
+    assert judged(NOW_S + DAY_S, NOW_S + 91 * DAY_S).state == "fail"
+    found = judged(NOW_S + 4000 * DAY_S, NOW_S + DAY_S)
+    assert (found.state, found.cure) == ("warn", "set the clock if it is wrong; if it is right: renew")
+    assert "by the fleet's time (2026-05-29) it is not" in found.said
+
+
+def test_a_brokers_certificate_that_is_over_in_the_fleets_time_is_told_with_dates(authority: Authority, listener: socket.socket) -> None:
+    authority.sign("broker", -1, 100)
+    authority.served(listener, "broker")
+    context = fleet_context(authority.file.read_text(), lambda: time.time() + 200 * DAY_S)
+    found = walked("localhost", listener.getsockname()[1], context, encrypted=True)
+    assert [found[name].state for name in ("tls.handshake", "tls.broker")] == ["fail", "fail"]
+    assert re.match(
+        r"the server's certificate is valid from \d{4}-\d\d-\d\d to \d{4}-\d\d-\d\d, and it is \d{4}-\d\d-\d\d\Z", found["tls.broker"].said
+    )
+    assert "mqtts://" not in found["tls.handshake"].cure
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------------------

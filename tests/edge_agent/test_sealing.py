@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.sealing import FOLDER, HEARD, SAVE_S, Sealing
+from edge_agent.sealing import FOLDER, HEARD, SAVE_S, Sealing, known_s
 from edge_agent.state import StateFolder
 from regrow import topics, wire
 from regrow.errors import LocalError
@@ -122,6 +122,24 @@ def test_the_first_word_after_a_long_time_is_kept_at_once(card: Card) -> None:
 def test_what_was_said_before_the_device_was_made_has_expired(card: Card) -> None:
     sealing = life(card, since_ms=NOW_MS)
     assert sealing.open(said(topics.tasks("d1"), NOW_MS - DAY_MS, lasts_s=3600), 0.0) is None
+
+
+def test_the_fleets_time_is_known_to_whoever_only_looks(card: Card) -> None:
+    assert known_s(card.folder) == 0.0
+    assert known_s(card.folder, 5.0) == 5.0
+    first = life(card)
+    assert first.open(said(ASSIGNMENT, NOW_MS + 5000), 0.0)
+    first.close(1.0)
+    assert known_s(card.folder, 5.0) == NOW_MS / 1000 + 6
+    (card.folder / "heard" / "heard").write_bytes(b"torn")
+    assert known_s(card.folder, 5.0) == 5.0
+
+
+def test_a_device_that_does_not_know_the_key_in_force_is_deaf(card: Card) -> None:
+    sealing, keys = life(card), topics.coordinator_keys("d1")
+    for topic, key, deaf in ((ASSIGNMENT, NEXT, False), (keys, NEXT, True), (ASSIGNMENT, OURS, True), (keys, OURS, False)):
+        sealing.open(said(topic, NOW_MS, key=key), 0.0)
+        assert sealing.deaf is deaf
 
 
 def test_what_was_refused_is_told(card: Card) -> None:

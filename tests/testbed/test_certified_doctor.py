@@ -54,6 +54,21 @@ def examined(folder: Path, kind: Kind, capsys: pytest.CaptureFixture[str]) -> No
         found = doctor(capsys, *device)
         assert states(found, *CERTIFICATES, "broker.login", "broker.rights", "broker.gateway") == ["ok"] * 7, found
 
+        with pytest.MonkeyPatch.context() as patch:
+            clock = time.time
+            patch.setattr(time, "time", lambda: clock() + 13 * 365 * 86400)
+            found = doctor(capsys, *device)
+        assert states(found, *CERTIFICATES, "broker.login", "broker.gateway", "clock.year") == [
+            "ok",
+            "warn",
+            "warn",
+            "ok",
+            "ok",
+            "ok",
+            "warn",
+        ], found
+        assert "ahead of the fleet's time" in found["clock.year"]["said"]
+
         for name in ("device.key", "device.crt", "device.json", "signing.key"):
             damaged(fleet, name, capsys)
         nowhere = fleet.folder / "nowhere"

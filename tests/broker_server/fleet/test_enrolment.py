@@ -190,6 +190,13 @@ def test_a_port_in_use_says_so(gate: Gate) -> None:
     second = Enrolment(gate.registry, gate.authority, HOST, gate.enrolment.port)
     with pytest.raises(LocalError, match="--enrol-port"):
         second.open()
+    gate.claimed("d1")
+    keeper = Gatekeeper(gate.registry, gate.authority, None, second)
+    assert f"tried again every {DATES_S:.0f} s" in str(keeper.look(0.0))
+    gate.enrolment.close()
+    assert keeper.look(DATES_S - 1) is None
+    assert "enrolment is open" in str(keeper.look(DATES_S))
+    keeper.close()
 
 
 def test_it_is_open_only_while_somebody_may_join(tmp_path: Path) -> None:

@@ -176,7 +176,14 @@ def test_a_jetson_gets_the_container_of_its_jetpack(tmp_path: Path, given: list[
         (["--wifi", "x", "--wifi-passphrase", "passphrase"], "two capital letters"),
         (["--ssh-key", "passphrase"], "SSH public keys"),
         (["--wheels", "empty"], "no wheels in it"),
-        (["--os", "ubuntu-24.04"], "the wheelhouse is not for Python 3.12"),
+        (
+            ["--os", "ubuntu-24.04"],
+            "is not for Python 3.12 on aarch64; `regrow image wheels --python 3.12 --architecture aarch64 --role agent",
+        ),
+        (["--architecture", "x86_64"], "-manylinux_2_28_aarch64.whl is not for Python 3.13 on x86_64"),
+        (["--wheels", "compiled"], "cffi-1-cp311-cp311-manylinux_2_17_aarch64.whl is not for Python 3.13 on aarch64"),
+        (["--wifi", "x", "--wifi-passphrase", "not-utf-8", "--country", "DE"], "8 to 63 printable ASCII"),
+        (["--device", "pi-"], "'pi-' cannot be a host name"),
         (["--data", "nothere.npz"], "no such file here"),
         (["--device", "pi-08"], "the claim is pi-07's, not pi-08's"),
         (["--claim", "nowhere"], "`regrow fleet add pi-07` writes it"),
@@ -187,6 +194,15 @@ def test_wrong_words_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "compiled").mkdir()
+    for name in (
+        "cffi-1-cp311-cp311-manylinux_2_17_aarch64",
+        "psutil-1-cp36-abi3-manylinux2014_aarch64",
+        "numpy-1-cp313-cp313-linux_aarch64",
+    ):
+        (tmp_path / "compiled" / f"{name}.whl").write_bytes(b"wheel")
+    (tmp_path / "not-utf-8").write_bytes(b"\xff\xfepassphrase")
+    (tmp_path / "pi-.claim.json").write_text(CLAIM.replace("pi-07", "pi-"))
     assert main(["image", "pi", *given, *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -248,6 +264,43 @@ def test_a_full_disk_is_named_and_nothing_stays(
     out = tmp_path / "out"
     assert capsys.readouterr().err == f"regrow: --out {out} was not written: No space left on device ({out}); free space at {out}\n"
     assert not out.exists()
+
+
+def test_wheels_for_another_python_stay_behind(tmp_path: Path, given: list[str]) -> None:
+    (tmp_path / "wheels" / "psutil-1-cp36-abi3-manylinux2014_aarch64.whl").write_bytes(b"wheel")
+    assert main(["image", "pi", "--os", "pi-os-bookworm", *given]) == 0
+    found = {path.name for path in (tmp_path / "out" / "regrow" / "wheels").iterdir()}
+    assert "psutil-1-cp36-abi3-manylinux2014_aarch64.whl" in found
+    assert [name for name in found if name.startswith("numpy")] == ["numpy-1-cp311-cp311-manylinux_2_28_aarch64.whl"]
+
+
+def test_what_is_secret_in_an_image_is_its_owners_alone(tmp_path: Path, given: list[str]) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "task.toml").write_text('name = "task"\n')
+    for name in ("onnx", "amqtt", "rich"):
+        (tmp_path / "wheels" / f"{name}-1-py3-none-any.whl").write_bytes(b"wheel")
+    wifi = first_boot(tmp_path)[2:]
+    kinds = {
+        "cloud": ["pi", *first_boot(tmp_path), *given],
+        "older": ["pi", "--os", "pi-os-bookworm", *first_boot(tmp_path), *given],
+        "script": ["generic", *given],
+        "jetson": ["jetson", *given],
+        "gateway": ["gateway", "--fleet-name", "f", "--task", str(tmp_path / "task"), "--access-point", "Field", *wifi, *given[4:]],
+    }
+    (tmp_path / "jetson").mkdir()
+    for kind, words in kinds.items():
+        out = tmp_path / kind
+        assert main(["image", *words, "--out", str(out)]) == 0
+        assert out.stat().st_mode & 0o777 == 0o700
+        assert main(["image", "wifi", "Field", *wifi[:4], "--out", str(out)]) == (0 if (out / "regrow").is_dir() else 2)
+        secret = (
+            b'"token": "once"',
+            wifi_of("Field", "correct horse", "DE").key.encode(),
+            wifi_of('Field "7"', "correct horse", "DE").key.encode(),
+        )
+        held = [path for path in out.rglob("*") if path.is_file() and any(word in path.read_bytes() for word in secret)]
+        assert held
+        assert [path for path in held if path.stat().st_mode & 0o077] == []
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
