@@ -3,6 +3,10 @@
 Strategy: what was not acknowledged when a connection died is forgotten, and what is performed without a connection is
 dropped: after every `Connected` the coordinator subscribes and republishes all that is live, so that a stale message
 from before can only do harm.
+
+No device has anything retained, and an access list cannot forbid it: what a device leaves so would stay in the broker's memory until that is
+full, for tasks, runs and updates are numbered without end. So whatever comes as retained where only devices speak is cleared and not
+heard, and `sweep` asks the broker for it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker_server.credentials import FROM_DEVICES, covers
+from regrow import topics
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
@@ -81,6 +87,7 @@ class MqttBus:
         self._lock = threading.Lock()  # guards the two tables below; never held while paho is called
         self._sending: dict[int, _Sending] = {}
         self._early: dict[int, float] = {}
+        self._blamed: set[str] = set()  # whose leftovers were told of since the last sweep
         client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True)
         client.username_pw_set(username, password)
         client.max_inflight_messages_set(MAX_INFLIGHT)
@@ -142,6 +149,12 @@ class MqttBus:
         except ValueError as err:
             raise LocalError(f"{type(effect).__name__}: {err}") from err
 
+    def sweep(self) -> None:
+        """Clear what devices have had retained: the broker tells of it whoever subscribes, and one that holds nothing says nothing."""
+        self._blamed.clear()
+        self.perform(Subscribe(FROM_DEVICES))
+        self.perform(Unsubscribe(FROM_DEVICES))
+
     def _publish(self, effect: Publish) -> None:
         payload = effect.payload if isinstance(effect.payload, bytes) else bytes(effect.payload)
         started_s = self._clock()
@@ -184,7 +197,22 @@ class MqttBus:
         except UnicodeDecodeError:
             log.warning("dropped a message whose topic is not UTF-8")
             return
-        self._on_event(Received(topic, bytes(message.payload)))
+        if message.retain and any(covers(rule, topic) for rule in FROM_DEVICES):
+            self._clear(topic, len(message.payload))
+        else:
+            self._on_event(Received(topic, bytes(message.payload)))
+
+    def _clear(self, topic: str, payload_bytes: int) -> None:
+        device = topics.device_of(topic) or "?"
+        if device not in self._blamed:
+            self._blamed.add(device)
+            log.warning(
+                "%s has left retained messages at the broker, as no agent does (%s, %d bytes): all that is found is cleared. Does it go on, "
+                "shut it out: `regrow fleet revoke %s`, or `regrow device remove %s`",
+                *(device, topic, payload_bytes, device, device),
+            )
+        with suppress(LocalError):  # more than can wait to be sent: the next sweep finds it again
+            self._publish(Publish(topic, b"", retain=True))
 
     def _on_publish(self, _client: paho.Client, _data: object, mid: int, _code: object, _props: object) -> None:
         acked_s = self._clock()

@@ -169,7 +169,7 @@ def a_device_writes_only_its_own(rig: Rig) -> None:
         "regrow/v1/device/d0/status",
         "regrow/v1/t/r/device/d0/update/7/3",
         "regrow/v1/t/r/device/d0/telemetry",
-        "regrow/v1/t/r/device/d0/probe/1",
+        "regrow/v1/t/r/device/d0/probe",
     ]
     forbidden = [
         "regrow/v1/device/d1/hello",
