@@ -200,8 +200,9 @@ class Broker:
         with contextlib.suppress(psutil.Error):
             held_bytes = psutil.Process(self._child.pid).memory_info().rss
             if held_bytes > FULL * MEMORY_BYTES:
-                self._child.terminate()
-                return f"mosquitto holds {held_bytes // 2**20} MiB, nearly all that it may, and can serve nobody: it is started again, empty"
+                self._child.kill()  # it keeps nothing that an orderly end would save
+                self._child.wait()
+                return f"mosquitto holds {held_bytes // 2**20} MiB, nearly all that it may, so nobody can stay: it is started again, empty"
         return None
 
     def stop(self) -> None:

@@ -42,12 +42,14 @@ DEVICE_WRITES = (
     "regrow/v1/device/%u/field-report",
     "regrow/v1/device/%u/doctor-report",
     "regrow/v1/device/%u/doctor-echo",
+    "regrow/v1/device/%u/meter",  # of an external meter, which has a login of its own: what another device's agent listens to
     "regrow/v1/+/+/device/%u/update/+/+",
     "regrow/v1/+/+/device/%u/telemetry",
     "regrow/v1/+/+/device/%u/probe",
 )
 DEVICE_READS = (
     "regrow/v1/device/%u/#",
+    "regrow/v1/device/+/meter",
     "regrow/v1/+/claim",
     "regrow/v1/release/#",
     "regrow/v1/+/promotion",

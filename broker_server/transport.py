@@ -4,9 +4,9 @@ Strategy: what was not acknowledged when a connection died is forgotten, and wha
 dropped: after every `Connected` the coordinator subscribes and republishes all that is live, so that a stale message
 from before can only do harm.
 
-No device has anything retained, and an access list cannot forbid it: what a device leaves so would stay in the broker's memory until that is
-full, for tasks, runs and updates are numbered without end. So whatever comes as retained where only devices speak is cleared and not
-heard, and `sweep` asks the broker for it.
+No device has anything retained, and an access list cannot forbid it: what a device leaves so would stay in the broker's memory until
+that is full, for names of tasks and numbers of updates never end. So whatever comes as retained where only devices speak is cleared and
+not heard, and `sweep` asks the broker for it.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ class MqttBus:
         if device not in self._blamed:
             self._blamed.add(device)
             log.warning(
-                "%s has left retained messages at the broker, as no agent does (%s, %d bytes): all that is found is cleared. Does it go on, "
-                "shut it out: `regrow fleet revoke %s`, or `regrow device remove %s`",
+                "%s has left retained messages at the broker, as no agent does (%s, %d bytes): all that is found is cleared. "
+                "Does it go on, shut it out: `regrow fleet revoke %s`, or `regrow device remove %s`",
                 *(device, topic, payload_bytes, device, device),
             )
         with suppress(LocalError):  # more than can wait to be sent: the next sweep finds it again

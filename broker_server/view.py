@@ -153,7 +153,8 @@ def in_words(note: Note) -> str:
             "lower [training] batch or the smallest density, or free memory there"
         ),
         "restarting": (
-            "{device} was started more than {starts} times in {within_s:.0f} s and gets no work meanwhile: its last start counts in {wait_s:.0f} s"
+            "{device} was started more than {starts} times in {within_s:.0f} s and gets no work meanwhile: "
+            "its last start counts in {wait_s:.0f} s"
         ),
         "unfit": "{device} declined: {reason}; it gets no work until its data change or it starts anew",
         "rejected": "{device}: update rejected, {reason}",

@@ -331,7 +331,11 @@ def another_devices_topics(rig: DoorRig) -> None:
 
 def leftovers_that_fill_the_broker(rig: DoorRig) -> None:
     """A device has messages retained without end: on topics that do not exist, and on numbered ones, which the gateway clears."""
-    numbered = ("regrow/v1/x1/y1/device/hoarder/update/7/0", "regrow/v1/x2/y2/device/hoarder/probe", "regrow/v1/device/hoarder/promotion/x3")
+    numbered = (
+        "regrow/v1/x1/y1/device/hoarder/update/7/0",
+        "regrow/v1/x2/y2/device/hoarder/probe",
+        "regrow/v1/device/hoarder/promotion/x3",
+    )
     unknown = ("regrow/v1/device/hoarder/junk/1", "regrow/v1/device/hoarder/hello/1", "regrow/v1/x/y/device/hoarder/telemetry/1")
     own = Publish("regrow/v1/device/hoarder/control", b"the gateway's own", retain=True)
     link = rig.member_link(rig.member("hoarder"))
