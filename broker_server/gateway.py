@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 POLL_S = 0.5
 CLOSE_S = 5.0
-SWEEP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,7 @@ class Gateway:
         self._vitals = vitals or Vitals(store.path)
         self._on_note: Callable[[Note], None] = lambda _: None
         self._housekeeping: Callable[[], str | None] = lambda: None
-        self._housekeeping_s = self._sweep_s = 0.0
+        self._housekeeping_s = 0.0
         self._events: queue.SimpleQueue[Event | LocalError | None] = queue.SimpleQueue()
         self._writer = Writer(store, coordinator.ledger.task.store, self._events.put, self._vitals.store)
         self._bus = MqttBus(url, client_id=username, username=username, password=password, on_event=self._events.put)
@@ -289,9 +288,7 @@ class Gateway:
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(now))
                 self._accompany(None)
-                if now >= self._sweep_s:
-                    self._sweep_s = now + SWEEP_S
-                    self._bus.sweep()
+                self._bus.tend()
                 self._look_at_vitals(now)
             if self._timer_s <= now and self._events.empty():
                 self._timer_s = float("inf")

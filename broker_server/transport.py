@@ -42,6 +42,8 @@ BACKOFF_MIN_S = 1
 BACKOFF_MAX_S = 30
 FLUSH_S = 5.0
 FILTERS_PER_SUBSCRIBE = 16
+SWEEP_S, SWEEP_AGAIN_S = 5.0, 1.0  # between looks for what devices had retained, and while there is some
+BLAME_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ class MqttBus:
         self._lock = threading.Lock()  # guards the two tables below; never held while paho is called
         self._sending: dict[int, _Sending] = {}
         self._early: dict[int, float] = {}
-        self._blamed: set[str] = set()  # whose leftovers were told of since the last sweep
+        self._sweep_s = float("-inf")
+        self._blamed_s: dict[str, float] = {}  # when it was last told whose leftovers were found
         client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True)
         client.username_pw_set(username, password)
         client.max_inflight_messages_set(MAX_INFLIGHT)
@@ -149,9 +152,14 @@ class MqttBus:
         except ValueError as err:
             raise LocalError(f"{type(effect).__name__}: {err}") from err
 
+    def tend(self) -> None:
+        """Sweep when it is time; about twice a second."""
+        if self._clock() >= self._sweep_s:
+            self.sweep()
+
     def sweep(self) -> None:
         """Clear what devices have had retained: the broker tells of it whoever subscribes, and one that holds nothing says nothing."""
-        self._blamed.clear()
+        self._sweep_s = self._clock() + SWEEP_S
         self.perform(Subscribe(FROM_DEVICES))
         self.perform(Unsubscribe(FROM_DEVICES))
 
@@ -203,9 +211,10 @@ class MqttBus:
             self._on_event(Received(topic, bytes(message.payload)))
 
     def _clear(self, topic: str, payload_bytes: int) -> None:
-        device = topics.device_of(topic) or "?"
-        if device not in self._blamed:
-            self._blamed.add(device)
+        device, now = topics.device_of(topic) or "?", self._clock()
+        self._sweep_s = min(self._sweep_s, now + SWEEP_AGAIN_S)
+        if now >= self._blamed_s.get(device, float("-inf")) + BLAME_S:
+            self._blamed_s[device] = now
             log.warning(
                 "%s has left retained messages at the broker, as no agent does (%s, %d bytes): all that is found is cleared. "
                 "Does it go on, shut it out: `regrow fleet revoke %s`, or `regrow device remove %s`",

@@ -189,3 +189,11 @@ def test_who_rests_for_one_companion_rests_whatever_the_others_say(run: Path, st
         Standing(frozenset({"d3"})),
     ]
     one._writer.close()
+
+
+def test_it_sweeps_the_broker_while_it_runs(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swept() -> None:
+        gateway.stop()  # else nothing ends it
+
+    monkeypatch.setattr(gateway._bus, "sweep", swept)
+    assert gateway.run() == ""
