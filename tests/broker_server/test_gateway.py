@@ -6,15 +6,18 @@ import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from broker_server import doctor
 from broker_server.gateway import Gateway, Writer, _Snapshot
 from broker_server.runs import load_task, recover
 from broker_server.store import Store
+from broker_server.vitals import Vitals
 from regrow import records
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
@@ -197,3 +200,10 @@ def test_it_sweeps_the_broker_while_it_runs(gateway: Gateway, monkeypatch: pytes
 
     monkeypatch.setattr(gateway._bus, "sweep", swept)
     assert gateway.run() == ""
+
+
+def test_the_doctor_names_a_full_broker_beside_a_rival(run: Path, store: Store) -> None:
+    Vitals(run).turn(time.monotonic(), connected=True, phase="claiming", dead="")
+    found = doctor.coordinator(run.parent)
+    assert found.state == "warn"
+    assert "another gateway leads this task, or the broker is full" in found.cure
