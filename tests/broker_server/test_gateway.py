@@ -202,7 +202,8 @@ def test_it_sweeps_the_broker_while_it_runs(gateway: Gateway, monkeypatch: pytes
     assert gateway.run() == ""
 
 
-def test_the_doctor_names_a_full_broker_beside_a_rival(run: Path, store: Store) -> None:
+@pytest.mark.usefixtures("store")  # which holds the run
+def test_the_doctor_names_a_full_broker_beside_a_rival(run: Path) -> None:
     Vitals(run).turn(time.monotonic(), connected=True, phase="claiming", dead="")
     found = doctor.coordinator(run.parent)
     assert found.state == "warn"
