@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from broker_server.credentials import COORDINATOR, BrokerFiles, Credentials
 from broker_server.durable import write_private
 from broker_server.fleet.registry import Registry
@@ -44,6 +46,8 @@ BACKOFF_MAX_S = 30.0
 STABLE_S = 30.0
 MESSAGE_LIMIT_BYTES = 1024 * 1024  # a chunk is at most 256 KiB
 MAX_CONNECTIONS = 2000
+MEMORY_BYTES = 1024 * 1024 * 1024
+FULL = 0.95  # of it: whoever connects then is let in and thrown out, the coordinator too, so nobody could clear it
 _NO_RESUMPTION = """openssl_conf = all
 [all]
 ssl_conf = ssl
@@ -180,7 +184,7 @@ class Broker:
             return f"{self.kind} started again"
         code = self._child.poll()
         if code is None:
-            return None
+            return self._end_if_full()
         self._child = None
         if now - self._started_at_s >= STABLE_S:
             self._backoff_s = BACKOFF_MIN_S
@@ -188,6 +192,18 @@ class Broker:
         self._backoff_s = min(BACKOFF_MAX_S, 2 * self._backoff_s)
         self._retry_at_s = now + wait_s
         return f"{self.kind} ended with code {code}; next start in {wait_s:.1f} s\n{self._log_tail()}"
+
+    def _end_if_full(self) -> str | None:
+        """Let a mosquitto start anew that has no memory left; what is live is published again, and nothing else is worth keeping."""
+        if self.kind != "mosquitto" or self._child is None:
+            return None
+        with contextlib.suppress(psutil.Error):
+            held_bytes = psutil.Process(self._child.pid).memory_info().rss
+            if held_bytes > FULL * MEMORY_BYTES:
+                self._child.kill()  # it keeps nothing that an orderly end would save
+                self._child.wait()
+                return f"mosquitto holds {held_bytes // 2**20} MiB, nearly all that it may, so nobody can stay: it is started again, empty"
+        return None
 
     def stop(self) -> None:
         """End the child: SIGTERM, and SIGKILL if it does not listen; does nothing when there is none."""
@@ -310,7 +326,7 @@ def mosquitto_config(broker: Broker, passwords: Path, access: Path) -> str:
         "max_queued_messages 20000",  # the default, 1000, drops silently
         f"max_queued_bytes {256 * 1024 * 1024}",  # per client
         "queue_qos0_messages false",
-        f"memory_limit {1024 * 1024 * 1024}",
+        f"memory_limit {MEMORY_BYTES}",
         "sys_interval 0",
         f"log_dest file {broker.log_path}",
         "log_type error",

@@ -29,15 +29,27 @@ DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 PBKDF2_ITERATIONS = 101
 SALT_BYTES = 12
 
-# %u is the user, who is the device. `#` also matches the topic above it.
+# %u is the user, who is the device. `#` also matches the topic above it. What a device may write is named topic by topic: with a wildcard
+# it could fill the broker with retained messages on topics that nobody knows of.
 DEVICE_WRITES = (
-    "regrow/v1/device/%u/#",
-    "regrow/v1/+/+/device/%u/update/#",
-    "regrow/v1/+/+/device/%u/telemetry/#",
-    "regrow/v1/+/+/device/%u/probe/#",
+    "regrow/v1/device/%u/hello",
+    "regrow/v1/device/%u/status",
+    "regrow/v1/device/%u/promotion/+",
+    "regrow/v1/device/%u/release-report",
+    "regrow/v1/device/%u/control-report",
+    "regrow/v1/device/%u/certificate-request",
+    "regrow/v1/device/%u/observations",
+    "regrow/v1/device/%u/field-report",
+    "regrow/v1/device/%u/doctor-report",
+    "regrow/v1/device/%u/doctor-echo",
+    "regrow/v1/device/%u/meter",  # of an external meter, which has a login of its own: what another device's agent listens to
+    "regrow/v1/+/+/device/%u/update/+/+",
+    "regrow/v1/+/+/device/%u/telemetry",
+    "regrow/v1/+/+/device/%u/probe",
 )
 DEVICE_READS = (
     "regrow/v1/device/%u/#",
+    "regrow/v1/device/+/meter",
     "regrow/v1/+/claim",
     "regrow/v1/release/#",
     "regrow/v1/+/promotion",
@@ -49,6 +61,8 @@ DEVICE_READS = (
     "regrow/v1/+/+/device/%u/#",
 )
 COORDINATOR_TOPICS = ("regrow/v1/#",)
+# What only devices say, all devices. Nobody else subscribes to these very filters, so they come and go without harm.
+FROM_DEVICES = tuple(f"{rule.replace('%u', '+')}/#" for rule in DEVICE_WRITES)
 
 
 def may_write(user: str, topic: str) -> bool:

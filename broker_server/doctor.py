@@ -193,7 +193,8 @@ def coordinator(runs: Path) -> Finding:
         if not isinstance(connected_s, float) or now - connected_s > FRESH_S:
             return Finding(name, "fail", f"who serves {folder.name} has no connection to the broker", "look at broker.answers, and its log")
         if fields.get("phase") != "leading":
-            return Finding(name, "warn", f"who serves {folder.name} is {fields.get('phase')}", "does another gateway lead this task?")
+            cure = "another gateway leads this task, or the broker is full or unwell and throws it out: its log, and broker.log, say which"
+            return Finding(name, "warn", f"who serves {folder.name} is {fields.get('phase')}", cure)
     return Finding(name, "ok", f"connected and leading: {', '.join(folder.name for folder in served)}")
 
 

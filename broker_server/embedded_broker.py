@@ -12,6 +12,7 @@ table of
 - it takes a session over, and puts the newcomer into its tables, *before* it looks at the password: now after;
 - a second connection with the same client id left the first one open: it is closed now, and its will stays unsaid;
 - a will is held against the topic rules, like any other publish;
+- it kept what anybody had retained: that is the coordinator's alone, for what devices leave would fill the memory;
 - retained messages waited for the client's acknowledgement before anything else of that client was looked at, which on
 a slow
   link is a long time: they are sent in the background now;
@@ -40,7 +41,7 @@ from amqtt.mqtt.connack import NOT_AUTHORIZED, ConnackPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 
-from broker_server.credentials import check_password, may_read, may_write
+from broker_server.credentials import COORDINATOR, check_password, may_read, may_write
 from broker_server.fleet.registry import MEMBERS, Registry
 from regrow.errors import LocalError
 
@@ -268,14 +269,24 @@ class Broker(AmqttBroker):  # type: ignore[misc]  # amqtt is untyped
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
+    async def retain_message(
+        self, source_session: Session | None, topic_name: str, data: bytes | bytearray, qos: int | None = None
+    ) -> None:
+        """Keep what the coordinator has retained, and nothing of anybody else."""
+        if source_session is not None and source_session.username == COORDINATOR:
+            await super().retain_message(source_session, topic_name, data, qos)
+
     async def _run_broadcast(self, running_tasks: Any) -> None:  # noqa: ARG002 - amqtt's signature
         """Hand one message to everybody who subscribed; nothing in here waits, so nobody is lost on the way."""
         message = await self._broadcast_queue.get()
         topic, data = message["topic"], message["data"]
+        served: set[int] = set()  # once each, however many of its filters match, as mosquitto does
         for topic_filter in list(self._subscriptions):
             if self._matches(topic, topic_filter):
                 for session, qos in list(self._subscriptions.get(topic_filter, ())):
-                    if session.transitions.state == "connected" and may_read(session.username or "", topic):
+                    known = session.transitions.state == "connected" and may_read(session.username or "", topic)
+                    if known and id(session) not in served:
+                        served.add(id(session))
                         self._send(session, topic, data, message.get("qos", qos), retain=False)
         if self._broadcast_queue.qsize() % 32 == 0:
             await asyncio.sleep(0)

@@ -288,6 +288,7 @@ class Gateway:
                 if self._sealing is not None:
                     self._perform(self._sealing.tend(now))
                 self._accompany(None)
+                self._bus.tend()
                 self._look_at_vitals(now)
             if self._timer_s <= now and self._events.empty():
                 self._timer_s = float("inf")

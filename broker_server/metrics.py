@@ -38,6 +38,7 @@ class Metrics:
         self._told = 0, 0  # bytes written and restarts, as far as they were counted
         self._classes: set[str] = set()
         self._devices: set[str] = set()
+        self._known: set[Gauge] = set()  # of those that have no value at first
         self._joules = Joules(gateway.coordinator.ledger.task.fleet.heartbeat_s)
         self._bytes: dict[str, tuple[int, int]] = {}  # what each device had sent and received when it last said so
         registry = self.registry = CollectorRegistry()
@@ -54,9 +55,9 @@ class Metrics:
         self._refused = counter("messages_refused", "Messages that were not what their topic promises")
         self._aggregations = counter("aggregations", "Versions made by this process")
         self._version = gauge("version", "Version of the global model")
-        self._score = gauge("score", "Newest score of the global model: accuracy for classes")
+        self._score = self._later("score", "Newest score of the global model: accuracy for classes")
         self._level_score = gauge("level_score", "Newest score of the prefix of each level", "level")
-        self._density = gauge("mean_density", "Mean density of all devices, 0 to 1")
+        self._density = self._later("mean_density", "Mean density of all devices, 0 to 1")
         self._staleness = Histogram(
             "regrow_update_staleness_versions",
             "Versions made since the one that an update started from",
@@ -74,6 +75,16 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"regrow_{name}", text, labels, registry=self.registry)
+
+    def _later(self, name: str, text: str) -> Gauge:
+        """A gauge that nobody sees before `_tell` has a value for it: 0 would be one."""
+        return Gauge(f"regrow_{name}", text, registry=None)
+
+    def _tell(self, gauge: Gauge, value: float) -> None:
+        gauge.set(value)
+        if gauge not in self._known:
+            self._known.add(gauge)
+            self.registry.register(gauge)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"regrow_{name}", text, labels, registry=self.registry)
@@ -110,11 +121,11 @@ class Metrics:
         self._limited.labels("smaller").set(len(roster.limits) - resting)
         self._version.set(ledger.version)
         if ledger.global_score is not None:
-            self._score.set(ledger.global_score)
+            self._tell(self._score, ledger.global_score)
         for level, score in ledger.level_scores.items():
             self._level_score.labels(f"{float(level):g}").set(score)
         if ledger.devices:
-            self._density.set(roster.mean_density())
+            self._tell(self._density, roster.mean_density())
         self._lag.set(self._gateway.store_lag_s)
         written, restarts = store.bytes_written, self._broker_restarts()
         self._written.inc(written - self._told[0])

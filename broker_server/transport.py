@@ -3,6 +3,10 @@
 Strategy: what was not acknowledged when a connection died is forgotten, and what is performed without a connection is
 dropped: after every `Connected` the coordinator subscribes and republishes all that is live, so that a stale message
 from before can only do harm.
+
+No device has anything retained, and an access list cannot forbid it: what a device leaves so would stay in the broker's memory until
+that is full, for names of tasks and numbers of updates never end. So whatever comes as retained where only devices speak is cleared and
+not heard, and `sweep` asks the broker for it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker_server.credentials import FROM_DEVICES, covers
+from regrow import topics
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
@@ -36,6 +42,8 @@ BACKOFF_MIN_S = 1
 BACKOFF_MAX_S = 30
 FLUSH_S = 5.0
 FILTERS_PER_SUBSCRIBE = 16
+SWEEP_S, SWEEP_AGAIN_S = 5.0, 1.0  # between looks for what devices had retained, and while there is some
+BLAME_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,8 @@ class MqttBus:
         self._lock = threading.Lock()  # guards the two tables below; never held while paho is called
         self._sending: dict[int, _Sending] = {}
         self._early: dict[int, float] = {}
+        self._sweep_s = float("-inf")
+        self._blamed_s: dict[str, float] = {}  # when it was last told whose leftovers were found
         client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True)
         client.username_pw_set(username, password)
         client.max_inflight_messages_set(MAX_INFLIGHT)
@@ -142,6 +152,17 @@ class MqttBus:
         except ValueError as err:
             raise LocalError(f"{type(effect).__name__}: {err}") from err
 
+    def tend(self) -> None:
+        """Sweep when it is time; about twice a second."""
+        if self._clock() >= self._sweep_s:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Clear what devices have had retained: the broker tells of it whoever subscribes, and one that holds nothing says nothing."""
+        self._sweep_s = self._clock() + SWEEP_S
+        self.perform(Subscribe(FROM_DEVICES))
+        self.perform(Unsubscribe(FROM_DEVICES))
+
     def _publish(self, effect: Publish) -> None:
         payload = effect.payload if isinstance(effect.payload, bytes) else bytes(effect.payload)
         started_s = self._clock()
@@ -184,7 +205,23 @@ class MqttBus:
         except UnicodeDecodeError:
             log.warning("dropped a message whose topic is not UTF-8")
             return
-        self._on_event(Received(topic, bytes(message.payload)))
+        if message.retain and any(covers(rule, topic) for rule in FROM_DEVICES):
+            self._clear(topic, len(message.payload))
+        else:
+            self._on_event(Received(topic, bytes(message.payload)))
+
+    def _clear(self, topic: str, payload_bytes: int) -> None:
+        device, now = topics.device_of(topic) or "?", self._clock()
+        self._sweep_s = min(self._sweep_s, now + SWEEP_AGAIN_S)
+        if now >= self._blamed_s.get(device, float("-inf")) + BLAME_S:
+            self._blamed_s[device] = now
+            log.warning(
+                "%s has left retained messages at the broker, as no agent does (%s, %d bytes): all that is found is cleared. "
+                "Does it go on, shut it out: `regrow fleet revoke %s`, or `regrow device remove %s`",
+                *(device, topic, payload_bytes, device, device),
+            )
+        with suppress(LocalError):  # more than can wait to be sent: the next sweep finds it again
+            self._publish(Publish(topic, b"", retain=True))
 
     def _on_publish(self, _client: paho.Client, _data: object, mid: int, _code: object, _props: object) -> None:
         acked_s = self._clock()

@@ -152,6 +152,10 @@ def in_words(note: Note) -> str:
             "{device} declined: training takes at least {needs}, it offers {offers}, {missing} too few, and gets no work; "
             "lower [training] batch or the smallest density, or free memory there"
         ),
+        "restarting": (
+            "{device} was started more than {starts} times in {within_s:.0f} s and gets no work meanwhile: "
+            "its last start counts in {wait_s:.0f} s"
+        ),
         "unfit": "{device} declined: {reason}; it gets no work until its data change or it starts anew",
         "rejected": "{device}: update rejected, {reason}",
         "released": "{device}: assignment ended, {reason}",

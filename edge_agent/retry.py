@@ -1,4 +1,4 @@
-"""When to try the broker again, and whether another agent takes the connection away.
+"""When to try the broker again, and whether something, most likely another agent, takes the connection away.
 
 Strategy. A wait is drawn from a tenth to the whole of a ceiling that is a quarter of the outage so far, at least 1 s and
 at most WAIT_MAX_S: after a short outage a device is back within a second or so, a broker that stays away for a minute or a
@@ -10,7 +10,7 @@ gateway that is switched off, packets that are dropped) lasts up to edge_agent.d
 
 Two agents with one bundle have one client id, and a broker ends the older connection for the newer one. MQTT 5 would say
 "session taken over"; 3.1.1, which we speak, just closes. So the sign is a broker that lets us in and closes soon after,
-several times in a row and reachable all the while.
+several times in a row and reachable all the while. A broker that has no memory left does the same to everybody.
 
 A broker that refuses a certificate says so only after a TLS 1.3 client has ended the handshake, in an alert that may be
 lost with the connection. So the sign is a broker that closes before it let us in, several times in a row.
@@ -52,7 +52,7 @@ class Retry:
 
     @property
     def taken_over(self) -> bool:
-        """Whether another agent seems to run with our client id."""
+        """Whether another agent seems to run with our client id, or the broker lets nobody stay."""
         return self.takeovers >= TAKEOVERS
 
     @property
@@ -61,15 +61,17 @@ class Retry:
         return self.refusals >= REFUSALS
 
     def suspicion(self, device: str, wait_s: float, *, certified: bool) -> str:
-        """What to tell the user when `taken_over`. certified: the device has an identity, not a bundle."""
+        """What to tell the user when `taken_over`: from here its two causes look alike. certified: it has an identity, not a bundle."""
         if certified:
-            rival = f"the identity of {device!r}: stop one of the two, and let the other in under a name of its own"
+            rival = f"another agent runs with the identity of {device!r}: stop one of the two, and let the other in under a name of its own"
             cure = f"`regrow fleet add NAME`; is it a copy that you do not know, `regrow fleet revoke {device}`"
         else:
-            rival, cure = f"the bundle of {device!r}: stop one of the two, or make it a bundle of its own", "`regrow device add NAME`"
+            rival = f"another agent, or a meter, logs in with the bundle of {device!r}: stop one of the two, or make it a bundle of its own"
+            cure = "`regrow device add NAME`"
         return (
             f"connection lost: {self.takeovers} times in a row the broker ended the connection soon after it let us in. "
-            f"Another agent seems to run with {rival} on the gateway with {cure}; next try in {wait_s:.0f} s"
+            f"Either {rival} on the gateway with {cure}. Or the gateway's broker is full or unwell: then it throws out its other devices "
+            f"too, and the gateway's log says so. Next try in {wait_s:.0f} s"
         )
 
     def failed(self, now: float, *, turned_away: bool = False) -> float:

@@ -18,7 +18,7 @@ from regrow.member import Device
 from regrow.order import importance
 from regrow.precision import update_dtype
 from regrow.publication import CodedOrder, number_of, version_of
-from regrow.restarts import Restarts
+from regrow.restarts import STARTS, STARTS_S, Restarts
 from regrow.step_memory import largest_density, least_bytes, needs_bytes
 from regrow.task import Task
 from regrow.values import WireDtype
@@ -51,7 +51,11 @@ class Planner:
         """Queue a new device for its first density, take back one that has started anew, decline one that holds no level."""
         coordinator, known = self._coordinator, self._ledger.devices.get(who)
         anew = known is not None and (known.boot, known.install) != (hello.boot.hex(), hello.install.hex())
+        waited_s = self.restarts.waits_s(who, coordinator.now)
         if anew and not self.restarts.counts(who, hello, uplink_bps, coordinator.now):
+            if waited_s is None:  # said once, not with every hello
+                wait_s = self.restarts.waits_s(who, coordinator.now)
+                coordinator.emit(Note("restarting", {"device": who, "starts": STARTS, "within_s": STARTS_S, "wait_s": wait_s}))
             return
         needs = least_bytes(coordinator.memory, self._ledger.task, hello.storage)
         join = records.Joined(

@@ -121,7 +121,10 @@ class Presence:
             return []
         self._complaint_s, first, self.fresh = now + COMPLAINT_S, self.fresh, False
         if not self.trouble:
-            why = "too few devices are there, or this one was declined for its memory: the gateway's log says so"
+            why = (
+                "too few devices are there, this one was declined for its memory, or it was started more than five times in five minutes: "
+                "the gateway's log says which"
+            )
             return [Note("no work yet" if first else "still no work", {"memory_bytes": self.identity.memory_bytes, "reason": why})]
         return [Note("without work", {"reason": self.trouble, "cure": TRY_AGAIN})]
 

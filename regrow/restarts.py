@@ -32,6 +32,10 @@ class Restarts:
         self.forget(who)
         return True
 
+    def waits_s(self, who: str, now: float) -> float | None:
+        """Seconds until a start of this device that waits counts, or None when none does."""
+        return self._counted_s[who][0] + STARTS_S - now if who in self._late else None
+
     def forget(self, who: str) -> None:
         """Nothing of this device waits any more."""
         if self._late.pop(who, None) is not None:

@@ -67,7 +67,8 @@ class Access:
 
     def is_for_us(self, headers: Headers) -> bool:
         """Whether the Host header names this machine: an address, localhost, its own name, or the one that it was told to listen on."""
-        name = host_of(headers.get("Host", ""))
+        given = headers.get_all("Host", [])
+        name = host_of(given[0]) if len(given) == 1 else None
         if name is None:
             return False
         own = socket.gethostname().lower()

@@ -102,6 +102,11 @@ class Controls:
 
     def _end(self, body: bytes) -> str:
         stop = None if body.strip() == b"null" else _decoded(body, Stop)
+        if stop == Stop():
+            raise UsageError(
+                "nothing was changed: say after how many seconds, after how many aggregations or at which accuracy the run ends "
+                "(any of them), or As in task.toml"
+            )
         self._instructions.tell(Told(paused=self._instructions.told.paused, stop=stop))
         return "the run ends as its task.toml says" if stop is None else f"the run ends {_in_words(stop)}"
 

@@ -197,7 +197,7 @@ def contributions(densities: Sequence[float], updates: dict[int, tuple[int, int]
 
 
 def _events(run: Path) -> list[Table]:
-    kinds = ("restored", "joined", "declined", "rejected", "refreshed", "finished")
+    kinds = ("restored", "joined", "declined", "restarting", "rejected", "refreshed", "finished")
     query = f"SELECT wall_time, kind, fields FROM metrics WHERE kind IN ({','.join('?' * len(kinds))}) ORDER BY id DESC LIMIT 100"
     with reading(run) as db:
         rows = [(at, Note(kind, json.loads(fields))) for at, kind, fields in db.execute(query, kinds)]

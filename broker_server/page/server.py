@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(self.headers) > MOST_HEADERS:
             return self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a request has at most {MOST_HEADERS} headers")
         if not self.server.access.is_for_us(self.headers):
-            return self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "the Host header names another machine: open the page by its address")
+            return self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "one Host header must name this machine: open the page by its address")
         return True
 
     def _refuse(self, status: HTTPStatus, why: str) -> bool:

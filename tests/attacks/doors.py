@@ -329,6 +329,33 @@ def another_devices_topics(rig: DoorRig) -> None:
     owner.close()
 
 
+def leftovers_that_fill_the_broker(rig: DoorRig) -> None:
+    """A device has messages retained without end: on topics that do not exist, and on numbered ones, which the gateway clears."""
+    numbered = (
+        "regrow/v1/x1/y1/device/hoarder/update/7/0",
+        "regrow/v1/x2/y2/device/hoarder/probe",
+        "regrow/v1/device/hoarder/promotion/x3",
+    )
+    unknown = ("regrow/v1/device/hoarder/junk/1", "regrow/v1/device/hoarder/hello/1", "regrow/v1/x/y/device/hoarder/telemetry/1")
+    own = Publish("regrow/v1/device/hoarder/control", b"the gateway's own", retain=True)
+    link = rig.member_link(rig.member("hoarder"))
+    rig.flush()
+    for topic in (*unknown, *numbered):
+        link.perform(Publish(topic, b"left", retain=True))
+    link.perform(Publish("regrow/v1/device/hoarder/hello", b"live"))
+    heard = [event.topic for event in rig.hear_until("regrow/v1/device/hoarder/hello", b"live")]
+    assert heard == [*numbered, "regrow/v1/device/hoarder/hello"]
+    rig.publish(own)
+    rig.bus.sweep()
+    rig.flush()  # what was retained has come and was answered
+    rig.flush()
+    link.perform(Subscribe(("regrow/v1/+/+/device/hoarder/#",)))
+    link.perform(Subscribe(("regrow/v1/device/hoarder/#",)))
+    assert received_until(link, own.topic) == [own.topic]
+    link.close()
+    clear(rig, own.topic)
+
+
 def everything(rig: DoorRig) -> None:
     """A subscribes to `#` and hears its own only."""
     link = rig.member_link(rig.member("all"))
@@ -478,6 +505,7 @@ BOTH = [
     revoked_in_mid_session,
     old_protocols,
     another_devices_topics,
+    leftovers_that_fill_the_broker,
     everything,
     another_devices_client_id,
     an_oversized_packet,

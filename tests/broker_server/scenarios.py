@@ -169,7 +169,7 @@ def a_device_writes_only_its_own(rig: Rig) -> None:
         "regrow/v1/device/d0/status",
         "regrow/v1/t/r/device/d0/update/7/3",
         "regrow/v1/t/r/device/d0/telemetry",
-        "regrow/v1/t/r/device/d0/probe/1",
+        "regrow/v1/t/r/device/d0/probe",
     ]
     forbidden = [
         "regrow/v1/device/d1/hello",
@@ -194,6 +194,25 @@ def a_device_writes_only_its_own(rig: Rig) -> None:
     rig.publish(Publish("regrow/v1/device/d0/tasks", b"x"))
     assert received_until(link, "regrow/v1/device/d0/tasks") == ["regrow/v1/device/d0/tasks"]  # nothing was retained
     link.close()
+
+
+def a_meter_has_a_login_of_its_own(rig: Rig) -> None:
+    """As docs/energy.md says: it publishes on its own topic, to which the agent listens, and throws nobody out."""
+    topic = "regrow/v1/device/d1/meter"
+    meter, agent, other = rig.link("d1"), rig.link("d0"), rig.link("d2")
+    agent.perform(Subscribe((topic,)))
+    agent.perform(Subscribe(("regrow/v1/device/d0/tasks",)))
+    rig.publish(Publish("regrow/v1/device/d0/tasks", b"the subscription stands", retain=True))
+    assert received_until(agent, "regrow/v1/device/d0/tasks")
+    rig.flush()
+    other.perform(Publish(topic, b"not its own"))
+    other.perform(Publish("regrow/v1/device/d2/hello", b"last"))
+    assert [event.topic for event in rig.hear_until("regrow/v1/device/d2/hello", b"last")] == ["regrow/v1/device/d2/hello"]
+    meter.perform(Publish(topic, b"4.52 W"))
+    assert received_until(agent, topic) == [topic]
+    rig.publish(Publish("regrow/v1/device/d0/tasks", b"", retain=True))
+    for link in (meter, agent, other):
+        link.close()
 
 
 def a_device_reads_only_what_it_may(rig: Rig) -> None:
@@ -362,6 +381,7 @@ def a_killed_broker_comes_back(rig: Rig) -> None:
 
 ALL = (
     a_device_writes_only_its_own,
+    a_meter_has_a_login_of_its_own,
     a_device_reads_only_what_it_may,
     a_wrong_password_disturbs_nobody,
     the_newer_connection_wins,

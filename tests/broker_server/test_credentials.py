@@ -147,10 +147,24 @@ def test_a_device_reads_the_models_and_itself() -> None:
 
 
 def test_a_device_writes_below_itself() -> None:
-    for topic in ("device/me/hello", "t/r/device/me/update/1/0", "t/r/device/me/telemetry", "t/r/device/me/probe/0"):
+    for topic in ("device/me/hello", "t/r/device/me/update/1/0", "t/r/device/me/telemetry", "t/r/device/me/probe", "device/me/promotion/t"):
         assert may_write("me", f"regrow/v1/{topic}"), topic
+    for topic in ("device/me/junk", "device/me/hello/1", "t/r/device/me/telemetry/1", "t/r/device/me/update/1/0/1", "device/me/control"):
+        assert not may_write("me", f"regrow/v1/{topic}"), topic
     for topic in ("device/you/hello", "t/r/device/me/assignment", "t/r/device/me/updates/1", "t/r/manifest", "t/claim"):
         assert not may_write("me", f"regrow/v1/{topic}"), topic
+
+
+def test_a_device_may_write_all_that_it_says_and_no_wildcard_is_open_at_its_end(tmp_path: Path) -> None:
+    run = topics.Run("t", "r")
+    said = [topic("me") for topic in (topics.hello, topics.status, topics.observations, topics.field_report, topics.release_report)]
+    said += [topic("me") for topic in (topics.control_report, topics.certificate_request, topics.doctor_report, run.telemetry, run.probe)]
+    said += ["regrow/v1/device/me/meter", *topics.doctor_echoes("me"), topics.promotion_report("me", "t"), run.update("me", 3, 0)]
+    assert [topic for topic in said if not may_write("me", topic)] == []
+    rendered = Credentials(tmp_path).render(tmp_path / "broker").access.read_text().splitlines()
+    writes = [line.removeprefix("pattern write ") for line in rendered if line.startswith("pattern write ")]
+    assert [rule for rule in writes if rule.endswith("#")] == []
+    assert {rule for rule in writes if any(covers(rule.replace("%u", "me"), topic) for topic in said)} == set(writes)
 
 
 def test_a_device_reads_promotions_and_reports_on_them_as_itself_only() -> None:

@@ -6,15 +6,18 @@ import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from broker_server import doctor
 from broker_server.gateway import Gateway, Writer, _Snapshot
 from broker_server.runs import load_task, recover
 from broker_server.store import Store
+from broker_server.vitals import Vitals
 from regrow import records
 from regrow.coordinator import Coordinator
 from regrow.errors import LocalError
@@ -189,3 +192,19 @@ def test_who_rests_for_one_companion_rests_whatever_the_others_say(run: Path, st
         Standing(frozenset({"d3"})),
     ]
     one._writer.close()
+
+
+def test_it_sweeps_the_broker_while_it_runs(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swept() -> None:
+        gateway.stop()  # else nothing ends it
+
+    monkeypatch.setattr(gateway._bus, "sweep", swept)
+    assert gateway.run() == ""
+
+
+@pytest.mark.usefixtures("store")  # which holds the run
+def test_the_doctor_names_a_full_broker_beside_a_rival(run: Path) -> None:
+    Vitals(run).turn(time.monotonic(), connected=True, phase="claiming", dead="")
+    found = doctor.coordinator(run.parent)
+    assert found.state == "warn"
+    assert "another gateway leads this task, or the broker is full" in found.cure

@@ -91,5 +91,8 @@ def test_when_it_ends_can_be_changed_while_it_runs(tmp_path: Path) -> None:
         assert rig.gateway.coordinator.ledger.finished == f"{version + 3} aggregations"
         assert rig.ask("/api/settings")[2]["stop"] == msgspec.to_builtins(Stop(aggregations=version + 3))
         assert rig.ask("/api/settings")[2]["stop_source"] == "the page"
+        status, _, said = rig.ask("/api/end", "POST", {}, token=TOKEN)  # an empty form
+        assert (status, said["error"].startswith("nothing was changed: say after how many seconds")) == (400, True)
+        assert rig.ask("/api/settings")[2]["stop"] == msgspec.to_builtins(Stop(aggregations=version + 3))
         assert rig.ask("/api/end", "POST", "null", token=TOKEN)[2] == {"done": "the run ends as its task.toml says"}
         assert rig.ask("/api/settings")[2]["stop"] == msgspec.to_builtins(Stop(aggregations=100000))

@@ -48,6 +48,7 @@ def test_a_gateway_at_work_tells_its_numbers(tmp_path: Path) -> None:
         port = int(gateway.said(r"^metrics on http://127\.0\.0\.1:(\d+)/metrics$")[1])
         before = read(port)
         assert value(before, "regrow_version") == 0
+        assert [name for name, _ in before if name in ("regrow_score", "regrow_mean_density")] == []  # not known yet, which is not 0
         assert value(before, "regrow_updates_total", result="accepted") == 0
         fleet.add({"d1": 4000, "d2": 4000})
         for name in ("d1", "d2"):

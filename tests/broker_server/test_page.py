@@ -229,6 +229,8 @@ def raw(rig: Rig, data: bytes) -> bytes:
         (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 421),
         (b"GET / HTTP/1.1\r\nHost: evil.example:8080\r\n\r\n", 421),
         (b"GET / HTTP/1.1\r\n\r\n", 421),
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n", 421),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", 421),
         (b"GET /api/state HTTP/1.1\r\nHost: 127.0.0.1.evil.example\r\n\r\n", 421),
         (b"GET / HTTP/1.1\r\nHost: [::1\r\n\r\n", 421),
         (b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),

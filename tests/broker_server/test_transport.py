@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import queue
 
+import paho.mqtt.client as paho
 import pytest
 
 from broker_server.broker import Broker
-from broker_server.credentials import COORDINATOR
+from broker_server.credentials import COORDINATOR, FROM_DEVICES
 from broker_server.transport import MAX_QUEUED, MqttBus, check_broker
 from regrow.errors import LocalError
 from regrow.machine import Acknowledged, Connected, Disconnected, Publish, Received, Subscribe, Unsubscribe
@@ -106,3 +107,22 @@ def test_a_queue_that_only_grows_is_an_error() -> None:
         bus.perform(Publish("a", b""))
     with pytest.raises(LocalError, match="too slow"):
         bus.perform(Publish("a", b""))
+
+
+def test_what_devices_have_had_retained_is_asked_for_sooner_while_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, done = 100.0, list[object]()
+    bus = MqttBus("mqtt://127.0.0.1:1", client_id="c", username="c", password="p", on_event=done.append, clock=lambda: now)
+    monkeypatch.setattr(bus, "perform", done.append)
+    asked = [Subscribe(FROM_DEVICES), Unsubscribe(FROM_DEVICES)]
+    for now, expected in ((100.0, asked), (104.9, asked), (105.0, 2 * asked)):  # noqa: B007 - the clock's
+        bus.tend()
+        assert done == expected
+    left = paho.MQTTMessage(topic=b"regrow/v1/t/r/device/d/update/7/0")
+    left.payload, left.retain = b"left", True
+    bus._on_message(bus._client, None, left)
+    now = 106.0
+    bus.tend()
+    assert done == 3 * asked  # and nobody heard of it
+    left.retain = False
+    bus._on_message(bus._client, None, left)
+    assert done[-1] == Received("regrow/v1/t/r/device/d/update/7/0", b"left")

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from broker_server.view import FleetView
+from broker_server.view import FleetView, in_words
 from regrow.machine import Note
 
 
@@ -56,3 +56,9 @@ def test_what_became_of_a_promoted_model_is_an_event() -> None:
     view = FleetView("watch")
     view.note(Note("promotion", {"device": "d1", "promotion": 3, "outcome": "kept", "said": "kept; accuracy 0.750", "accuracy": 0.75}))
     assert "d1: model 3 kept; accuracy 0.750" in shown(view)
+
+
+def test_a_device_that_is_started_too_often_is_an_event() -> None:
+    fields = {"device": "left", "starts": 5, "within_s": 300.0, "wait_s": 140.4}
+    said = in_words(Note("restarting", fields))
+    assert said == "left was started more than 5 times in 300 s and gets no work meanwhile: its last start counts in 140 s"

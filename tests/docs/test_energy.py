@@ -30,8 +30,9 @@ def test_sampling_costs_what_the_page_says_and_at_most_one_percent() -> None:
     assert [row.rsplit("|", 2)[1].strip() for row in rows][: len(shares)] == [f"{share:.2%}".replace("%", " %") for share in shares]
 
 
-def test_a_meter_with_the_devices_password_may_speak_where_the_device_listens() -> None:
-    topic = "regrow/v1/device/pi/watts"
-    assert may_write("pi", topic)
-    assert may_read("pi", topic)
-    assert not may_read("other", topic)
+def test_a_meter_with_a_login_of_its_own_speaks_where_the_page_says_and_another_device_listens() -> None:
+    topic = "regrow/v1/device/pi-07-meter/meter"
+    assert f"--meter mqtt:{topic}" in PAGE.read_text()
+    assert may_write("pi-07-meter", topic)
+    assert may_read("pi-07", topic)
+    assert not may_write("pi-07", topic)

@@ -327,6 +327,9 @@ def test_a_device_that_starts_again_and_again_is_taken_back_once_a_minute() -> N
         inject(world, topics.hello("d0"), wire.encode(hello))
     assert (joins(), releases(), len(world.notes_of("declined"))) == before
     start_again(world, "d0", 99, None)
+    (said,) = world.notes_of("restarting")  # once, not with every hello
+    assert (said["device"], said["starts"], said["within_s"]) == ("d0", STARTS, STARTS_S)
+    assert 0.0 < said["wait_s"] <= STARTS_S
     assert joins() == before[0]
     world.run(world.now + STARTS_S)
     assert world.coordinator().ledger.devices["d0"].boot == identity("d0", 99).boot.hex(), (
