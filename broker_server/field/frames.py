@@ -46,7 +46,7 @@ def _run_row(run: Recorded) -> dict[str, Any]:
         "final_score": curve[-1].score if curve else None,
         "versions": run.course.points[-1].version if run.course.points else 0,
         "updates": sum(len(device.updates) for device in run.course.devices.values()),
-        "bytes": run.bytes_until(run.course.points[-1]) if run.course.points else None,
+        "bytes": run.bytes_until(),
         "bytes_of": "packets" if run.has_transfers else "payload by telemetry",
         "joules": None if energy is None else energy.joules,
         "joules_low": None if energy is None else energy.low_j,

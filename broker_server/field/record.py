@@ -53,11 +53,9 @@ class Recorded:
                 )
         return found
 
-    def bytes_until(self, point: Point) -> float:
-        """Up and down: of the packets of training, where every device has observed its transfers, else payload as telemetry tells it."""
-        if self.has_transfers:
-            return self.transferred("packet_bytes", TRAINING, point.wall_s)
-        return float(point.bytes_up + point.bytes_down)
+    def bytes_until(self, point: Point | None = None) -> float:
+        """As the function of this name has it; None: of the whole run, as `energy` is."""
+        return bytes_until(self.course, self.observed, point)
 
     def transferred(self, column: str, what: Collection[str], until_s: float | None = None) -> float:
         """packet_bytes or payload_bytes of these kinds of transfers, of all devices, up and down."""
@@ -190,6 +188,18 @@ def transferred(observed: Mapping[str, Observed], column: str, what: Collection[
     """packet_bytes or payload_bytes of these kinds of transfers, of all devices, up and down."""
     both = [each.bytes_sent(up, column, what, until_s) for each in observed.values() for up in (True, False)]
     return sum(part or 0.0 for part in both)
+
+
+def bytes_until(course: Course, observed: Mapping[str, Observed], point: Point | None = None) -> float:
+    """Up and down: of the packets of training, where every device has observed its transfers, else payload as telemetry tells it.
+
+    Args:
+        point: what it is counted to; None: the end of what was observed, or the last telemetry.
+    """
+    if have_transfers(course, observed):
+        return transferred(observed, "packet_bytes", TRAINING, None if point is None else point.wall_s)
+    told = course.devices.values() if point is None else (point,)
+    return float(sum(each.bytes_up + each.bytes_down for each in told))
 
 
 def have_transfers(course: Course, observed: Mapping[str, Observed]) -> bool:

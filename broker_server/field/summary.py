@@ -61,7 +61,6 @@ def overview(record: FieldRecord, target: float) -> Table:
     for method in record.methods:
         runs = record.of(method)
         found = [reach(run.curve(), target) for run in runs]
-        whole = [run.bytes_until(run.course.points[-1]) / 1e6 for run in runs if run.course.points]
         staleness = [value for value in (_staleness(run) for run in runs) if value is not None]
         lines.append(
             [
@@ -75,7 +74,7 @@ def overview(record: FieldRecord, target: float) -> Table:
                 with_interval([sum(len(device.updates) for device in run.course.devices.values()) for run in runs], 0),
                 with_interval(staleness, 2),
                 with_interval([value for value in (run.mean_density() for run in runs) if value is not None], 2),
-                with_interval(whole, 2),
+                with_interval([run.bytes_until() / 1e6 for run in runs], 2),
                 _energy_in_all(runs),
             ]
         )

@@ -160,6 +160,28 @@ def test_bytes_are_those_of_training_and_telemetry_stands_apart(record: FieldRec
         assert sum(row["packet_bytes"] for row in rows if row["what"] == "telemetry") == 3 * 560
 
 
+def test_bytes_in_all_are_of_the_whole_run_like_its_joules(record: FieldRecord) -> None:
+    run = record.runs[0]
+    late = run.observed["pi-1"].rows["transfers"][-1] | {
+        "what": "update",
+        "at_s": run.step.end_s - 0.2,
+        "seconds": 0.1,
+        "packet_bytes": 5_000_000,
+    }
+    rows = run.observed["pi-1"].rows
+    observed = {**run.observed, "pi-1": replace(run.observed["pi-1"], rows={**rows, "transfers": [*rows["transfers"], late]})}
+    cut = replace(run.course, points=tuple(point for point in run.course.points if point.wall_s < run.step.end_s - 1.0))
+    longer = replace(record, runs=(replace(run, course=cut, observed=observed),))
+    tables = {table.name: table.dicts() for table in frames_of(longer)}
+    sent = [row for row in tables["transfers"] if row["phase_of_plan"] == "run" and row["what"] in TRAINING]
+    (whole,) = tables["runs"]
+    assert whole["bytes"] == pytest.approx(sum(row["packet_bytes"] for row in sent))
+    assert whole["bytes"] >= tables["curves"][-1]["bytes"] + 5_000_000
+    assert column(overview(longer, 0.5), run.repetition.method, "MB in all") == f"{whole['bytes'] / 1e6:.2f}"
+    unseen = replace(run, course=cut, observed={})
+    assert unseen.bytes_until() == sum(device.bytes_up + device.bytes_down for device in cut.devices.values())
+
+
 def test_the_target_is_reached_where_the_curve_first_has_it(record: FieldRecord) -> None:
     target = default_target(record)
     for run in record.runs:
@@ -250,3 +272,5 @@ def test_comparing_runs_counts_the_bytes_that_the_report_counts(
         (line,) = (line for line in said.splitlines() if run.step.run in line)
         if found is not None:
             assert f" {found.bytes / 1e6:.2f} " in line
+        whole = float(line.rstrip(" │").rpartition("│")[2])  # from the making of its folder to its last word, so a little more
+        assert whole == pytest.approx(run.bytes_until() / 1e6, rel=0.03)
