@@ -19,12 +19,12 @@ from rich.table import Column, Table
 
 from broker_server.audit import audit
 from broker_server.field.observed import TABLES, Observed, observe, observed_devices
-from broker_server.field.record import bytes_until, have_transfers
+from broker_server.field.record import bytes_in_all, bytes_until, have_transfers
 from broker_server.observations import FILE, open_observations
 from broker_server.promotions import use_of
 from broker_server.report import plot_runs
 from broker_server.run_files import take_lock
-from broker_server.run_record import Course, Point, course_of
+from broker_server.run_record import Course, course_of
 from broker_server.runs import RunInfo, list_runs, read_task, run_info
 from broker_server.runs import rollback as roll_back
 from broker_server.store import Store
@@ -161,9 +161,6 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def _line(info: RunInfo, course: Course, target: float | None, observed: Mapping[str, Observed]) -> list[str]:
-    def megabytes(point: Point | None = None) -> str:
-        return f"{bytes_until(course, observed, point) / 1e6:.2f}"
-
     scored = [point for point in course.points if point.score is not None]
     reached = next((point for point in scored if target is not None and (point.score or 0.0) >= target), None)
     last = course.points[-1] if course.points else None
@@ -174,11 +171,11 @@ def _line(info: RunInfo, course: Course, target: float | None, observed: Mapping
         info.finished or "unfinished",
         f"{scored[-1].score:.3f}" if scored else NOT_KNOWN,
         "never" if reached is None else f"{reached.elapsed_s:.0f}",
-        "never" if reached is None else megabytes(reached),
+        "never" if reached is None else f"{bytes_until(course, observed, [reached])[0] / 1e6:.2f}",
         str(info.version),
         str(info.updates),
         NOT_KNOWN if last is None else f"{last.mean_density:.2f}",
-        megabytes() if course.devices else NOT_KNOWN,
+        f"{bytes_in_all(course, observed) / 1e6:.2f}" if course.devices else NOT_KNOWN,
     ]
 
 
