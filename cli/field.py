@@ -202,6 +202,7 @@ def _settings_of(field: FieldFolder, method: str, devices: int) -> str:
     for section in ("method", "trigger", "restoration"):
         tables.pop(section, None)
     tables |= named(method)
+    tables["method"] = {**tables["method"], "name": method}  # as the plan calls it, additions and ablations included
     tables["stop"] = {"seconds": field.plan.run_s}
     tables["fleet"] = {"min_devices": devices, **tables.get("fleet", {})}
     if tables.get("restoration", {}).get("trigger") in ("fixed", "mixed"):

@@ -82,12 +82,18 @@ def overview(record: FieldRecord, target: float) -> Table:
 
 
 def _energy_in_all(runs: Sequence[Recorded]) -> str:
-    """Of all devices, over the runs in which each of them knows its own; how many do, where that is none."""
+    """Of all devices, over the runs in which each of them knows its own; where that is none, how many do in which run."""
     energies = [energy for energy in (run.energy() for run in runs) if energy is not None]
     if not energies:
-        run = min(runs, key=lambda run: len(run.metered) - len(run.devices))
-        return f"{UNMEASURED} (known of {len(run.metered)} of {len(run.devices)} devices)"
+        known, there = (
+            _from_to([len(names) for names in found]) for found in zip(*((run.metered, run.devices) for run in runs), strict=True)
+        )
+        return f"{UNMEASURED} (known of {known} of {there} devices)"
     return energy_text(energies) + ("" if len(energies) == len(runs) else f" (in {len(energies)} of {len(runs)})")
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _staleness(run: Recorded) -> float | None:

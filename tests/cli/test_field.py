@@ -17,8 +17,9 @@ from broker_server.field.plan import read_plan
 from broker_server.field.progress import field_of, open_field
 from broker_server.runs import create_run, load_task, newest_unfinished
 from broker_server.store import Store
-from cli.field import typed_annotations
+from cli.field import _settings_of, typed_annotations
 from cli.main import MISUSED, main
+from regrow.task import parse_task
 from tests.cli.made_runs import make_run
 from tests.testbed.processes import until
 
@@ -78,6 +79,15 @@ def test_a_plan_beyond_all_bounds_is_refused_at_once(
     assert words[0] in error
     assert said in error
     assert not file.exists()
+
+
+def test_a_run_bears_the_method_name_of_its_plan(task: Path, tmp_path: Path) -> None:
+    file = tmp_path / "orchard.toml"
+    assert main(["field", "plan", str(file), "--task", str(task), "--devices", "pi-1", "--methods", "fedgmr-fixed,fiarse+restore"]) == 0
+    with open_field(tmp_path / "runs", read_plan(file), file) as field:
+        fixed, restored = (parse_task(_settings_of(field, method, 1)) for method in field.plan.methods)
+    assert (fixed.method.name, fixed.restoration.trigger, fixed.method.importance) == ("fedgmr-fixed", "fixed", "wg")
+    assert (restored.method.name, restored.restoration.trigger, restored.method.importance) == ("fiarse+restore", "plateau", "w")
 
 
 def test_serving_a_task_leaves_the_runs_of_a_field_run_alone(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,6 +95,13 @@ def test_who_has_no_meter_is_unmeasured_everywhere_and_never_zero(record: FieldR
         assert run.joules_until([run.step.end_s]) == [None]
 
 
+def test_how_many_devices_know_joules_is_told_of_all_runs_and_not_of_one(record: FieldRecord) -> None:
+    first, *others = record.of("fedgmr")
+    without = replace(first, observed={name: replace(each, rows={**each.rows, "phases": []}) for name, each in first.observed.items()})
+    text = column(overview(replace(record, runs=(without, *others)), 0.5), "fedgmr", "J in all")
+    assert text == "unmeasured (known of 0 to 2 of 3 devices)"
+
+
 def test_modelled_joules_keep_the_models_interval(record: FieldRecord) -> None:
     for run in record.runs:
         train = run.observed["pi-2"].energy()["train"]
