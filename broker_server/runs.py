@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_server.field.progress import field_of
 from broker_server.run_record import facts_of, newest_score
 from broker_server.store import Store
 from regrow import checkpoint, records
@@ -121,9 +122,9 @@ def create_run(runs: Path, source: TaskFolder, run_id: str | None = None) -> Pat
 
 
 def newest_unfinished(runs: Path, task: str) -> Path | None:
-    """The newest run of this task that has not ended, or None."""
+    """The newest run of this task that has not ended, or None; those of a field run are left to it."""
     for info in sorted(list_runs(runs), key=lambda info: info.started_s, reverse=True):
-        if info.task == task and not info.finished:
+        if info.task == task and not info.finished and field_of(info.path) is None:
             return info.path
     return None
 

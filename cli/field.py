@@ -20,7 +20,7 @@ import msgspec
 import tomllib
 
 from broker_server.field.observed import told_until
-from broker_server.field.plan import Plan, Repetition, checked, in_hours, plan_text, read_plan, repetitions_of, task_folder, total_s
+from broker_server.field.plan import Plan, Repetition, in_hours, plan_from, plan_text, read_plan, repetitions_of, task_folder, total_s
 from broker_server.field.progress import FieldFolder, Step, in_runs, open_field, task_toml
 from broker_server.field_herald import FOLDER, FieldHerald, announce, reports
 from broker_server.observations import annotate as keep_annotation
@@ -63,19 +63,10 @@ def plan(options: argparse.Namespace) -> int:
     if file.suffix != ".toml":
         raise UsageError(f"{file}: a plan is a .toml file, and its name that of the field run")
     read_task(options.task)
-    made = Plan(
-        name=file.stem,
-        task=str(options.task.resolve()),
-        devices=tuple(options.devices.split(",")),
-        methods=tuple(options.methods.split(",")),
-        repetitions=options.repetitions,
-        run_s=options.run_s,
-        baseline_s=options.baseline_s,
-        lead_s=options.lead_s,
-        sample_hz=options.sample_hz,
-        seed=options.seed,
-    )
-    made = checked(made, str(file))
+    said = {name: getattr(options, name) for name in ("repetitions", "run_s", "baseline_s", "lead_s", "sample_hz", "seed")}
+    said |= {"name": file.stem, "task": str(options.task.resolve())}
+    said |= {name: getattr(options, name).split(",") for name in ("devices", "methods")}
+    made = plan_from(said, str(file))
     file.write_text(plan_text(made, file.name), encoding="utf-8")
     try:
         _say(read_plan(file), file)  # what was written is what will be read
@@ -101,7 +92,11 @@ def annotate(options: argparse.Namespace) -> int:
     home = options.runs / GATEWAY_HOME
     if not home.is_dir():
         raise UsageError(f"{home} is not there: name the gateway's runs with --runs")
-    keep_annotation(home, " ".join(options.text), time.time() - options.ago)
+    text, at_s = " ".join(" ".join(options.text).split()), time.time() - options.ago
+    if not text:
+        raise UsageError("an annotation without words: say what happens, as in `regrow field annotate moved behind the wall`")
+    keep_annotation(home, text, at_s)
+    print(f"noted for {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at_s))}: {text}")
     return 0
 
 
@@ -207,6 +202,7 @@ def _settings_of(field: FieldFolder, method: str, devices: int) -> str:
     for section in ("method", "trigger", "restoration"):
         tables.pop(section, None)
     tables |= named(method)
+    tables["method"] = {**tables["method"], "name": method}  # as the plan calls it, additions and ablations included
     tables["stop"] = {"seconds": field.plan.run_s}
     tables["fleet"] = {"min_devices": devices, **tables.get("fleet", {})}
     if tables.get("restoration", {}).get("trigger") in ("fixed", "mixed"):

@@ -36,13 +36,14 @@ def report(options: argparse.Namespace) -> int:
     """Write the report of what is done."""
     if options.data is None and options.data_folder is not None:
         raise UsageError("--data-folder says where data lie: say with --data what they are, such as npz for your own")
+    print(f"reading what was recorded of {options.name}", flush=True)
     with _record(options) as record:
         out: Path = options.out or Path(record.field.plan.name)
         check_out(out)
         target = default_target(record) if options.target is None else options.target
         simulated = None if options.data is None else _replayed(options, record, target)
         command = shlex.join(["regrow", *sys.argv[1:]])
-        files = write_report(record, out, target, simulated, _why_not(record), command)
+        files = write_report(record, out, target, simulated, _why_not(record), command, lambda said: print(said, flush=True))
     print(f"{files[0]}: {len(record.runs)} runs; {len(files) - 1} more files with pictures (PNG, PDF) and every row (CSV, Parquet)")
     return 0
 

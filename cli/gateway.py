@@ -16,6 +16,7 @@ import numpy as np
 
 from broker_server.broker import Broker
 from broker_server.credentials import COORDINATOR, Credentials
+from broker_server.field.progress import field_of
 from broker_server.field_herald import FieldHerald
 from broker_server.fleet.sealing import Sealing
 from broker_server.gateway import Companion, Gateway
@@ -174,6 +175,7 @@ def _what_to_serve(options: argparse.Namespace) -> tuple[TaskFolder, Path | None
     if (options.task / "log.sqlite").is_file():
         if options.new_run or options.run:
             raise UsageError(f"{options.task} is a run to go on with: --run and --new-run need the task folder")
+        _say_whose(options.task.resolve())
         return _unlocked(options.task)
     task = read_task(options.task)
     if options.run is not None:
@@ -187,6 +189,12 @@ def _what_to_serve(options: argparse.Namespace) -> tuple[TaskFolder, Path | None
         print(f"going on with {unfinished} (--new-run starts anew{why})", flush=True)
         return _unlocked(unfinished)
     return built(options.task), None
+
+
+def _say_whose(run: Path) -> None:
+    field = field_of(run)
+    if field is not None:
+        print(f"{run.name} was made by `regrow field run` for {field}; what is served here does not count there", flush=True)
 
 
 def _unlocked(run: Path) -> tuple[TaskFolder, Path]:

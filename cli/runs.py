@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from broker_server.audit import audit
-from broker_server.field.observed import TABLES, TRAINING, Observed, observe, observed_devices
-from broker_server.field.record import have_transfers, transferred
+from broker_server.field.observed import TABLES, Observed, observe, observed_devices
+from broker_server.field.record import bytes_in_all, bytes_until, have_transfers
 from broker_server.observations import FILE, open_observations
 from broker_server.promotions import use_of
 from broker_server.report import plot_runs
 from broker_server.run_files import take_lock
-from broker_server.run_record import Course, Point, course_of
+from broker_server.run_record import Course, course_of
 from broker_server.runs import RunInfo, list_runs, read_task, run_info
 from broker_server.runs import rollback as roll_back
 from broker_server.store import Store
@@ -78,6 +78,7 @@ def show(options: argparse.Namespace) -> int:
     with Store.open(path, read_only=True) as store:
         snapshots = [str(kept.version) for kept in store.snapshots()]
     stop = {name: value for name, value in msgspec.to_builtins(task.stop).items() if value is not None}
+    sent, received = (sum(getattr(device, name) for device in course.devices.values()) for name in ("bytes_up", "bytes_down"))
     facts = {
         "task": f"{info.task}, seed {task.seed}",
         "method": info.method,
@@ -88,7 +89,7 @@ def show(options: argparse.Namespace) -> int:
         "score": _score(info),
         "trained for": NOT_KNOWN if last is None else f"{last.elapsed_s:.0f} s",
         "mean density": NOT_KNOWN if last is None else f"{last.mean_density:.2f}",
-        "payload": NOT_KNOWN if last is None else f"{last.bytes_up / 1e6:.2f} MB up, {last.bytes_down / 1e6:.2f} MB down",
+        "payload": f"{sent / 1e6:.2f} MB up, {received / 1e6:.2f} MB down" if course.devices else NOT_KNOWN,
         "model in use": use_of(path, info.task) or "not promoted",
         "on disk": f"{_size(path) / 1e6:.1f} MB in {path}",
     }
@@ -149,7 +150,7 @@ def compare(options: argparse.Namespace) -> int:
     ]
     table = Table(*head, pad_edge=False)
     for info, course, observed in zip(infos, courses, seen, strict=True):
-        table.add_row(*_line(info, course, target, observed if in_packets else None))
+        table.add_row(*_line(info, course, target, observed if in_packets else {}))
     console = _console()
     console.print(table)
     console.print(OF_PACKETS if in_packets else OF_HEARTBEATS, soft_wrap=True, highlight=False)
@@ -159,11 +160,7 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _line(info: RunInfo, course: Course, target: float | None, observed: Mapping[str, Observed] | None) -> list[str]:
-    def megabytes(point: Point) -> str:
-        told = point.bytes_up + point.bytes_down
-        return f"{(told if observed is None else transferred(observed, 'packet_bytes', TRAINING, point.wall_s)) / 1e6:.2f}"
-
+def _line(info: RunInfo, course: Course, target: float | None, observed: Mapping[str, Observed]) -> list[str]:
     scored = [point for point in course.points if point.score is not None]
     reached = next((point for point in scored if target is not None and (point.score or 0.0) >= target), None)
     last = course.points[-1] if course.points else None
@@ -174,11 +171,11 @@ def _line(info: RunInfo, course: Course, target: float | None, observed: Mapping
         info.finished or "unfinished",
         f"{scored[-1].score:.3f}" if scored else NOT_KNOWN,
         "never" if reached is None else f"{reached.elapsed_s:.0f}",
-        "never" if reached is None else megabytes(reached),
+        "never" if reached is None else f"{bytes_until(course, observed, [reached])[0] / 1e6:.2f}",
         str(info.version),
         str(info.updates),
         NOT_KNOWN if last is None else f"{last.mean_density:.2f}",
-        NOT_KNOWN if last is None else megabytes(last),
+        f"{bytes_in_all(course, observed) / 1e6:.2f}" if course.devices else NOT_KNOWN,
     ]
 
 

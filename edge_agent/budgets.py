@@ -34,8 +34,8 @@ SETTLE_S = 5.0  # after its receipt, what a round took is still being added up
 ROUNDS_KEPT = 16
 
 
-class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The state file: JSON. `limits`, `said`: for people, what is set and what holds."""
+class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The state file: JSON. `limits`, `said`: for people, what is set and what holds; `lost`: as in `Used`."""
 
     day: Annotated[str, msgspec.Meta(pattern=r"^([0-9]{4}-[0-9]{2}-[0-9]{2})?\Z")]
     counted_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -44,6 +44,7 @@ class Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     joules: dict[str, Annotated[float, msgspec.Meta(ge=0, le=1e15)]]
     limits: str
     said: str
+    lost: bool = False
 
 
 class RoundJoules:
@@ -142,19 +143,24 @@ class Budgets:
         self._rounds: list[tuple[float, str, int, float]] = []  # (when it was over, run, number, share) of those to be added up
         self._counted: tuple[float, int] | None = None  # when it was last counted, and the bytes of this process then
         self._looked: tuple[float, int] | None = None  # the same of the last judgement
+        if self.used.lost:
+            self._write()  # before another start finds no file, as on a new device
 
     @staticmethod
     def _load(folder: StateFolder) -> Used:
-        data = folder.get(BUDGET)
-        if data is None:
+        """What was used; where it was written down and does not check out, nobody knows, and the owner's limits are kept."""
+        if not (folder.path / BUDGET).exists():
             return Used()
+        data = folder.get(BUDGET)
         try:
+            if data is None:
+                raise ValueError(folder.rejected[-1][1])
             saved = msgspec.json.decode(data, type=Saved)
             joules = {float(share): value for share, value in saved.joules.items()}
         except (msgspec.DecodeError, ValueError) as error:
-            log.warning("set aside what was used of the limits, which counts from 0: %s", error)
-            return Used()
-        return Used(saved.day, saved.counted_s, saved.sent_received_bytes, saved.run, joules)
+            log.warning("what was used today is not known (%s): limits of bytes and joules hold until tomorrow", error)
+            return Used(lost=True)
+        return Used(saved.day, saved.counted_s, saved.sent_received_bytes, saved.run, joules, lost=saved.lost)
 
     def look(self, now: float, total_bytes: int) -> Allowed | None:
         """What is allowed from now on, where that has changed; None where not, or when hardly a byte or a second has passed.
@@ -200,8 +206,9 @@ class Budgets:
     def _count(self, now: float, total_bytes: int) -> None:
         passed_s, more = now - (now if self._counted is None else self._counted[0]), total_bytes - (self._counted or (0, 0))[1]
         self._counted = now, total_bytes
-        day = self.used.day
-        self.used = self.used.at(_day(self._clock()), passed_s, more)
+        day, now_s = self.used.day, self._clock()
+        knows = _is_set(now_s) or not self.used.lost
+        self.used = self.used.at(_day(now_s) if knows else "", passed_s, more)
         if self.used.day != day:
             self._written_bytes = -1
         if self._ahead_bytes is not None and self.used.sent_received_bytes > self._written_bytes:
@@ -216,16 +223,18 @@ class Budgets:
     def _seen(self) -> Seen:
         now_s, reading = self._clock(), self._read()
         local = time.localtime(now_s)
-        is_set = local.tm_year >= EARLIEST_YEAR
         minute = local.tm_hour * 60 + local.tm_min + local.tm_sec / 60
         tomorrow_s = time.mktime((local.tm_year, local.tm_mon, local.tm_mday + 1, 0, 0, 0, 0, 0, -1))
-        return Seen(minute if is_set else None, max(tomorrow_s - now_s, 0.0), reading.battery, reading.temperature_c, reading.metered)
+        return Seen(
+            minute if _is_set(now_s) else None, max(tomorrow_s - now_s, 0.0), reading.battery, reading.temperature_c, reading.metered
+        )
 
     def _write(self) -> None:
         used = self.used
         joules = {str(share): joules for share, joules in (used.joules or {}).items()}
         said = (in_words(self.budget), self.allowed.said)
-        self._folder.put(BUDGET, msgspec.json.encode(Saved(used.day, used.counted_s, self._written_bytes, used.run, joules, *said)))
+        saved = Saved(used.day, used.counted_s, self._written_bytes, used.run, joules, *said, lost=used.lost)
+        self._folder.put(BUDGET, msgspec.json.encode(saved))
 
 
 def limits_in(folder: Path) -> Finding:
@@ -240,11 +249,17 @@ def limits_in(folder: Path) -> Finding:
     except (msgspec.DecodeError, ValueError):
         saved = None
     if saved is None:
-        return Finding("limits", "warn", f"{folder / BUDGET} is damaged", "the agent counts from 0 at its next start")
+        return Finding(
+            "limits", "warn", f"{folder / BUDGET} is damaged", "limits of bytes and joules hold from the agent's next start until tomorrow"
+        )
     used = f"; {saved.sent_received_bytes} bytes on {saved.day}" if saved.day else ""
     if saved.said:
         return Finding("limits", "warn", f"{saved.said} (set: {saved.limits}{used})", "it works again by itself; docs/budgets.md says when")
     return Finding("limits", "ok", f"none holds (set: {saved.limits}{used})")
+
+
+def _is_set(unix_s: float) -> bool:
+    return time.localtime(unix_s).tm_year >= EARLIEST_YEAR
 
 
 def _day(unix_s: float) -> str:

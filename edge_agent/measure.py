@@ -36,7 +36,7 @@ class Interval:
 
     payload_bytes: of the chunks that were acknowledged or came whole in it. goodput_bps: of the bytes that came through, chunks or parts
     of chunks, as TCP knows them; of whole chunks where it tells nothing. estimate_bps: what an agent would take the link for, by
-    what was acknowledged from estimate_from_s to estimate_until_s.
+    what was acknowledged from estimate_from_s to estimate_until_s; None for these until one sample is whole.
     """
 
     start_s: float
@@ -46,8 +46,8 @@ class Interval:
     rtt_s: float | None
     retransmitted: int | None
     estimate_bps: float | None
-    estimate_from_s: float
-    estimate_until_s: float
+    estimate_from_s: float | None
+    estimate_until_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,7 @@ class Measurement:
 
     def _interval(self, now: float) -> Interval:
         tcp, seconds = self._tcp(), now - self._told_s
+        sampled, sampled_s = bool(self.meter.samples), self._sampled_s - self._begin_s
         gone, retransmitted = self._bytes - self._told_bytes, self._retransmitted - self._told_retransmitted
         told = Interval(
             self._told_s - self._begin_s,
@@ -194,8 +195,8 @@ class Measurement:
             None if tcp is None else tcp.rtt_s,
             None if tcp is None else max(retransmitted, 0),
             self.meter.estimate_bps,
-            max(self._sampled_s - self._begin_s - self.meter.covers_s, 0.0),
-            self._sampled_s - self._begin_s,
+            max(sampled_s - self.meter.covers_s, 0.0) if sampled else None,
+            sampled_s if sampled else None,
         )
         self._told_s, self._told_bytes, self._told_retransmitted = now, self._bytes, self._retransmitted
         return told

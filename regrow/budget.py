@@ -128,6 +128,7 @@ class Used:
         run: whose rounds `joules` are of.
         joules: share of the model -> joules of the last round that trained so much.
         unmeasured: rounds in a row whose joules nobody knows.
+        lost: what was used was written down and cannot be read, so until the next day limits hold as if they were reached.
     """
 
     day: str = ""
@@ -136,18 +137,20 @@ class Used:
     run: str = ""
     joules: Mapping[float, float] | None = None
     unmeasured: int = 0
+    lost: bool = False
 
     def at(self, day: str, passed_s: float, more_bytes: int) -> Used:
         """The same a moment later. A clock that goes back begins no new day, and one that had gone far ahead holds none for ever.
 
         Args:
-            day: the local day now.
+            day: the local day now; "" where it must not be told, as by a clock that is not set after what was used was lost.
             passed_s: monotonic seconds since the last time.
             more_bytes: since then.
         """
-        if day > self.day or self.counted_s >= LONGEST_DAY_S:
-            return replace(self, day=day, counted_s=0.0, sent_received_bytes=more_bytes)
-        return replace(self, counted_s=self.counted_s + passed_s, sent_received_bytes=self.sent_received_bytes + more_bytes)
+        this = day if self.lost and not self.day else self.day  # what was lost was lost today
+        if day > this or self.counted_s >= LONGEST_DAY_S:
+            return replace(self, day=day, counted_s=0.0, sent_received_bytes=more_bytes, lost=False)
+        return replace(self, day=this, counted_s=self.counted_s + passed_s, sent_received_bytes=self.sent_received_bytes + more_bytes)
 
     def round_done(self, run: str, share: float, joules: float | None) -> Used:
         """A round has ended. Another run's rounds say nothing of this one's; joules: None where nobody knows them."""
@@ -202,9 +205,9 @@ def judge(budget: Budget, seen: Seen, used: Used, before: Allowed, now: float) -
     """
     train = [found for found in (_hours(budget, seen), _battery(budget, seen, before)) if found is not None]
     hot = _heat(budget, seen, before)
-    left = None if budget.bytes_per_day is None else int((1 - KEPT_BACK) * budget.bytes_per_day) - used.sent_received_bytes
+    left = None if budget.bytes_per_day is None else _left(budget.bytes_per_day, used)
     link = [found for found in (_network(budget, seen), _bytes(budget, seen, used, left)) if found is not None]
-    share, tight = _joules(budget, used)
+    share, tight = _joules(budget, seen, used)
     if tight is not None and share == 0.0:
         train.append(tight)
     holding = [*train, *([hot] if hot is not None else []), *link]
@@ -259,13 +262,20 @@ def _network(budget: Budget, seen: Seen) -> _Holds | None:
     return _Holds(UNMETERED, "nobody says whether this network is metered" if seen.metered is None else "this network is metered")
 
 
+def _left(bytes_per_day: int, used: Used) -> int:
+    """Of today's bytes, for work."""
+    return 0 if used.lost else int((1 - KEPT_BACK) * bytes_per_day) - used.sent_received_bytes
+
+
 def _bytes(budget: Budget, seen: Seen, used: Used, left: int | None) -> _Holds | None:
     if left is None or left > 0 or budget.bytes_per_day is None:
         return None
+    if used.lost:
+        return _Holds(BYTES, f"today's count was damaged, so all {budget.bytes_per_day} count as used until tomorrow", seen.day_left_s)
     return _Holds(BYTES, f"{used.sent_received_bytes} of {budget.bytes_per_day} used today", seen.day_left_s)
 
 
-def _joules(budget: Budget, used: Used) -> tuple[float, _Holds | None]:
+def _joules(budget: Budget, seen: Seen, used: Used) -> tuple[float, _Holds | None]:
     """(the largest share of the model that a round may train, why it is not all of it).
 
     What took too much is not tried again in this run: the next smaller share that did not, or one that would in proportion.
@@ -273,8 +283,11 @@ def _joules(budget: Budget, used: Used) -> tuple[float, _Holds | None]:
     limit = budget.joules_per_round
     if limit is None:
         return 1.0, None
+    if used.lost:
+        return 0.0, _Holds(JOULES, "what rounds took was damaged on the disk, so it tries none until tomorrow", seen.day_left_s)
     if used.unmeasured >= UNMEASURED_MOST:
-        return 0.0, _Holds(JOULES, f"the last {used.unmeasured} rounds were not measured; look at the meter and start the agent again")
+        why = f"the last {used.unmeasured} rounds were not measured, so it rests until one that is over turns out to be measured"
+        return 0.0, _Holds(JOULES, f"{why}, or the agent is started again: look at the meter")
     known = used.joules or {}
     over = {share: joules for share, joules in known.items() if joules > limit}
     if not over:
@@ -282,4 +295,4 @@ def _joules(budget: Budget, used: Used) -> tuple[float, _Holds | None]:
     least = min(over)
     within = max((share for share in known if share < least), default=0.0)
     share = max(within, least * limit / over[least])
-    return share, _Holds(JOULES, f"a round of density {least:.2g} took {over[least]:.3g} J, {limit:g} J are allowed")
+    return share, _Holds(JOULES, f"a round with {100 * least:.2g} % of the parameters took {over[least]:.3g} J, {limit:g} J are allowed")

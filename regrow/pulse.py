@@ -22,7 +22,7 @@ PULSE_S = BIT_S * len(BITS)
 STEP_S = 0.02
 LEAST_MATCH = 0.6
 LEAST_LEAD = 1.15  # over the best match elsewhere
-MOST_GAP_S = 2 * BIT_S
+MOST_GAP_S = 0.35  # at 4 Hz, with samples that come a little late; at 3 Hz the offset may be wrong by a quarter of a second
 MOST_SAMPLES = 5_000_000
 
 

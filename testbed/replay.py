@@ -125,7 +125,7 @@ def _simulated(simulation: Simulation, seconds: float, names: Sequence[str]) -> 
 
 def likeness(run: Recorded, replayed: Replayed, target: float) -> Likeness:
     """How the simulated run compares with the measured one."""
-    measured = reach(run.curve(), target)
+    measured = reach(run.curve, target)
     simulated = next((elapsed_s for elapsed_s, score in replayed.curve if score >= target), None)
     payload = _payload(run)
     counts = {name: len(device.updates) for name, device in run.course.devices.items() if device.updates}

@@ -156,7 +156,8 @@ def _step(step: Step, start_s: float, end_s: float, said: Sequence[tuple[float, 
     if step.up_bps == 0:
         return told
     for name, at_s in (("after_10_s", start_s + 10.0), ("at_end", end_s)):
-        lines = [interval for heard_s, interval in said if start_s < heard_s <= min(at_s, end_s) + 0.1 and interval.get("estimate_bps")]
+        lines = [interval for heard_s, interval in said if start_s < heard_s <= min(at_s, end_s) + 0.1]
+        lines = [interval for interval in lines if interval.get("estimate_from_s") is not None]
         if not lines or at_s > end_s + 0.5:
             continue
         begun_s = said[0][0] - said[0][1]["end_s"]

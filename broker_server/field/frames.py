@@ -39,14 +39,14 @@ def _key(run: Recorded) -> dict[str, Any]:
 
 
 def _run_row(run: Recorded) -> dict[str, Any]:
-    curve, energy, step = run.curve(), run.energy(), run.step
+    curve, energy, step = run.curve, run.energy(), run.step
     return _key(run) | {
         "start_s": step.start_s,
         "end_s": step.end_s,
         "final_score": curve[-1].score if curve else None,
         "versions": run.course.points[-1].version if run.course.points else 0,
         "updates": sum(len(device.updates) for device in run.course.devices.values()),
-        "bytes": run.bytes_until(run.course.points[-1]) if run.course.points else None,
+        "bytes": run.bytes_in_all,
         "bytes_of": "packets" if run.has_transfers else "payload by telemetry",
         "joules": None if energy is None else energy.joules,
         "joules_low": None if energy is None else energy.low_j,
@@ -60,14 +60,14 @@ def _run_row(run: Recorded) -> dict[str, Any]:
 
 
 def _curve_rows(run: Recorded) -> Rows:
-    for point in run.course.points:
+    for point, (spent_bytes, joules) in zip(run.course.points, run.spent, strict=True):
         yield {
             "elapsed_s": point.wall_s - run.step.start_s,
             "version": point.version,
             "score": point.score,
             "mean_density": point.mean_density,
-            "bytes": run.bytes_until(point),
-            "joules": run.joules_until(point.wall_s),
+            "bytes": spent_bytes,
+            "joules": joules,
         }
 
 

@@ -6,6 +6,7 @@ was found. Rows that reach over the edges of the stretch count by their share. W
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from broker_server.observations import FILE, open_observations
 from regrow.observations import Certainty
 
 DRIFT = 100e-6
 ONE_WAY_S = 1.0  # what an offset without an error may be wrong by
 LONGEST_S = 3600.0  # of a row, so that one is found that began before the stretch
+EDGE_S = 1.0  # around a stretch, so that rounding leaves out no row that touches it
 HEARD_GAP_S = 1.0  # between two rows that follow one another
 ORDER: tuple[Certainty, ...] = ("measured", "estimated", "modelled", "unmeasured")
 # at_s of these is where the interval ends; of the others, where it begins.
@@ -92,15 +96,11 @@ class Observed:
             found.setdefault(row["phase"], []).append((end - begin, row))
         return {phase: _sum(rows) for phase, rows in sorted(found.items())}
 
-    def joules_until(self, at_s: float) -> float | None:
-        """What is known to have been used from the start to this time; None where nothing is."""
-        total, known = 0.0, False
-        for begin, end, row in self.spans("phases"):
-            if row["joules"] is not None and begin < at_s:
-                known = True
-                share = min(end, at_s) - begin
-                total += row["joules"] * (share / row["seconds"] if row["seconds"] > 0 else 1.0)
-        return total if known else None
+    def joules_until(self, times: Sequence[float]) -> list[float | None]:
+        """What is known to have been used from the start to each of these times; None where nothing is."""
+        known = [(begin, end, row["seconds"], row["joules"]) for begin, end, row in self.spans("phases") if row["joules"] is not None]
+        first_s = min((begin for begin, *_ in known), default=math.inf)
+        return [used if at_s > first_s else None for at_s, used in zip(times, _sums_until(known, times), strict=True)]
 
     def goodput_bps(self, up: bool) -> float | None:
         """Payload bits by the seconds in which transfers were under way; None without any."""
@@ -109,14 +109,10 @@ class Observed:
         bits = sum(8 * row["payload_bytes"] * _share(begin, end, row["seconds"]) for begin, end, row in mine)
         return bits / busy_s if busy_s > 0 else None
 
-    def bytes_sent(self, up: bool, column: str, what: Collection[str], until_s: float | None = None) -> float | None:
-        """payload_bytes or packet_bytes of these kinds of transfers in one direction; None where no transfer at all was seen."""
-        limit = self.end_s if until_s is None else until_s
-        mine = [(begin, end, row) for begin, end, row in self.spans("transfers") if bool(row["up"]) is up]
-        if not mine:
-            return None
-        counted = [each for each in mine if each[0] <= limit and each[2]["what"] in what]
-        return float(sum(row[column] * _share(begin, min(end, limit), row["seconds"]) for begin, end, row in counted))
+    def bytes_until(self, column: str, what: Collection[str], times: Sequence[float]) -> list[float]:
+        """payload_bytes or packet_bytes of these kinds of transfers, up and down, from the start to each of these times."""
+        counted = [(begin, end, row["seconds"], row[column]) for begin, end, row in self.spans("transfers") if row["what"] in what]
+        return _sums_until(counted, times)
 
     def lost(self) -> list[Span]:
         """Where the device's journal was full and let rows go, merged."""
@@ -134,19 +130,25 @@ class Observed:
         return [*gaps, (at_s, self.end_s)] if at_s < self.end_s else gaps
 
 
-def observe(db: sqlite3.Connection, device: str, start_s: float, end_s: float) -> Observed:
+def observe(db: sqlite3.Connection, device: str, start_s: float, end_s: float, tables: Sequence[str] = TABLES) -> Observed:
     """One device's rows of a stretch.
 
     Args:
         db: as broker_server.observations opens it for reading.
         start_s, end_s: unix seconds on the gateway's clock.
+        tables: the only ones that are read; the others are left empty.
     """
     offset = offset_at(offsets_of(db, device), (start_s + end_s) / 2)
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for table in TABLES:
-        first, last = start_s + offset.seconds - LONGEST_S, end_s + offset.seconds + LONGEST_S
-        found = db.execute(f"SELECT * FROM {table} WHERE device = ? AND at_s BETWEEN ? AND ? ORDER BY at_s", (device, first, last))
-        columns = [column[0] for column in found.description]
+    rows: dict[str, list[dict[str, Any]]] = {table: [] for table in TABLES}
+    first_s, last_s = start_s + offset.seconds, end_s + offset.seconds
+    for table in tables:
+        columns = [column[0] for column in db.execute(f"SELECT * FROM {table} LIMIT 0").description]
+        sign = "-" if table in ENDING else "+"
+        other = f"at_s {sign} coalesce(seconds, 0)"
+        reaches = f"AND max(at_s, {other}) >= ? AND min(at_s, {other}) <= ?" if "seconds" in columns else ""
+        query = f"SELECT * FROM {table} WHERE device = ? AND at_s BETWEEN ? AND ? {reaches} ORDER BY at_s"
+        edges = (first_s - EDGE_S, last_s + EDGE_S) if reaches else ()
+        found = db.execute(query, (device, first_s - LONGEST_S, last_s + LONGEST_S, *edges))
         moved = (_moved(dict(zip(columns, values, strict=True)), offset.seconds) for values in found)
         rows[table] = [row for row in moved if _within(table, row, start_s, end_s)]
     return Observed(device, start_s, end_s, offset, rows)
@@ -228,6 +230,19 @@ def _sum(rows: Sequence[tuple[float, dict[str, Any]]]) -> Energy:
         parts.append(Energy(seconds, seconds if known else 0.0, joules, low_j, high_j, row["certainty"] if known else "unmeasured"))
     total = added(parts)
     return total or Energy(0.0, 0.0, None, None, None, "unmeasured")
+
+
+def _sums_until(parts: Sequence[tuple[float, float, float, float]], times: Sequence[float]) -> list[float]:
+    """How much of all parts had come by each time; a part is (begin, end, seconds of the whole row, amount of the whole row)."""
+    if not parts:
+        return [0.0] * len(times)
+    begin, end, seconds, amount = np.asarray(parts, np.float64).T
+    lasting = np.where(seconds > 0, seconds, 1.0)
+    found = []
+    for at_s in times:
+        share = np.where(seconds > 0, np.clip((np.minimum(end, at_s) - begin) / lasting, 0.0, 1.0), 1.0)
+        found.append(float((amount * share)[begin <= at_s].sum()))
+    return found
 
 
 def _or(value: float | None, other: float | None) -> float:

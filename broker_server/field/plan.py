@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import tomllib
@@ -139,12 +139,23 @@ def read_plan(file: Path) -> Plan:
         UsageError: it cannot be read, or is no plan; with the place and the cure.
     """
     try:
-        plan = msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), Plan)
+        said = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{file}: {error}; `regrow field plan` writes a plan") from error
+    return plan_from(said, str(file))
+
+
+def plan_from(said: dict[str, Any], place: str) -> Plan:
+    """The plan that a plan's file or options say; every bound is checked before blocks are drawn.
+
+    Raises:
+        UsageError: it is no plan; with the place.
+    """
+    try:
+        plan = msgspec.convert(said, Plan)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{file}: {error}") from error
-    return checked(plan, str(file))
+        raise UsageError(f"{place}: {error}") from error
+    return checked(plan, place)
 
 
 def task_folder(plan: Plan, file: Path) -> Path:

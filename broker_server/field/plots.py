@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -16,6 +17,7 @@ from regrow.intervals import half_interval
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3)))
 GRID_POINTS = 120
+MOST_MARKS = 200  # lines of annotations on one axis
 Axes = Any
 Figure = Any
 
@@ -95,7 +97,7 @@ def _curves(
 
 
 def _pairs(run: Recorded, x_of: Callable[[Reached], float | None]) -> list[tuple[float, float]]:
-    return [(x, point.score) for point in run.curve() if (x := x_of(point)) is not None]
+    return [(x, point.score) for point in run.curve if (x := x_of(point)) is not None]
 
 
 def _mean_curve(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float], list[float] | None]:
@@ -123,15 +125,15 @@ def _over_the_day(
     start_s, end_s = record.span
     devices = record.devices
     figure, rows = _new(len(devices), figsize=(10, 1 + 1.3 * len(devices)), sharex=True)
-    drawn = False
+    drawn, most_left_out = False, 0
     for (axes,), device in zip(rows, devices, strict=True):
         for run in record.runs:
             drawn |= draw(axes, run, device, start_s)
             _mark_unknown(axes, run, device, start_s)
             axes.axvspan((run.step.start_s - start_s) / 60, (run.step.end_s - start_s) / 60, color="0.5", alpha=0.06, lw=0)
-        for at_s, who, text in record.marks:
-            if who in ("", device) and not text.startswith("sync"):
-                axes.axvline((at_s - start_s) / 60, color="0.5", lw=0.6)
+        drawn_marks, left_out = _marks(record, device)
+        axes.vlines([(at_s - start_s) / 60 for at_s in drawn_marks], 0, 1, transform=axes.get_xaxis_transform(), color="0.5", lw=0.6)
+        most_left_out = max(most_left_out, left_out)
         axes.set_title(device, fontsize=8, loc="left", pad=2)
         axes.set_ylabel(label, fontsize=8)
         axes.set_ylim(bottom=0)
@@ -146,7 +148,15 @@ def _over_the_day(
 
         plt.close(figure)
         return None
-    return Picture(name, f"{caption}; shaded: training runs, hatched: nothing is known, vertical lines: annotations", figure)
+    said = f"{caption}; shaded: training runs, hatched: nothing is known, vertical lines: annotations"
+    return Picture(name, said + (f" ({most_left_out} more of them are only in the table)" if most_left_out else ""), figure)
+
+
+def _marks(record: FieldRecord, device: str) -> tuple[list[float], int]:
+    """When lines are drawn, evenly taken from all that this device has, and how many are left out."""
+    mine = [at_s for at_s, who, text in record.marks if who in ("", device) and not text.startswith("sync")]
+    kept = mine[:: math.ceil(len(mine) / MOST_MARKS)] if mine else []
+    return kept, len(mine) - len(kept)
 
 
 def _mark_unknown(axes: Axes, run: Recorded, device: str, start_s: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,16 @@ def read_field(runs: Path, name: str) -> FieldFolder:
         known = ", ".join(sorted(each.parent.name for each in (runs / FIELDS).glob("*/plan.toml"))) or "none"
         raise UsageError(f"no field run {name!r} in {runs}: begun were {known}; `regrow field run` begins one")
     return FieldFolder(path, read_plan(path / "plan.toml"), _steps(path / "steps.jsonl"))
+
+
+def field_of(run: Path) -> str | None:
+    """The field run that a run was made for, finished or not; None where there is none."""
+    for file in sorted((run.parent / FIELDS).glob("*/plan.toml")):
+        if run.name.startswith(f"{file.parent.name}-"):
+            names = "|".join(re.escape(repetition.name) for repetition in repetitions_of(read_plan(file)))
+            if re.fullmatch(rf"({names})(-\d+)?", run.name):
+                return file.parent.name
+    return None
 
 
 def _absolute(plan: Plan, file: Path) -> Plan:

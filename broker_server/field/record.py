@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from broker_server.field.observed import TRAINING, Energy, Observed, Span, added, observe, observed_devices
@@ -26,7 +27,7 @@ class Reached:
     joules: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recorded:
     """One repetition that ran to its end. observed: by device; baseline: what they observed in the idle phase before it."""
 
@@ -43,36 +44,40 @@ class Recorded:
         seen = [name for name, observed in self.observed.items() if any(observed.rows.values())]
         return sorted({*self.course.devices, *seen})
 
+    @cached_property
+    def spent(self) -> list[tuple[float, float | None]]:
+        """(bytes, joules) at every point of the course."""
+        points = self.course.points
+        return list(zip(bytes_until(self.course, self.observed, points), self.joules_until([each.wall_s for each in points]), strict=True))
+
+    @cached_property
     def curve(self) -> list[Reached]:
         """Score, bytes and joules at every version that was scored anew."""
         found: list[Reached] = []
-        for point in self.course.points:
+        for point, (spent_bytes, joules) in zip(self.course.points, self.spent, strict=True):
             if point.score is not None and (not found or point.score != found[-1].score or point is self.course.points[-1]):
-                found.append(
-                    Reached(point.wall_s - self.step.start_s, point.score, self.bytes_until(point), self.joules_until(point.wall_s))
-                )
+                found.append(Reached(point.wall_s - self.step.start_s, point.score, spent_bytes, joules))
         return found
 
-    def bytes_until(self, point: Point) -> float:
-        """Up and down: of the packets of training, where every device has observed its transfers, else payload as telemetry tells it."""
-        if self.has_transfers:
-            return self.transferred("packet_bytes", TRAINING, point.wall_s)
-        return float(point.bytes_up + point.bytes_down)
+    @cached_property
+    def bytes_in_all(self) -> float:
+        """Of the whole run, as `energy` is."""
+        return bytes_in_all(self.course, self.observed)
 
-    def transferred(self, column: str, what: Collection[str], until_s: float | None = None) -> float:
+    def transferred(self, column: str, what: Collection[str]) -> float:
         """packet_bytes or payload_bytes of these kinds of transfers, of all devices, up and down."""
-        return transferred(self.observed, column, what, until_s)
+        return transferred(self.observed, column, what)
 
     @property
     def has_transfers(self) -> bool:
         """Whether all devices that trained have observed transfers."""
         return have_transfers(self.course, self.observed)
 
-    def joules_until(self, at_s: float) -> float | None:
+    def joules_until(self, times: Sequence[float]) -> list[float | None]:
         """Of all devices that know theirs; None where one that trained does not, for a sum without it would look small."""
-        parts = [self.observed[name].joules_until(at_s) if name in self.observed else None for name in self.devices]
-        known = [part for part in parts if part is not None]
-        return sum(known) if known and len(known) == len(parts) else None
+        parts = [self.observed[name].joules_until(times) if name in self.observed else [None] * len(times) for name in self.devices]
+        at_each = [[part[index] for part in parts] for index in range(len(times))]
+        return [sum(each) if each and None not in each else None for each in at_each]  # type: ignore[arg-type]
 
     @property
     def metered(self) -> list[str]:
@@ -182,14 +187,28 @@ def _marks(db: sqlite3.Connection, field: FieldFolder) -> Iterator[tuple[float, 
     mine = db.execute("SELECT at_s, text FROM annotations WHERE at_s BETWEEN ? AND ? ORDER BY at_s", (start_s, end_s))
     found = [(at_s, "", text) for at_s, text in mine]
     for device in observed_devices(db):
-        found += [(row["at_s"], device, row["text"]) for row in observe(db, device, start_s, end_s).rows["marks"]]
+        found += [(row["at_s"], device, row["text"]) for row in observe(db, device, start_s, end_s, ("marks",)).rows["marks"]]
     yield from sorted(found)
 
 
-def transferred(observed: Mapping[str, Observed], column: str, what: Collection[str], until_s: float | None = None) -> float:
+def transferred(observed: Mapping[str, Observed], column: str, what: Collection[str]) -> float:
     """packet_bytes or payload_bytes of these kinds of transfers, of all devices, up and down."""
-    both = [each.bytes_sent(up, column, what, until_s) for each in observed.values() for up in (True, False)]
-    return sum(part or 0.0 for part in both)
+    return sum(each.bytes_until(column, what, [each.end_s])[0] for each in observed.values())
+
+
+def bytes_until(course: Course, observed: Mapping[str, Observed], points: Sequence[Point]) -> list[float]:
+    """Up and down, by each point: packets of training, where every device has observed its transfers, else payload by telemetry."""
+    if not have_transfers(course, observed):
+        return [float(point.bytes_up + point.bytes_down) for point in points]
+    parts = [each.bytes_until("packet_bytes", TRAINING, [point.wall_s for point in points]) for each in observed.values()]
+    return [sum(each) for each in zip(*parts, strict=True)]
+
+
+def bytes_in_all(course: Course, observed: Mapping[str, Observed]) -> float:
+    """The same of all that was observed, or of the last telemetry, which may be later than the last point."""
+    if have_transfers(course, observed):
+        return transferred(observed, "packet_bytes", TRAINING)
+    return float(sum(device.bytes_up + device.bytes_down for device in course.devices.values()))
 
 
 def have_transfers(course: Course, observed: Mapping[str, Observed]) -> bool:

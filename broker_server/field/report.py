@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,33 @@ from broker_server.html_report import Table, as_html, page
 from broker_server.tabular import frame, write_frames
 
 
-def write_report(record: FieldRecord, out: Path, target: float | None, simulated: Table | None, why_not: str, command: str) -> list[Path]:
+def write_report(
+    record: FieldRecord,
+    out: Path,
+    target: float | None,
+    simulated: Table | None,
+    why_not: str,
+    command: str,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
     """Write the report into a folder; returns its files.
 
     Args:
         target: score whose time, bytes and joules are reported; None: 95 % of the best method's.
         simulated: simulation over measurement, where the runs were replayed; else `why_not` says how to.
         command: that makes this report.
+        say: hears what is under way, for it may take minutes.
     """
     out.mkdir(parents=True, exist_ok=True)
     reached = default_target(record) if target is None else target
+    say("drawing the pictures")
     pictures = pictures_of(record, reached)
     try:
         files = _write_pictures(pictures, out / "figures")
         text = page(f"field run {record.field.plan.name}", _body(record, reached, pictures, simulated, why_not, command))
     finally:
         _close(pictures)
+    say("writing every row")
     frames = frames_of(record)
     if simulated is not None:
         frames.append(frame("simulated", (dict(zip(simulated.head, line, strict=True)) for line in simulated.lines)))
@@ -47,6 +58,8 @@ def _write_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for picture in pictures:
+        picture.figure.draw_without_rendering()
+        picture.figure.set_layout_engine("none")  # as it lies now, in each of the formats: finding that out is half of the work
         for kind, more in (("png", {"dpi": 150, "metadata": {"Software": None}}), ("pdf", {"metadata": {"CreationDate": None}})):
             files.append(folder / f"{picture.name}.{kind}")
             picture.figure.savefig(files[-1], **more)

@@ -24,7 +24,7 @@ def default_target(record: FieldRecord) -> float:
 
 
 def _finals(runs: Sequence[Recorded]) -> list[float]:
-    return [curve[-1].score for curve in (run.curve() for run in runs) if curve]
+    return [curve[-1].score for curve in (run.curve for run in runs) if curve]
 
 
 def with_interval(values: Sequence[float], digits: int) -> str:
@@ -60,8 +60,7 @@ def overview(record: FieldRecord, target: float) -> Table:
     lines = []
     for method in record.methods:
         runs = record.of(method)
-        found = [reach(run.curve(), target) for run in runs]
-        whole = [run.bytes_until(run.course.points[-1]) / 1e6 for run in runs if run.course.points]
+        found = [reach(run.curve, target) for run in runs]
         staleness = [value for value in (_staleness(run) for run in runs) if value is not None]
         lines.append(
             [
@@ -75,7 +74,7 @@ def overview(record: FieldRecord, target: float) -> Table:
                 with_interval([sum(len(device.updates) for device in run.course.devices.values()) for run in runs], 0),
                 with_interval(staleness, 2),
                 with_interval([value for value in (run.mean_density() for run in runs) if value is not None], 2),
-                with_interval(whole, 2),
+                with_interval([run.bytes_in_all / 1e6 for run in runs], 2),
                 _energy_in_all(runs),
             ]
         )
@@ -83,12 +82,18 @@ def overview(record: FieldRecord, target: float) -> Table:
 
 
 def _energy_in_all(runs: Sequence[Recorded]) -> str:
-    """Of all devices, over the runs in which each of them knows its own; how many do, where that is none."""
+    """Of all devices, over the runs in which each of them knows its own; where that is none, how many do in which run."""
     energies = [energy for energy in (run.energy() for run in runs) if energy is not None]
     if not energies:
-        run = min(runs, key=lambda run: len(run.metered) - len(run.devices))
-        return f"{UNMEASURED} (known of {len(run.metered)} of {len(run.devices)} devices)"
+        known, there = (
+            _from_to([len(names) for names in found]) for found in zip(*((run.metered, run.devices) for run in runs), strict=True)
+        )
+        return f"{UNMEASURED} (known of {known} of {there} devices)"
     return energy_text(energies) + ("" if len(energies) == len(runs) else f" (in {len(energies)} of {len(runs)})")
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _staleness(run: Recorded) -> float | None:
@@ -133,19 +138,19 @@ def differences(record: FieldRecord, target: float) -> Table | None:
 
 def _compared(target: float) -> list[tuple[Callable[[Recorded], float | None], int]]:
     def final(run: Recorded) -> float | None:
-        curve = run.curve()
+        curve = run.curve
         return curve[-1].score if curve else None
 
     def seconds(run: Recorded) -> float | None:
-        point = reach(run.curve(), target)
+        point = reach(run.curve, target)
         return None if point is None else point.elapsed_s
 
     def megabytes(run: Recorded) -> float | None:
-        point = reach(run.curve(), target)
+        point = reach(run.curve, target)
         return None if point is None else point.bytes / 1e6
 
     def joules(run: Recorded) -> float | None:
-        point = reach(run.curve(), target)
+        point = reach(run.curve, target)
         return None if point is None else point.joules
 
     return [(final, 3), (seconds, 0), (megabytes, 2), (joules, 1)]
@@ -204,8 +209,7 @@ def _baseline_watts(runs: Sequence[Recorded], name: str) -> str:
 def _telling(runs: Sequence[Recorded], name: str) -> str:
     """Packets of telemetry and observations, which are counted apart."""
     mine = [run.observed[name] for run in runs if name in run.observed]
-    both = [[observed.bytes_sent(up, "packet_bytes", TELLING) for up in (True, False)] for observed in mine]
-    known = [sum(part or 0.0 for part in parts) / 1000 for parts in both if any(part is not None for part in parts)]
+    known = [observed.bytes_until("packet_bytes", TELLING, [observed.end_s])[0] / 1000 for observed in mine if observed.rows["transfers"]]
     return with_interval(known, 1)
 
 
@@ -218,7 +222,7 @@ def repetitions(record: FieldRecord) -> Table:
     """A line a run, in order."""
     lines = []
     for run in record.runs:
-        curve, step = run.curve(), run.step
+        curve, step = run.curve, run.step
         lines.append(
             [
                 str(run.repetition.number),

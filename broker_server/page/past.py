@@ -16,7 +16,7 @@ from typing import Any
 
 from broker_server.page import energy
 from broker_server.run_files import connect
-from broker_server.run_record import grown
+from broker_server.run_record import facts_of, grown
 from broker_server.runs import known_of, read_task, run_info
 from broker_server.view import in_words
 from regrow.errors import LocalError
@@ -129,6 +129,7 @@ def series_of(run: Path, home: Path) -> Table:
         "task": task.name,
         "method": task.method.name,
         **_curve(made),
+        "newest_version": facts_of(run).version,  # of the log, as in the list: a crash may lose the last rows of the curve
         "sent_bytes": sent,
         "received_bytes": received,
         "joules": energy.joules_at(home, run.name, [at for _, at, _ in made]) if spent.joules is not None else None,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from cli.arguments import Commands, add_command, broker_options, count, not_negative, part, positive, runs_option, seed
+from cli.arguments import Commands, add_command, broker_options, count, not_negative, part, positive, rate_hz, runs_option, seed
+
+LONGEST_S = 30 * 86_400  # as broker_server.field.plan has them
+MOST_REPETITIONS = 1000
+LONGEST_LEAD_S = 3600
 
 
 def add_parser(commands: Commands) -> None:
@@ -50,7 +55,7 @@ def add_parser(commands: Commands) -> None:
         "While `regrow field run` is at work a line typed there does the same.",
     )
     annotate.add_argument("text", nargs="+", metavar="TEXT", help="what happens, in one line")
-    annotate.add_argument("--ago", type=not_negative, default=0.0, metavar="S", help="that it happened so many seconds ago")
+    annotate.add_argument("--ago", type=_seconds_from_0, default=0.0, metavar="S", help="that it happened so many seconds ago")
     runs_option(annotate)
 
 
@@ -66,13 +71,15 @@ def _plan(field: Commands) -> None:
     plan.add_argument("--task", type=Path, metavar="TASK", help="task folder")
     plan.add_argument("--devices", metavar="NAME,...", help="devices that take part; the run waits for all of them")
     plan.add_argument("--methods", default="fedgmr,fedasync,fedavg", metavar="M,...", help="methods by name")
-    plan.add_argument("--repetitions", type=count, default=3, metavar="N", help="runs of each method")
-    plan.add_argument("--run-s", type=positive, default=600.0, metavar="S", help="seconds of each run")
+    plan.add_argument("--repetitions", type=_repetitions, default=3, metavar="N", help="runs of each method")
+    plan.add_argument("--run-s", type=_seconds, default=600.0, metavar="S", help="seconds of each run")
     plan.add_argument(
-        "--baseline-s", type=not_negative, default=60.0, metavar="S", help="seconds before each run in which devices keep still"
+        "--baseline-s", type=_seconds_from_0, default=60.0, metavar="S", help="seconds before each run in which devices keep still"
     )
-    plan.add_argument("--lead-s", type=positive, default=10.0, metavar="S", help="seconds between an announcement and what it announces")
-    plan.add_argument("--sample-hz", type=positive, default=10.0, metavar="N", help="samples a second of the power meters")
+    plan.add_argument(
+        "--lead-s", type=_lead_seconds, default=10.0, metavar="S", help="seconds between an announcement and what it announces"
+    )
+    plan.add_argument("--sample-hz", type=rate_hz, default=10.0, metavar="N", help="samples a second of the power meters")
     plan.add_argument("--seed", type=seed, default=1, metavar="N", help="of the order")
 
 
@@ -89,5 +96,30 @@ def _run(field: Commands) -> None:
     runs_option(run)
     broker_options(run)
     run.add_argument(
-        "--patience-s", type=positive, default=120.0, metavar="S", help="how long to wait for planned devices that do not answer"
+        "--patience-s", type=_seconds, default=120.0, metavar="S", help="how long to wait for planned devices that do not answer"
     )
+
+
+def _repetitions(text: str) -> int:
+    value = count(text)
+    if value > MOST_REPETITIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} is too many: {MOST_REPETITIONS} at most")
+    return value
+
+
+def _seconds_from_0(text: str) -> float:
+    value = not_negative(text)
+    if value > LONGEST_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is too long: {LONGEST_S} s (30 days) at most")
+    return value
+
+
+def _seconds(text: str) -> float:
+    return _seconds_from_0(str(positive(text)))
+
+
+def _lead_seconds(text: str) -> float:
+    value = positive(text)
+    if not 0.5 <= value <= LONGEST_LEAD_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.5 to {LONGEST_LEAD_S}")
+    return value

@@ -66,6 +66,10 @@ class Told:
         why = implausible(watts)
         self._heard = (at_s, Unmeasured(why) if why else Watts(watts, at_s))
 
+    def garbled(self, why: str, at_s: float) -> None:
+        """Something has come that is no line and no message."""
+        self._heard = (at_s, Unmeasured(why))
+
     def latest(self, now: float) -> Reading:
         """The newest value, at the time at which it came."""
         at_s, reading = self._heard
@@ -111,6 +115,7 @@ class SerialMeter:
             self._whole = True
         if len(self._rest) > _MOST_BYTES:
             self._rest, self._whole = b"", False
+            self._told.garbled(f"sends no lines: {_MOST_BYTES} bytes without an end of line; check its speed in baud", now)
         spoken = [line for line in lines if line.strip()]
         if spoken:
             self._told.hear(spoken[-1].decode("ascii", "replace"), now)

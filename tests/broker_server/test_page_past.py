@@ -13,8 +13,10 @@ from broker_server.observations import FILE, annotate
 from broker_server.page import energy, past
 from broker_server.page.past import POINTS, Runs, Spent, device_history, last_state, series_of, spent_by_device
 from broker_server.store import Store
+from regrow import records
 from regrow.errors import LocalError
 from regrow.observations import PhaseSeen, PowerSeen
+from regrow.records import to_record
 from tests.broker_server.page_rig import make_run
 
 
@@ -54,6 +56,16 @@ def test_bytes_are_what_counters_grew_by_and_a_counter_may_begin_anew(tmp_path: 
     for _, fields in rows:
         spent = spent.after(fields["bytes_up"], fields["bytes_down"]) if fields.get("device") == "a" else spent
     assert spent == spent_by_device(run)["a"]  # live as afterwards
+
+
+def test_the_version_of_a_run_whose_last_metrics_a_crash_took_is_that_of_its_log(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write(run, [made(1)])
+    kept = Runs(run.parent).all()[0]["version"]
+    with Store.open(run) as store:
+        store.append([to_record(records.Aggregated(version=kept + 1, elapsed_s=3.0))])
+    assert series_of(run, tmp_path)["version"] == [1]
+    assert series_of(run, tmp_path)["newest_version"] == Runs(run.parent).all()[0]["version"] == kept + 1
 
 
 def test_long_runs_are_thinned_and_keep_their_end(tmp_path: Path) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import sys
 import threading
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from broker_server.field.plan import read_plan
-from cli.field import typed_annotations
+from broker_server.field.progress import field_of, open_field
+from broker_server.runs import create_run, load_task, newest_unfinished
+from broker_server.store import Store
+from cli.field import _settings_of, typed_annotations
 from cli.main import MISUSED, main
+from regrow.task import parse_task
 from tests.cli.made_runs import make_run
 from tests.testbed.processes import until
 
@@ -41,8 +47,6 @@ def test_a_plan_says_its_order_and_its_time_and_can_be_checked_again(
 
 
 def test_a_field_run_that_was_begun_keeps_its_plan(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from broker_server.field.progress import open_field
-
     file = tmp_path / "orchard.toml"
     assert main(["field", "plan", str(file), "--task", str(task), "--devices", "pi-1"]) == 0
     with open_field(tmp_path / "runs", read_plan(file), file):
@@ -53,6 +57,71 @@ def test_a_field_run_that_was_begun_keeps_its_plan(task: Path, tmp_path: Path, c
     assert "another plan" in capsys.readouterr().err
     assert main(["field", "report", "orchard", "--runs", str(tmp_path / "runs")]) == 1
     assert "no repetition has been run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run-s", "1e308"], "too long: 2592000 s (30 days) at most"),
+        (["--baseline-s", "1e7"], "too long"),
+        (["--lead-s", "1e300"], "0.5 to 3600"),
+        (["--repetitions", "1000000"], "1000 at most"),
+        (["--sample-hz", "1e9"], "above 100"),
+    ],
+)
+def test_a_plan_beyond_all_bounds_is_refused_at_once(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "orchard.toml"
+    with pytest.raises(SystemExit):
+        main(["field", "plan", str(file), "--task", str(tmp_path), "--devices", "pi-1", *words])
+    error = capsys.readouterr().err
+    assert words[0] in error
+    assert said in error
+    assert not file.exists()
+
+
+def test_a_run_bears_the_method_name_of_its_plan(task: Path, tmp_path: Path) -> None:
+    file = tmp_path / "orchard.toml"
+    assert main(["field", "plan", str(file), "--task", str(task), "--devices", "pi-1", "--methods", "fedgmr-fixed,fiarse+restore"]) == 0
+    with open_field(tmp_path / "runs", read_plan(file), file) as field:
+        fixed, restored = (parse_task(_settings_of(field, method, 1)) for method in field.plan.methods)
+    assert (fixed.method.name, fixed.restoration.trigger, fixed.method.importance) == ("fedgmr-fixed", "fixed", "wg")
+    assert (restored.method.name, restored.restoration.trigger, restored.method.importance) == ("fiarse+restore", "plateau", "w")
+
+
+def test_serving_a_task_leaves_the_runs_of_a_field_run_alone(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, runs = tmp_path / "orchard.toml", tmp_path / "runs"
+    assert main(["field", "plan", str(file), "--task", str(task), "--devices", "pi-1", "--methods", "fedavg", "--repetitions", "2"]) == 0
+    with open_field(runs, read_plan(file), file):
+        pass
+    own = runs / "one"
+    fields = [create_run(runs, load_task(task), name) for name in ("orchard-1-fedavg", "orchard-2-fedavg-2")]
+    other = create_run(runs, load_task(task), "orchard-1-fedavg-again")
+    assert [field_of(run) for run in (own, *fields, other)] == [None, "orchard", "orchard", None]
+    shutil.rmtree(other)
+    assert newest_unfinished(runs, "digits") == own
+    capsys.readouterr()
+    with Store.open(fields[1]):  # in use, so nothing is served
+        assert main(["serve", str(fields[1]), "--runs", str(runs)]) == 1
+    assert "orchard-2-fedavg-2 was made by `regrow field run` for orchard" in capsys.readouterr().out
+
+
+def test_an_annotation_is_words_of_a_moment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = tmp_path / ".gateway"
+    home.mkdir()
+    words = ["field", "annotate", "--runs", str(tmp_path)]
+    assert main([*words, " ", "\n"]) == MISUSED
+    assert "without words" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "long ago", "--ago", "1e12"])
+    assert "30 days" in capsys.readouterr().err
+    assert kept(home) == []
+    assert main([*words, "moved", "behind  the wall", "--ago", "60"]) == 0
+    at_s = time.time() - 60
+    assert "moved behind the wall" in (said := capsys.readouterr().out)
+    assert time.strftime("noted for %Y-%m-%d %H:", time.localtime(at_s)) in said or at_s % 3600 < 60
+    assert kept(home) == ["moved behind the wall"]
 
 
 def kept(home: Path) -> list[str]:

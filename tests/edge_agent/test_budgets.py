@@ -64,6 +64,7 @@ def test_the_emptiest_battery_that_feeds_the_machine_counts(tmp_path: Path) -> N
     assert battery_percent(tree(tmp_path, two)) == 42.0
 
 
+@settings(deadline=None)  # a busy machine
 @given(st.one_of(st.binary(max_size=12), st.integers(-10, 1000).map(lambda number: f"{number}\n".encode())))
 def test_whatever_a_gauge_says_it_is_a_percentage_or_unknown(tmp_path_factory: pytest.TempPathFactory, said: bytes) -> None:
     root = tree(tmp_path_factory.mktemp("gauge"), battery("BAT0", type="Battery\n", capacity=said))
@@ -243,10 +244,45 @@ def test_a_look_costs_nothing_where_little_has_passed(folder: StateFolder) -> No
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"day": "soon"}', b"\xff", b'{"day": "2026-11-21", "counted_s": -1}'])
 def test_a_count_that_does_not_check_out_is_told(folder: StateFolder, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     folder.put(BUDGET, content)
-    life = Life(folder, Budget(bytes_per_day=10**7))
-    assert life.look().bytes_left == 9_500_000
-    assert "counts from 0" in caplog.text
-    assert limits_in(folder.path).state == "ok"
+    unread(folder, caplog)
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", b"REGROW1\n", b"REGROW9\n" + bytes(40)])
+def test_a_file_that_does_not_check_out_is_told(folder: StateFolder, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    (folder.path / BUDGET).write_bytes(content)
+    unread(folder, caplog)
+
+
+def unread(folder: StateFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """What was used today is unknown, so the owner's limits hold until tomorrow, through every restart."""
+    limit, joules = Budget(bytes_per_day=10**7, joules_per_round=5.0), RoundJoules()
+    Life(folder, limit, joules=joules)  # cut off at once
+    assert ["hold until tomorrow" in message for message in caplog.messages] == [True]
+    for _ in range(2):
+        life = Life(folder, limit, joules=joules)
+        told = life.look(1000)
+        assert (told.train, told.link, told.bytes_left) == (False, False, 0)
+        assert told.until_s == pytest.approx(12 * 3600.0)
+        for words in ("bytes a day: today's count was damaged", "joules a round: what rounds took was damaged"):
+            assert words in told.said
+        found = limits_in(folder.path)
+        assert (found.state, "count was damaged" in found.said) == ("warn", True)
+    assert len(caplog.messages) == 1
+    next_day = Life(folder, limit, at_s=NOON_S + 12 * 3600.0, joules=joules)
+    told = next_day.look()
+    assert (told.train, told.bytes_left, told.density, told.said) == (True, 9_500_000, 1.0, "")
+
+
+def test_what_was_lost_stays_lost_while_the_clock_is_not_set(folder: StateFolder) -> None:
+    (folder.path / BUDGET).write_bytes(b"torn")
+    life = Life(folder, Budget(bytes_per_day=10**7), at_s=86_400.0)
+    for now, wall_s in ((1.0, 86_401.0), (2.0, NOON_S)):  # set by NTP in between
+        life.now_s = wall_s
+        life.budgets.look(now, 0)
+        assert not life.budgets.allowed.link
+    assert (life.budgets.used.day, life.budgets.used.lost) == ("2026-11-21", True)
+    again = Life(folder, Budget(bytes_per_day=10**7), at_s=NOON_S + 12 * 3600.0)
+    assert again.look().bytes_left == 9_500_000
 
 
 def test_joules_of_rounds_are_remembered_and_asked_for_once(folder: StateFolder) -> None:
@@ -261,14 +297,16 @@ def test_joules_of_rounds_are_remembered_and_asked_for_once(folder: StateFolder)
     assert first.look() is None, "its last phase may still be under way"
     told = first.look(seconds=SETTLE_S)
     assert told.density == pytest.approx(0.5 / 3)
-    assert told.said == f"{JOULES}: a round of density 0.5 took 30 J, 10 J are allowed"
+    assert told.said == f"{JOULES}: a round with 50 % of the parameters took 30 J, 10 J are allowed"
     first.done("toy/r1", 8, 0.2)
     first.budgets.close()
     again = Life(folder, limit, at_s=first.now_s, joules=joules)
     assert again.look().density == 0.2
     for _ in range(UNMEASURED_MOST):
         again.done("toy/r1", 9, 0.2)
-    assert not again.look(seconds=SETTLE_S).train
+    told = again.look(seconds=SETTLE_S)
+    assert not told.train
+    assert "the last 3 rounds were not measured, so it rests until one that is over turns out to be measured" in told.said
     again.done("toy/r2", 8, 1.0)
     assert again.look(seconds=SETTLE_S).density == 1.0
     for number in range(100, 200):

@@ -52,6 +52,9 @@ def test_it_measures_what_the_link_lets_through(rig: Rig, tmp_path: Path, capsys
     assert summary["interface"] == "lo"
     assert summary["interface_sent_bytes"] > summary["payload_bytes"] > 300_000
     assert len(intervals) >= 3
+    for each in intervals:
+        begun_s, until_s = each["estimate_from_s"], each["estimate_until_s"]
+        assert (begun_s is None and until_s is None) or (each["estimate_bps"] and begun_s < until_s), each
     assert intervals[-1]["rtt_s"] is not None
 
 

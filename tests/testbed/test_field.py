@@ -72,8 +72,10 @@ def test_a_field_run_from_plan_to_report(fleet: Fleet, capsys: pytest.CaptureFix
     field = read_field(fleet.runs, "orchard")
     assert not field.lacking()
     assert {facts_of(fleet.runs / step.run).updates > 0 for step in field.done().values()} == {True}
-    baselines = [step for step in field.steps if step.kind == "baseline"]
-    assert [step.run for step in baselines] == [step.run for step in field.done().values()]
+    attempts = [step for step in field.steps if step.kind in ("run", "interrupted")]  # on a slow machine more than the plan has
+    assert {step.reason for step in attempts if step.kind == "interrupted"} <= {"nothing was aggregated"}
+    assert [step.run for step in field.steps if step.kind == "baseline"] == [step.run for step in attempts]
+    assert [step.number for step in attempts if step.kind == "run"] == [1, 2]
     assert {name for step in field.steps if step.kind == "heard" for name in step.facts} == set(DEVICES)
 
     out = fleet.folder / "report"

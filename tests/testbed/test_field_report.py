@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import sqlite3
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot
 import pandas
 import pytest
 from pyarrow import parquet
 
 from broker_server.field.frames import frames_of
 from broker_server.field.observed import TRAINING, Observed
+from broker_server.field.plots import MOST_MARKS, _over_the_day, _staleness
 from broker_server.field.record import FieldRecord, Recorded, reach, read_record
 from broker_server.field.summary import by_device, clocks, default_target, gaps, overview
 from broker_server.observations import open_observations
@@ -40,6 +43,16 @@ def record(place: Path) -> FieldRecord:
         return read_record(read_field(place / "runs", "orchard"), db)
 
 
+@pytest.fixture(scope="module")
+def report(place: Path) -> tuple[Path, str]:
+    """(the report's folder, what was said): made once, for it takes seconds."""
+    out, said = place / "report", io.StringIO()
+    words = ["field", "report", "orchard", "--runs", place / "runs", "--out", out, "--data", "npz", "--data-folder", place / "data"]
+    with redirect_stdout(said):
+        assert main([str(word) for word in words]) == 0
+    return out, said.getvalue()
+
+
 def column(table: Any, line: str, head: str) -> str:
     (found,) = (each for each in table.lines if each[0] == line)
     return str(found[list(table.head).index(head)])
@@ -52,7 +65,7 @@ def test_joules_are_those_of_the_run_and_not_of_its_baseline(record: FieldRecord
         for phase in ("train", "transmit"):
             assert energy[phase].joules == pytest.approx(WATTS[phase] * energy[phase].seconds)
         assert run.baseline["pi-1"].energy()["baseline"].joules == pytest.approx(WATTS["idle"] * BASELINE_S, rel=1e-3)
-        assert watched.joules_until(run.step.end_s) == pytest.approx(sum(each.joules or 0.0 for each in energy.values()))
+        assert watched.joules_until([run.step.end_s]) == [pytest.approx(sum(each.joules or 0.0 for each in energy.values()))]
 
 
 def test_a_clock_that_is_an_hour_ahead_is_moved_back(record: FieldRecord) -> None:
@@ -79,7 +92,14 @@ def test_who_has_no_meter_is_unmeasured_everywhere_and_never_zero(record: FieldR
         assert column(overview(record, target), method, f"J to {target:g}") in ("unmeasured", "never")
         assert column(overview(record, target), method, "J in all") == "unmeasured (known of 2 of 3 devices)"
     for run in record.runs:
-        assert run.joules_until(run.step.end_s) is None
+        assert run.joules_until([run.step.end_s]) == [None]
+
+
+def test_how_many_devices_know_joules_is_told_of_all_runs_and_not_of_one(record: FieldRecord) -> None:
+    first, *others = record.of("fedgmr")
+    without = replace(first, observed={name: replace(each, rows={**each.rows, "phases": []}) for name, each in first.observed.items()})
+    text = column(overview(replace(record, runs=(without, *others)), 0.5), "fedgmr", "J in all")
+    assert text == "unmeasured (known of 0 to 2 of 3 devices)"
 
 
 def test_modelled_joules_keep_the_models_interval(record: FieldRecord) -> None:
@@ -156,27 +176,49 @@ def test_bytes_are_those_of_training_and_telemetry_stands_apart(record: FieldRec
         rows = [row for observed in run.observed.values() for row in observed.rows["transfers"]]
         training = sum(row["packet_bytes"] for row in rows if row["what"] in TRAINING)
         assert run.transferred("packet_bytes", TRAINING) == pytest.approx(training, rel=0.01)
-        assert 0 < run.bytes_until(run.course.points[-1]) <= training
+        assert 0 < run.spent[-1][0] <= training
         assert sum(row["packet_bytes"] for row in rows if row["what"] == "telemetry") == 3 * 560
+
+
+def test_bytes_in_all_are_of_the_whole_run_like_its_joules(record: FieldRecord) -> None:
+    run = record.runs[0]
+    late = run.observed["pi-1"].rows["transfers"][-1] | {
+        "what": "update",
+        "at_s": run.step.end_s - 0.2,
+        "seconds": 0.1,
+        "packet_bytes": 5_000_000,
+    }
+    rows = run.observed["pi-1"].rows
+    observed = {**run.observed, "pi-1": replace(run.observed["pi-1"], rows={**rows, "transfers": [*rows["transfers"], late]})}
+    cut = replace(run.course, points=tuple(point for point in run.course.points if point.wall_s < run.step.end_s - 1.0))
+    longer = replace(record, runs=(replace(run, course=cut, observed=observed),))
+    tables = {table.name: table.dicts() for table in frames_of(longer)}
+    sent = [row for row in tables["transfers"] if row["phase_of_plan"] == "run" and row["what"] in TRAINING]
+    (whole,) = tables["runs"]
+    assert whole["bytes"] == pytest.approx(sum(row["packet_bytes"] for row in sent))
+    assert whole["bytes"] >= tables["curves"][-1]["bytes"] + 5_000_000
+    assert column(overview(longer, 0.5), run.repetition.method, "MB in all") == f"{whole['bytes'] / 1e6:.2f}"
+    unseen = replace(run, course=cut, observed={})
+    assert unseen.bytes_in_all == sum(device.bytes_up + device.bytes_down for device in cut.devices.values())
 
 
 def test_the_target_is_reached_where_the_curve_first_has_it(record: FieldRecord) -> None:
     target = default_target(record)
     for run in record.runs:
-        curve = run.curve()
+        curve = run.curve
         found = reach(curve, target)
         if found is None:
             assert all(point.score < target for point in curve)
         else:
             assert found.score >= target
             assert all(point.score < target for point in curve[: curve.index(found)])
-            assert [point.elapsed_s for point in run.curve()] == sorted(point.elapsed_s for point in curve)
+            assert [point.elapsed_s for point in run.curve] == sorted(point.elapsed_s for point in curve)
 
 
-def test_the_files_of_the_report(place: Path, record: FieldRecord, capsys: pytest.CaptureFixture[str]) -> None:
-    out = place / "report"
-    assert main(["field", "report", "orchard", "--runs", str(place / "runs"), "--out", str(out)]) == 0
-    assert "6 runs" in capsys.readouterr().out
+def test_the_files_of_the_report(report: tuple[Path, str], record: FieldRecord) -> None:
+    out, said = report
+    assert "drawing the pictures" in said
+    assert "6 runs" in said
     page = (out / "report.html").read_text()
     assert page.count("<svg") == len(list((out / "figures").glob("*.png"))) == len(list((out / "figures").glob("*.pdf"))) == 7
     assert "Accuracy over joules: unmeasured" in page  # of pi-3, which trained too
@@ -201,6 +243,16 @@ def test_the_files_of_the_report(place: Path, record: FieldRecord, capsys: pytes
     }
 
 
+def test_of_many_annotations_some_are_drawn_and_the_picture_says_how_many_are_not(record: FieldRecord) -> None:
+    start_s, end_s = record.span
+    many = tuple((start_s + (end_s - start_s) * index / 5000, "", f"note {index}") for index in range(5000))
+    picture = _over_the_day(replace(record, marks=many), "staleness", "Staleness", "versions", _staleness)
+    assert picture is not None
+    assert len(picture.figure.axes[0].collections[-1].get_segments()) == MOST_MARKS
+    assert picture.caption.endswith("vertical lines: annotations (4800 more of them are only in the table)")
+    matplotlib.pyplot.close(picture.figure)
+
+
 def test_the_file_of_observations_is_read_as_it_is_by_other_programs(place: Path) -> None:
     file = place / "runs" / ".gateway" / "observations.sqlite"
     query = "SELECT device, sum(payload_bytes) AS bytes FROM {}transfers WHERE up GROUP BY device ORDER BY device"
@@ -221,11 +273,9 @@ def test_one_repetition_has_no_interval_and_no_observations_are_said(tmp_path: P
     assert "no observations came from it" in page
 
 
-def test_a_replay_of_what_was_simulated_comes_close(place: Path) -> None:
+def test_a_replay_of_what_was_simulated_comes_close(report: tuple[Path, str]) -> None:
     """The rows hold the simulator's own updates, so its replay must need about as long and send about as much."""
-    out = place / "replayed"
-    words = ["field", "report", "orchard", "--runs", place / "runs", "--out", out, "--data", "npz", "--data-folder", place / "data"]
-    assert main([str(word) for word in words]) == 0
+    out, _ = report
     with (out / "data" / "simulated.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert {row["method"] for row in rows} == {"fedgmr", "fedavg"}
@@ -246,7 +296,9 @@ def test_comparing_runs_counts_the_bytes_that_the_report_counts(
     said = capsys.readouterr().out
     assert "MB: packets of models" in said
     for run in record.runs:
-        found = reach(run.curve(), target)
+        found = reach(run.curve, target)
         (line,) = (line for line in said.splitlines() if run.step.run in line)
         if found is not None:
             assert f" {found.bytes / 1e6:.2f} " in line
+        whole = float(line.rstrip(" │").rpartition("│")[2])  # from the making of its folder to its last word, so a little more
+        assert whole == pytest.approx(run.bytes_in_all / 1e6, rel=0.03)

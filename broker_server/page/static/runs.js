@@ -38,7 +38,7 @@ export function runView(main, name) {
   main.append(el('h1', {}, `Run ${name}`), place, el('div', { class: 'plots' }, accuracy, density, traffic, energy), rest);
   ask(`api/run/${name}`).then((run) => {
     const last = (values) => values.at(-1) ?? null;
-    place.replaceChildren(facts([['Task', run.task], ['Method', run.method], ['Version', count(last(run.version))], ['Led for', span(last(run.elapsed_s))],
+    place.replaceChildren(facts([['Task', run.task], ['Method', run.method], ['Version', count(run.newest_version)], ['Led for', span(last(run.elapsed_s))],
       ['Accuracy', number(last(run.score))], ['Mean density', percent(last(run.mean_density))], ['Sent by devices', bytes(last(run.sent_bytes))],
       ['Received by devices', bytes(last(run.received_bytes))], ['Energy', run.energy.joules === null ? 'unmeasured' : `${joules(run.energy.joules)} (${run.energy.certainty})`]]));
     accuracy.show(run.elapsed_s, scoreLines(run));

@@ -89,10 +89,13 @@ def test_lines_from_a_serial_meter(line: tuple[int, Path]) -> None:
     now[0] = 40.0
     os.write(theirs, b"4.8\n")
     assert meter.read() == Watts(4.8, 40.0)
-    os.write(theirs, b"x" * 4200)
-    meter.read()
     now[0] = 60.0
     assert "silent for 20 s" in str(meter.read())
+    os.write(theirs, b"x" * 4200)
+    meter.read()
+    assert "sends no lines: 4096 bytes without an end of line; check its speed in baud" in str(meter.read())
+    os.write(theirs, b"\n4.9\n")
+    assert meter.read() == Watts(4.9, 60.0)
     meter.close()
 
 
