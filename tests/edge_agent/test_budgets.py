@@ -64,7 +64,6 @@ def test_the_emptiest_battery_that_feeds_the_machine_counts(tmp_path: Path) -> N
     assert battery_percent(tree(tmp_path, two)) == 42.0
 
 
-@settings(deadline=None)  # a busy machine
 @given(st.one_of(st.binary(max_size=12), st.integers(-10, 1000).map(lambda number: f"{number}\n".encode())))
 def test_whatever_a_gauge_says_it_is_a_percentage_or_unknown(tmp_path_factory: pytest.TempPathFactory, said: bytes) -> None:
     root = tree(tmp_path_factory.mktemp("gauge"), battery("BAT0", type="Battery\n", capacity=said))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from broker_server.field.plan import Plan, checked, drawn_blocks, in_hours, plan_text, read_plan, repetitions_of, total_s
@@ -32,7 +32,6 @@ plans = st.builds(
 )
 
 
-@settings(deadline=None)  # a busy machine
 @given(plans)
 def test_every_block_has_each_method_once_and_every_run_a_name_of_its_own(plan: Plan) -> None:
     whole = checked(plan, "here")
@@ -45,7 +44,6 @@ def test_every_block_has_each_method_once_and_every_run_a_name_of_its_own(plan: 
     assert Counter(run.method for run in runs) == dict.fromkeys(plan.methods, plan.repetitions)
 
 
-@settings(deadline=None)  # a busy machine
 @given(plans)
 def test_a_written_plan_is_read_as_it_was(plan: Plan) -> None:
     whole = checked(plan, "here")
@@ -110,7 +108,6 @@ tables = st.dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(names, tables, max_size=4), st.dictionaries(names, values, max_size=3))
 def test_a_tasks_tables_are_written_as_toml_has_them(sections: dict[str, dict[str, object]], top: dict[str, object]) -> None:
     whole = {**top, **sections}
