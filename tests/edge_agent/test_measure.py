@@ -46,8 +46,8 @@ def test_it_measures_what_the_link_lets_through(rig: Rig, tmp_path: Path, capsys
     assert main(words) == 0
     *intervals, summary = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert summary["direction"] == "up"
-    assert summary["overall_bps"] == pytest.approx(1e6, rel=0.1)
-    assert summary["mean_bps"] == pytest.approx(1e6, rel=0.1)
+    assert summary["overall_bps"] == pytest.approx(1e6, rel=0.3)
+    assert summary["mean_bps"] == pytest.approx(1e6, rel=0.3)
     assert summary["low_bps"] <= summary["mean_bps"] <= summary["high_bps"]
     assert summary["interface"] == "lo"
     assert summary["interface_sent_bytes"] > summary["payload_bytes"] > 300_000
@@ -64,7 +64,7 @@ def test_nothing_of_it_stays_on_the_broker(rig: Rig, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert re.search(r"^up: mean \S+ [kM]bit/s \(95 %", said, re.MULTILINE)
     assert (found := re.search(r"^down: mean (\S+) Mbit/s", said, re.MULTILINE))
-    assert float(found[1]) == pytest.approx(2.0, rel=0.15)
+    assert float(found[1]) == pytest.approx(2.0, rel=0.3)
     heard = [event for event in rig.flush() if "/measure/" in event.topic and event.topic.count("/") > 6]
     last = {event.topic: event.payload for event in heard}
     assert len(last) == 8
@@ -119,8 +119,8 @@ def test_an_agent_tells_of_its_probe_and_counts_telemetry_apart(rig: Rig, tmp_pa
     probes = [row for row in rows if isinstance(row, TransferSeen) and row.what == "probe"]
     assert all(row.up and row.run == "r" for row in probes)
     assert agent.traffic.payload_bytes[True, "probe"] == sum(row.payload_bytes for row in probes) <= 256 * 1024
-    assert sum(row.packet_bytes for row in probes) * 8 / sum(row.seconds for row in probes) == pytest.approx(1e6, rel=0.15)
-    assert agent.device.uplink_bps == pytest.approx(1e6, rel=0.15)
+    assert sum(row.packet_bytes for row in probes) * 8 / sum(row.seconds for row in probes) == pytest.approx(1e6, rel=0.3)
+    assert agent.device.uplink_bps == pytest.approx(1e6, rel=0.3)
 
 
 def test_with_an_identity_it_goes_over_tls_and_not_beside_the_agent(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_with_an_identity_it_goes_over_tls_and_not_beside_the_agent(tmp_path: Pa
         alone = fleet.start(words, "alone.log")
         assert alone.ended() == 0, alone.text()
         summary = json.loads(alone.text().splitlines()[-1])
-    assert summary["mean_bps"] == pytest.approx(1e6, rel=0.15)
+    assert summary["mean_bps"] == pytest.approx(1e6, rel=0.3)
     assert summary["congestion"]
     assert summary["disconnects"] == 0
 
