@@ -282,7 +282,8 @@ def combined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         found["seconds"] += other["seconds"]
     found["total"] = {name: sum(row[name] for row in found["steps"]) for name in names}
     found.pop("machine", None)
-    return {**found, "runs": [{"chains": result["chains"], "machine": result["machine"]} for result in results]}
+    each = [result.get("runs", [{"chains": result["chains"], "machine": result["machine"]}]) for result in results]
+    return {**found, "runs": [run for runs in each for run in runs]}
 
 
 def main() -> None:
