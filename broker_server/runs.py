@@ -168,8 +168,13 @@ class RunInfo:
 
 def list_runs(runs: Path) -> Iterator[RunInfo]:
     """Every run below a folder, read without its lock: one that is being served is listed as well."""
-    for log in sorted(runs.glob("*/log.sqlite")) if runs.is_dir() else ():
-        yield known_of(log.parent)
+    for run in run_folders(runs):
+        yield known_of(run)
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """Every run below a folder by its name; what a deletion that was cut off has left is hidden, and none."""
+    return [log.parent for log in sorted(runs.glob("*/log.sqlite")) if not log.parent.name.startswith(".")] if runs.is_dir() else []
 
 
 def known_of(path: Path) -> RunInfo:

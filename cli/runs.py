@@ -244,6 +244,7 @@ def delete(options: argparse.Namespace) -> int:
     for path in paths:
         with take_lock(path):  # held until its own file is gone
             aside = path.with_name(f".{path.name}.deleted")
+            shutil.rmtree(aside, ignore_errors=True)  # of a deletion that was cut off
             path.rename(aside)
             shutil.rmtree(aside)
         print(f"{path} is deleted")

@@ -17,7 +17,7 @@ from typing import Any
 from broker_server.page import energy
 from broker_server.run_files import connect
 from broker_server.run_record import facts_of, grown
-from broker_server.runs import known_of, read_task, run_info
+from broker_server.runs import known_of, read_task, run_folders, run_info
 from broker_server.view import in_words
 from regrow.errors import LocalError
 from regrow.levels import densities_of
@@ -247,12 +247,11 @@ class Runs:
 
     def all(self) -> list[Table]:
         """A line for every run, the newest first."""
-        logs = self.folder.glob("*/log.sqlite") if self.folder.is_dir() else ()
-        return sorted((self._line(log.parent) for log in logs), key=lambda line: -line["started_s"])
+        return sorted(map(self._line, run_folders(self.folder)), key=lambda line: -line["started_s"])
 
     def path(self, name: str) -> Path | None:
         """The folder of a run, None where there is none of this name."""
-        return next((log.parent for log in self.folder.glob("*/log.sqlite") if log.parent.name == name), None)
+        return next((run for run in run_folders(self.folder) if run.name == name), None)
 
     def _line(self, run: Path) -> Table:
         stamp = tuple(file.stat().st_mtime_ns for file in (run / "log.sqlite", run / "log.sqlite-wal") if file.exists())

@@ -135,6 +135,10 @@ def test_delete_says_what_goes_asks_and_refuses_what_is_in_use(place: Path, tmp_
         assert runs(own, "delete", second, first, "--yes") == FAILED
         assert "in use" in capsys.readouterr().err
     assert names(own) == [first, second]
+    shutil.copytree(own / first, own / f".{first}.deleted")  # of a deletion that was cut off
+    capsys.readouterr()
+    assert runs(own) == 0
+    assert "deleted" not in capsys.readouterr().out
     assert runs(own, "delete", first, "--yes") == 0
     assert names(own) == [second]
     assert not list(own.glob(f".{first}*"))
