@@ -29,6 +29,8 @@ DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 PBKDF2_ITERATIONS = 101
 SALT_BYTES = 12
 
+# All that a device leaves retained, for a while: the chunks by which `regrow measure uplink --down` measures, and no more of them.
+DEVICE_RETAINS = tuple(f"regrow/v1/measure/uplink/device/%u/probe/{group}/{index}" for group in range(2) for index in range(4))
 # %u is the user, who is the device. `#` also matches the topic above it. What a device may write is named topic by topic: with a wildcard
 # it could fill the broker with retained messages on topics that nobody knows of.
 DEVICE_WRITES = (
@@ -46,6 +48,7 @@ DEVICE_WRITES = (
     "regrow/v1/+/+/device/%u/update/+/+",
     "regrow/v1/+/+/device/%u/telemetry",
     "regrow/v1/+/+/device/%u/probe",
+    *DEVICE_RETAINS,
 )
 DEVICE_READS = (
     "regrow/v1/device/%u/#",
@@ -69,6 +72,11 @@ def may_write(user: str, topic: str) -> bool:
     """Whether the user may publish to this topic."""
     rules = COORDINATOR_TOPICS if user == COORDINATOR else DEVICE_WRITES
     return any(covers(rule.replace("%u", user), topic) for rule in rules)
+
+
+def may_retain(user: str, topic: str) -> bool:
+    """Whether the broker may keep what the user publishes there."""
+    return user == COORDINATOR or any(covers(rule.replace("%u", user), topic) for rule in DEVICE_RETAINS)
 
 
 def may_read(user: str, topic_filter: str) -> bool:

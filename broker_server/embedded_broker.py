@@ -41,7 +41,7 @@ from amqtt.mqtt.connack import NOT_AUTHORIZED, ConnackPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.session import Session
 
-from broker_server.credentials import COORDINATOR, check_password, may_read, may_write
+from broker_server.credentials import check_password, may_read, may_retain, may_write
 from broker_server.fleet.registry import MEMBERS, Registry
 from regrow.errors import LocalError
 
@@ -272,8 +272,8 @@ class Broker(AmqttBroker):  # type: ignore[misc]  # amqtt is untyped
     async def retain_message(
         self, source_session: Session | None, topic_name: str, data: bytes | bytearray, qos: int | None = None
     ) -> None:
-        """Keep what the coordinator has retained, and nothing of anybody else."""
-        if source_session is not None and source_session.username == COORDINATOR:
+        """Keep what the coordinator has retained, and of anybody else hardly anything."""
+        if source_session is not None and may_retain(source_session.username or "", topic_name):
             await super().retain_message(source_session, topic_name, data, qos)
 
     async def _run_broadcast(self, running_tasks: Any) -> None:  # noqa: ARG002 - amqtt's signature

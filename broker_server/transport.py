@@ -4,9 +4,9 @@ Strategy: what was not acknowledged when a connection died is forgotten, and wha
 dropped: after every `Connected` the coordinator subscribes and republishes all that is live, so that a stale message
 from before can only do harm.
 
-No device has anything retained, and an access list cannot forbid it: what a device leaves so would stay in the broker's memory until
-that is full, for names of tasks and numbers of updates never end. So whatever comes as retained where only devices speak is cleared and
-not heard, and `sweep` asks the broker for it.
+No device has anything retained but while it measures, and an access list cannot forbid it: what a device leaves so would stay in the
+broker's memory until that is full, for names of tasks and numbers of updates never end. So whatever comes as retained where only devices
+speak is cleared and not heard, and `sweep` asks the broker for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from broker_server.credentials import FROM_DEVICES, covers
+from broker_server.credentials import FROM_DEVICES, covers, may_retain
 from regrow import topics
 from regrow.broker_url import parse_broker_url
 from regrow.errors import LocalError
@@ -44,6 +44,7 @@ FLUSH_S = 5.0
 FILTERS_PER_SUBSCRIBE = 16
 SWEEP_S, SWEEP_AGAIN_S = 5.0, 1.0  # between looks for what devices had retained, and while there is some
 BLAME_S = 60.0
+MEASURE_S = 600.0  # then whoever measured is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class MqttBus:
         self._sending: dict[int, _Sending] = {}
         self._early: dict[int, float] = {}
         self._sweep_s = float("-inf")
+        self._measured_s: dict[str, tuple[float, float]] = {}  # when such a chunk was found first, and last
         self._blamed_s: dict[str, float] = {}  # when it was last told whose leftovers were found
         client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, clean_session=True)
         client.username_pw_set(username, password)
@@ -205,10 +207,19 @@ class MqttBus:
         except UnicodeDecodeError:
             log.warning("dropped a message whose topic is not UTF-8")
             return
-        if message.retain and any(covers(rule, topic) for rule in FROM_DEVICES):
-            self._clear(topic, len(message.payload))
-        else:
+        if not message.retain or not any(covers(rule, topic) for rule in FROM_DEVICES):
             self._on_event(Received(topic, bytes(message.payload)))
+        elif not self._may_stay(topic):
+            self._clear(topic, len(message.payload))
+
+    def _may_stay(self, topic: str) -> bool:
+        """Chunks by which a device measures its downlink, for as long as that may take."""
+        if not may_retain(topics.device_of(topic) or "", topic):
+            return False
+        now = self._clock()
+        first_s, last_s = self._measured_s.get(topic, (now, now))
+        self._measured_s[topic] = (now if now > last_s + 2 * SWEEP_S else first_s), now
+        return now < self._measured_s[topic][0] + MEASURE_S
 
     def _clear(self, topic: str, payload_bytes: int) -> None:
         device, now = topics.device_of(topic) or "?", self._clock()

@@ -29,6 +29,6 @@ def _anything(_user: str, _topic: str) -> bool:
 
 
 if __name__ == "__main__":
-    embedded_broker.may_read = embedded_broker.may_write = _anything
+    embedded_broker.may_read = embedded_broker.may_write = embedded_broker.may_retain = _anything
     embedded_broker.Broker = Compromised  # type: ignore[misc]
     sys.exit(embedded_broker.main())

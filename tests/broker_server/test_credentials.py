@@ -17,6 +17,8 @@ from broker_server.credentials import (
     may_write,
 )
 from broker_server.durable import write_private
+from edge_agent.measure import GROUP as CHUNKS
+from edge_agent.measure import TOPICS as MEASURE
 from regrow import topics
 from regrow.errors import LocalError
 
@@ -160,6 +162,7 @@ def test_a_device_may_write_all_that_it_says_and_no_wildcard_is_open_at_its_end(
     said = [topic("me") for topic in (topics.hello, topics.status, topics.observations, topics.field_report, topics.release_report)]
     said += [topic("me") for topic in (topics.control_report, topics.certificate_request, topics.doctor_report, run.telemetry, run.probe)]
     said += ["regrow/v1/device/me/meter", *topics.doctor_echoes("me"), topics.promotion_report("me", "t"), run.update("me", 3, 0)]
+    said += [f"{MEASURE.probe('me')}/{group}/{index}" for group in range(2) for index in range(CHUNKS)]
     assert [topic for topic in said if not may_write("me", topic)] == []
     rendered = Credentials(tmp_path).render(tmp_path / "broker").access.read_text().splitlines()
     writes = [line.removeprefix("pattern write ") for line in rendered if line.startswith("pattern write ")]

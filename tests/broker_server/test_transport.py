@@ -123,6 +123,15 @@ def test_what_devices_have_had_retained_is_asked_for_sooner_while_there_is_some(
     now = 106.0
     bus.tend()
     assert done == 3 * asked  # and nobody heard of it
+    probe = paho.MQTTMessage(topic=b"regrow/v1/measure/uplink/device/d/probe/1/3")
+    probe.payload, probe.retain, cleared = b"chunk", True, list[Publish]()
+    monkeypatch.setattr(bus, "_publish", cleared.append)
+    for now in (*range(110, 700, 5), 2000, 2005):  # noqa: B007 - the clock's
+        bus._on_message(bus._client, None, probe)
+        assert not cleared, "it measures"
+    for now in range(2010, 2601, 5):  # noqa: B007
+        bus._on_message(bus._client, None, probe)
+    assert cleared == [Publish("regrow/v1/measure/uplink/device/d/probe/1/3", b"", retain=True)], "it was killed"
     left.retain = False
     bus._on_message(bus._client, None, left)
     assert done[-1] == Received("regrow/v1/t/r/device/d/update/7/0", b"left")
